@@ -1,0 +1,28 @@
+"""The value model of Value-Guided Search: model, losses, and a scorer of growing traces."""
+
+from classifier_lib.modeling import (
+    LABEL_CORRECT,
+    LABEL_INCORRECT,
+    LABEL_LENGTH,
+    ClassifierOutput,
+    Qwen2ForClassifier,
+    bradley_terry_loss,
+    resolve_attn_implementation,
+    rollout_loss,
+    success_probs,
+)
+from classifier_lib.scoring import ScoringUsage, ValueScorer
+
+__all__ = [
+    "LABEL_CORRECT",
+    "LABEL_INCORRECT",
+    "LABEL_LENGTH",
+    "ClassifierOutput",
+    "Qwen2ForClassifier",
+    "ScoringUsage",
+    "ValueScorer",
+    "bradley_terry_loss",
+    "resolve_attn_implementation",
+    "rollout_loss",
+    "success_probs",
+]
