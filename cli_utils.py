@@ -1,11 +1,32 @@
-"""What every script shares: how a user's mistake is told."""
+"""What every script shares: how a user's mistake is told, and what the model hub says in one line."""
 
+import argparse
+import contextlib
+import difflib
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what was given, the rule, what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Mistakes are a `UserError`, so they are told in one line; an unknown flag names the nearest known one."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message.removeprefix(prefix).split()[0]
+            near = difflib.get_close_matches(flag, [o for a in self._actions for o in a.option_strings], 1)
+            message = f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        raise UserError(message)
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
@@ -15,4 +36,53 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status or 0)
+
+
+def set_up_logging() -> None:
+    """Log lines of this project's modules to stderr; the libraries' only from warnings on, and no progress bars."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in (
+        "httpx",
+        "httpcore",
+        "urllib3",
+        "filelock",
+        "datasets",
+        "transformers",
+        "neptune",
+        "fsspec",
+        "asyncio",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def enable_fast_transfers() -> None:
+    """Honour HF_HUB_ENABLE_HF_TRANSFER=1 as what replaced it. Call before huggingface_hub is imported."""
+    if os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", "0").upper() in ("1", "TRUE", "ON", "YES"):
+        os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise (offline, unknown, gated) into one line about `what`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(f"{what} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{what} is neither a local path nor known to the hub; check the name") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{what} is neither a local path nor in the local cache, and the hub cannot be reached; "
+            "download it where there is a network, and give its folder"
+        ) from error

@@ -106,7 +106,7 @@ def test_equals_full_forward_and_reads_each_token_once(seed, num_labels):
 @pytest.mark.parametrize("share", [1.0, 1.5, 3.0, 8.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_small_cache_evicts_chunks_and_still_equals_full_forward(seed, share):
-    """From the smallest possible cache on: the same values, the bound kept, every token beyond the first read reported."""
+    """From the smallest cache that can work: the same values, the bound kept, every re-read token reported."""
     model, reference = tiny.tiny_value_model(), tiny.tiny_value_model()
     counter = Counter(model)
     scorer = Bound(model)
