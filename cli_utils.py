@@ -59,6 +59,14 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def quiet_transformers() -> None:
+    """No progress bars of model loading, and no warnings about what this project does on purpose."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def enable_fast_transfers() -> None:
     """Honour HF_HUB_ENABLE_HF_TRANSFER=1 as what replaced it. Call before huggingface_hub is imported."""
     if os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", "0").upper() in ("1", "TRUE", "ON", "YES"):

@@ -115,19 +115,17 @@ def sample_rows(logits, temperatures, top_ps, uniforms):
     if bool((temperatures == 0).all()):
         return greedy
     scale = torch.where(temperatures == 0, torch.ones_like(temperatures), temperatures)
+    # Sorted for every row, also where top_p is 1: a row must not be drawn otherwise beside one that needs the order.
+    logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     probs = torch.softmax(logits.double() / scale[:, None], dim=-1)
-    if bool((top_ps < 1).any()):
-        probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        mass_before = probs.cumsum(dim=-1) - probs
-        probs = torch.where(mass_before < top_ps[:, None], probs, torch.zeros_like(probs))
-    else:
-        order = None
+    mass_before = probs.cumsum(dim=-1) - probs
+    probs = torch.where(mass_before < top_ps[:, None], probs, torch.zeros_like(probs))
     cumulative = probs.cumsum(dim=-1)
     # Scaled to the kept mass, and below it even after rounding, so that no token of probability zero is drawn.
     total = cumulative[:, -1]
     drawn = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, drawn[:, None], right=True)
-    token = (index if order is None else order.gather(1, index)).squeeze(1)
+    token = order.gather(1, index).squeeze(1)
     return torch.where(temperatures == 0, greedy, token)
 
 

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -27,12 +28,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from stats_utils import format_table, summarize
 from tracking_utils import make_tracker
 
-from cli_utils import ArgumentParser, UserError, enable_fast_transfers, run_script, set_up_logging
+from cli_utils import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from data_utils import (
-    PROMPT_FORMATS,
     BlockTexts,
     Problem,
     benchmark_name,
@@ -42,7 +41,8 @@ from data_utils import (
 )
 from device_utils import free_memory, hardware_name, limit_cpu_threads, resolve_device
 from engine_utils import Engine, EngineError, Request, choose_engine, make_engine
-from eval_utils import Grader, extract_answer
+from eval_utils import Grader, extract_answer, problem_classes
+from inference_args import parse_args
 from model_utils import (
     ModelInfo,
     check_generator,
@@ -57,7 +57,6 @@ from model_utils import (
 from output_utils import FORMAT, OutputError, RunFiles, check_output_path
 from progress_utils import Progress, format_count, format_seconds
 from search_utils import (
-    SELECTIONS,
     Round,
     ScorerThread,
     SearchConfig,
@@ -69,174 +68,9 @@ from search_utils import (
     run_searches,
     search,
 )
+from stats_utils import format_table, summarize
 
 logger = logging.getLogger("inference_eval")
-
-ENGINES = ("auto", "sglang", "sglang-server", "transformers")
-TRACKERS = ("neptune", "trackio", "none")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    flag = parser.add_argument_group("what is searched").add_argument
-    flag("--benchmark", default="aime-24", help="aime-24, aime-25, hmmt-feb-24, hmmt-feb-25, or a .jsonl/.json/.parquet file "
-         "or dataset folder with problem and answer (default: %(default)s)")  # fmt: skip
-    flag("--max_problems", type=int, help="only the first that many problems (default: all)")
-    flag(
-        "--output_path",
-        default="inference_outputs.jsonl",
-        help="results; beside it .meta.json and .tree.jsonl (default: %(default)s)",
-    )
-    flag(
-        "--num_repetitions",
-        type=int,
-        default=1,
-        help="independent searches of each problem, any number; may grow later (default: %(default)s)",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=1337,
-        help="decides every sampled token, as far as the engine is deterministic (default: %(default)s)",
-    )
-
-    flag = parser.add_argument_group("search").add_argument
-    flag(
-        "--search_type",
-        default="beam2",
-        help="beamB: num_blocks/B beams of B candidates; bfs: one beam; bon: independent samples (default: %(default)s)",
-    )
-    flag(
-        "--num_blocks",
-        type=int,
-        default=8,
-        help="candidates a round; the budget N of one search (default: %(default)s)",
-    )
-    flag("--block_size", type=int, default=4096, help="tokens of a block at most (default: %(default)s)")
-    flag("--max_length", type=int, default=16384, help="response tokens of a trace at most (default: %(default)s)")
-    flag(
-        "--selection",
-        choices=SELECTIONS,
-        default="value",
-        help="random: a seeded draw instead of the best values, the paper's ablation (default: %(default)s)",
-    )
-    flag("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
-    flag("--top_p", type=float, default=0.95, help="mass of the nucleus that is sampled from (default: %(default)s)")
-    flag("--prompt_format", choices=PROMPT_FORMATS, default="r1", help="r1: the released models' own; chat: the generator's chat template with the "
-         "instruction; bare: that template with the problem alone (default: %(default)s)")  # fmt: skip
-    flag(
-        "--batch_size",
-        type=int,
-        default=32,
-        help="searches at once, over all problems and repetitions (default: %(default)s)",
-    )
-
-    flag = parser.add_argument_group("generator").add_argument
-    flag(
-        "--piref_model",
-        default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-        help="folder or hub name (default: %(default)s)",
-    )
-    flag(
-        "--engine",
-        choices=ENGINES,
-        default="auto",
-        help="auto: sglang where installed, else transformers (default: %(default)s)",
-    )
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    flag(
-        "--attention_impl",
-        default="flash_attention_2",
-        help="of the value model and the transformers engine; auto takes the fastest installed (default: %(default)s)",
-    )
-    flag(
-        "--piref_gpu_util",
-        type=float,
-        default=0.5,
-        help="SGLang's mem_fraction_static: GPU memory for the generator (default: %(default)s)",
-    )
-    flag("--use_sglang_server", action="store_true", help="the same as --engine sglang-server at localhost:SGLANG_PORT")
-    flag("--sglang_port", type=int, default=30000, help="(default: %(default)s)")
-    flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")
-    flag(
-        "--sglang_args",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...",
-    )
-    flag(
-        "--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds"
-    )
-    flag(
-        "--request_timeout",
-        type=float,
-        default=3600.0,
-        help="seconds for one block of one request (default: %(default)s)",
-    )
-
-    flag = parser.add_argument_group("value model").add_argument
-    flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name (default: %(default)s)")
-    flag("--value_device", default="auto", help="auto: the same as --device")
-    flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
-    flag(
-        "--value_cache_gb",
-        default="auto",
-        help="bound on its caches, in GB (auto: 60%% of the GPU memory left, 25%% of the free RAM)",
-    )
-
-    flag = parser.add_argument_group("tracking").add_argument
-    flag(
-        "--neptune_project",
-        nargs="?",
-        const="",
-        help="log to neptune; without a value NEPTUNE_PROJECT says which project",
-    )
-    flag("--tracker", choices=TRACKERS, help="default: neptune if --neptune_project is given, else none")
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments, checked as far as they can be without reading a file. Raises UserError."""
-    args = build_parser().parse_args(argv)
-    rules = (
-        ("seed", args.seed >= 0, "must be 0 or more"),
-        ("num_repetitions", args.num_repetitions >= 1, "must be at least 1"),
-        ("batch_size", args.batch_size >= 1, "must be at least 1"),
-        ("max_problems", args.max_problems is None or args.max_problems >= 1, "must be at least 1"),
-        ("temperature", 0 <= args.temperature <= 100, "must be from 0 (greedy) to 100"),
-        ("top_p", 0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        ("piref_gpu_util", 0 < args.piref_gpu_util < 1, "is a share of the GPU's memory: above 0 and below 1"),
-        ("sglang_port", 1 <= args.sglang_port <= 65535, "must be from 1 to 65535"),
-        ("request_timeout", args.request_timeout > 0, "must be above 0"),
-    )
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"--{name} {getattr(args, name)} {rule}")
-    parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
-    if args.value_cache_gb != "auto":
-        try:
-            args.value_cache_gb = float(args.value_cache_gb)
-        except ValueError:
-            raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
-        if not 0 < args.value_cache_gb < float("inf"):
-            raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
-    if args.use_sglang_server:
-        if args.engine not in ("auto", "sglang-server"):
-            raise UserError(f"--use_sglang_server and --engine {args.engine} contradict each other; give one of them")
-        args.engine = "sglang-server"
-    if args.sglang_url and args.engine not in ("auto", "sglang-server"):
-        raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
-    if args.sglang_url:
-        args.engine = "sglang-server"
-    if args.engine == "sglang-server" and not args.sglang_url:
-        args.sglang_url = [f"http://localhost:{args.sglang_port}"]
-    args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
-    return args
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything that can be checked before a model is loaded
@@ -390,6 +224,7 @@ class Run:
         self.generated = self.scored = 0
         self.progress = Progress(self.status)
         self.stopped_by: signal.Signals | None = None
+        self.stopped_at = 0.0
 
     async def generate(self, prompt_ids: list[int], n: int, max_new_tokens: int, seeds: list[int], tree_id: str):
         args = self.args
@@ -500,10 +335,11 @@ async def search_all(run: Run) -> None:
 
 
 def _stop(run: Run, task: asyncio.Task, number: int) -> None:
-    run.stopped_by = signal.Signals(number)
-    task.cancel()
-    for again in (signal.SIGINT, signal.SIGTERM):  # a second one ends at once
-        asyncio.get_running_loop().remove_signal_handler(again)
+    if run.stopped_by is None:
+        run.stopped_by, run.stopped_at = signal.Signals(number), time.monotonic()
+        task.cancel()
+    elif time.monotonic() - run.stopped_at > 1:  # asked again: at once (shells and launchers often send it twice)
+        os._exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,8 +348,10 @@ def _stop(run: Run, task: asyncio.Task, number: int) -> None:
 
 def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Any) -> None:
     """The table, and the same numbers to the tracker."""
-    rows = summarize(files.finished.values(), args.num_blocks, grader)
-    print(format_table(rows), flush=True)
+    lines = list(files.finished.values())
+    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
+    print(format_table(rows))
+    print(f"\n{totals(args, files, lines)}", flush=True)
     name = benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
@@ -521,14 +359,31 @@ def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: A
         tracker.log_metrics(metrics, step=row["N"])
 
 
+def totals(args: argparse.Namespace, files: RunFiles, lines: Sequence[dict[str, Any]]) -> str:
+    """What the whole run cost, and where it is."""
+    sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
+    seconds = sum(session["seconds"] for session in files.meta["sessions"])
+    return (
+        f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
+        f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
+        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}"
+    )
+
+
 def run_all(args: argparse.Namespace, plan: Plan, files: RunFiles, grader: Grader) -> None:
     """Load both models and search what is not finished."""
+    quiet_transformers()
     if plan.device == plan.value_device == "cpu":
         limit_cpu_threads()
     engine = make_engine(plan.engine, plan.generator, device=plan.device, args=args)
     scorer = load_scorer(args, plan)
     files.meta["engine"] = engine.describe()
     run = Run(args, plan, files, engine, scorer, grader)
+    logger.info(
+        "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
+        benchmark_name(args.benchmark), len(plan.problems), args.num_repetitions, args.search_type, plan.config.width,
+        plan.config.branch, plan.config.block_size, plan.config.max_length, plan.engine,
+    )  # fmt: skip
     if files.finished or files.rounds:
         logger.info(
             "going on: %d of %d searches are finished, %d are under way",
@@ -545,7 +400,7 @@ def run_all(args: argparse.Namespace, plan: Plan, files: RunFiles, grader: Grade
 def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     enable_fast_transfers()
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     paths = check_output_path(args.output_path)
     plan = make_plan(args)
     files = RunFiles.open(paths, make_meta(args, plan))
@@ -557,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if len(files.finished) < total:
                     run_all(args, plan, files, grader)
                     files.sort_results()
+                files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
                 report(args, files, grader, tracker)
             finally:
                 tracker.close()
@@ -571,7 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error} ({done})", file=sys.stderr)
         return 1
     finally:
-        files.close(time.perf_counter() - begin, hardware_name(plan.device))
+        files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
+        files.close()
 
 
 if __name__ == "__main__":

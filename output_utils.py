@@ -258,15 +258,18 @@ class RunFiles:
         self.results.close()
         self.results = LineFile(self.paths.results)
 
-    def close(self, seconds: float | None = None, hardware: str = "") -> None:
-        """Flush; note in the meta file how long this start ran. Can be called twice."""
+    def note_session(self, seconds: float, hardware: str) -> None:
+        """Note in the meta file how long this start has run, and on what."""
+        ended = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "hardware": hardware}
+        self.meta["sessions"][-1] |= ended
+        with contextlib.suppress(OutputError):  # a full disk has been told already; the record of it is not worth more
+            write_json(self.paths.meta, self.meta)
+
+    def close(self) -> None:
+        """Flush and unlock."""
         try:
             self.results.sync()
             self.tree.sync()
-            if seconds is not None:
-                ended = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "hardware": hardware}
-                self.meta["sessions"][-1] |= ended
-                write_json(self.paths.meta, self.meta)
         finally:
             self.results.close()
             self.tree.close()

@@ -3,6 +3,7 @@
 Wang et al. 2025, "Value-Guided Search for Efficient Chain-of-Thought Reasoning" (arXiv 2505.17373), section 3.
 """
 
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -67,12 +68,17 @@ def resolve_attn_implementation(name: str | None = None, dtype: torch.dtype | No
         return chosen
     if name == "flash_attention_2" and not has_flash:
         missing = "no GPU" if importlib.util.find_spec("flash_attn") else "the flash-attn package is not installed"
-        logger.warning("attention: flash_attention_2 was asked for, but %s; using sdpa (same values, slower)", missing)
+        _warn_once(f"attention: flash_attention_2 was asked for, but {missing}; using sdpa (same values, slower)")
         return "sdpa"
     if name == "flash_attention_2" and dtype == torch.float32:
-        logger.warning("attention: flash_attention_2 has no float32 kernel; using sdpa")
+        _warn_once("attention: flash_attention_2 was asked for, but has no float32 kernel; using sdpa")
         return "sdpa"
     return name
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,10 +166,12 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
             kwargs["num_labels"] = 3
         if "num_labels" in kwargs:
             config.num_labels = kwargs.pop("num_labels")
-        for key in [k for k in kwargs if hasattr(config, k) and k not in ("dtype", "torch_dtype")]:
+        for key in [k for k in kwargs if hasattr(config, k) and k != "dtype"]:
             setattr(config, key, kwargs.pop(key))
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or config.dtype
+        if "torch_dtype" in kwargs:  # the released snippets' name of it, which the library now warns about
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        asked = kwargs.get("dtype")
+        dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked or config.dtype
         kwargs["attn_implementation"] = resolve_attn_implementation(kwargs.get("attn_implementation"), dtype)
         return super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
 

@@ -1,0 +1,157 @@
+"""Benchmarks by name and from files, prompts, and texts of blocks."""
+
+import json
+
+import datasets
+import pytest
+import tiny
+
+from cli_utils import UserError
+from data_utils import (
+    BENCHMARKS,
+    BlockTexts,
+    Problem,
+    benchmark_name,
+    check_prompt_format,
+    format_prompt,
+    load_benchmark,
+)
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "{x} in \\boxed{}", "answer": 25}]
+PROBLEMS = [Problem("1+1?", "2"), Problem("{x} in \\boxed{}", "25")]
+
+
+def write(path, kind):
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "\n")
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    else:
+        text = [{"problem": p.problem, "answer": p.answer} for p in PROBLEMS]
+        dataset = datasets.Dataset.from_list(text)
+        {"parquet": dataset.to_parquet, "saved": dataset.save_to_disk}[kind](str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved"])
+def test_local_benchmarks(tmp_path, kind):
+    path = write(tmp_path / ("set" if kind == "saved" else f"set.{kind}"), kind)
+    assert load_benchmark(path) == PROBLEMS
+    assert load_benchmark(path, 1) == PROBLEMS[:1]
+    assert benchmark_name(path) == "set"
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    write(tmp_path / "test.parquet", "parquet")
+    assert load_benchmark(str(tmp_path)) == PROBLEMS
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_named_benchmarks_use_their_columns(name, monkeypatch):
+    known = BENCHMARKS[name]
+    asked = []
+
+    def fake(repo):
+        asked.append(repo)
+        return {"train": datasets.Dataset.from_list([{known.problem: "p", known.answer: 33, "Solution": "s"}])}
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert load_benchmark(name) == [Problem("p", "33")]
+    assert asked == [known.repo]
+    assert benchmark_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("aime-2024", None, "neither a known benchmark .aime-24, aime-25, hmmt-feb-24, hmmt-feb-25."),
+        ("a.csv", "x", "ends in '.csv'; known are .jsonl, .json, .parquet"),
+        ("a.jsonl", "", "has no problems"),
+        ("a.jsonl", '{"problem": "x", "answer": "y"}\nnope\n', "line 2, is not JSON"),
+        ("a.jsonl", '{"problem": "x"}', "row 1, has no 'answer' .its columns: problem"),
+        ("a.jsonl", '{"problem": "x", "answer": null}', "row 1, has no 'answer'"),
+        ("a.jsonl", "[1, 2]", "row 1: an object"),
+        ("a.json", '{"problem": "x"}', "must hold a list"),
+        ("a.json", "{", "is not JSON"),
+        ("a.parquet", "not parquet", "cannot be read"),
+    ],
+)
+def test_bad_benchmarks_name_what_is_wrong(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_benchmark(name)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    def offline(repo):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="neither a local path nor in the local cache, and the hub cannot be reached"):
+        load_benchmark("aime-24")
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_the_released_prompt_token_by_token():
+    tokenizer = tiny.tiny_tokenizer()
+    ids = format_prompt("Is {x} 1?", "r1", tokenizer)
+    assert tokenizer.decode(ids) == (
+        "<｜begin▁of▁sentence｜><｜User｜>Is {x} 1? Please think step-by-step and put your final answer within \\boxed{}."
+        "<｜Assistant｜><think>\n"
+    )
+    special = tokenizer.convert_tokens_to_ids
+    assert ids[:2] == special(["<｜begin▁of▁sentence｜>", "<｜User｜>"])
+    assert ids[-3:-1] == special(["<｜Assistant｜>", "<think>"])
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_released_prompt_on_the_released_tokenizer(shared):
+    from model_utils import load_tokenizer
+
+    tokenizer = load_tokenizer(shared("tokenizer_r1_distill"), "--piref_model")
+    ids = format_prompt("Find $x$.", "r1", tokenizer)
+    assert ids[:2] == [151646, 151644]
+    assert ids[-3:-1] == [151645, 151648]
+
+
+def test_chat_and_bare_use_the_template():
+    tokenizer = tiny.tiny_tokenizer()
+    text = tokenizer.decode(format_prompt("Q", "chat", tokenizer))
+    assert text == (
+        "<｜begin▁of▁sentence｜><｜User｜>Q Please think step-by-step and put your final answer within \\boxed{}."
+        "<｜Assistant｜><think>\n"
+    )
+    assert tokenizer.decode(format_prompt("Q", "bare", tokenizer)) == (
+        "<｜begin▁of▁sentence｜><｜User｜>Q<｜Assistant｜><think>\n"
+    )
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="needs a chat template"):
+        format_prompt("Q", "chat", tokenizer)
+
+
+def test_unknown_special_tokens_are_said(caplog):
+    class Other:
+        def get_vocab(self):
+            return {"a": 0}
+
+    check_prompt_format("r1", Other())
+    assert "reads them as plain text" in caplog.text
+
+
+def test_texts_of_blocks_add_up_even_where_a_character_is_split():
+    tokenizer = tiny.tiny_tokenizer()
+    texts = BlockTexts(lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    ids = tokenizer("a€b 漢字 .", add_special_tokens=False).input_ids
+    for size in (1, 2, 3, 5):
+        parts, parent = [], 0
+        for number, at in enumerate(range(0, len(ids), size), 1):
+            parts.append(texts.add(number, parent, ids[: at + size], last=at + size >= len(ids)))
+            parent = number
+        assert "".join(parts) == "a€b 漢字 ."
+    assert texts.add(99, 0, ids[:2], last=True) == "a�"  # cut off in mid-character for good
+
+
