@@ -11,124 +11,63 @@ ENGINES = ("auto", "sglang", "sglang-server", "transformers")
 TRACKERS = ("neptune", "trackio", "none")
 
 
+# fmt: off
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = ArgumentParser(description=description)
+
     flag = parser.add_argument_group("what is searched").add_argument
-    flag("--benchmark", default="aime-24", help="aime-24, aime-25, hmmt-feb-24, hmmt-feb-25, or a .jsonl/.json/.parquet file "
-         "or dataset folder with problem and answer (default: %(default)s)")  # fmt: skip
+    flag("--benchmark", default="aime-24",
+         help="aime-24, aime-25, hmmt-feb-24, hmmt-feb-25, or a .jsonl/.json/.parquet file or dataset folder with problem "
+              "and answer")
     flag("--max_problems", type=int, help="only the first that many problems (default: all)")
-    flag(
-        "--output_path",
-        default="inference_outputs.jsonl",
-        help="results; beside it .meta.json and .tree.jsonl (default: %(default)s)",
-    )
-    flag(
-        "--num_repetitions",
-        type=int,
-        default=1,
-        help="independent searches of each problem, any number; may grow later (default: %(default)s)",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=1337,
-        help="decides every sampled token, as far as the engine is deterministic (default: %(default)s)",
-    )
+    flag("--output_path", default="inference_outputs.jsonl", help="results; .meta.json and .tree.jsonl lie beside it")
+    flag("--num_repetitions", type=int, default=1, help="independent searches of each problem, any number; may grow later")
+    flag("--seed", type=int, default=1337, help="decides every sampled token, as far as the engine is deterministic")
 
     flag = parser.add_argument_group("search").add_argument
-    flag(
-        "--search_type",
-        default="beam2",
-        help="beamB: num_blocks/B beams of B candidates; bfs: one beam; bon: independent samples (default: %(default)s)",
-    )
-    flag(
-        "--num_blocks",
-        type=int,
-        default=8,
-        help="candidates a round; the budget N of one search (default: %(default)s)",
-    )
-    flag("--block_size", type=int, default=4096, help="tokens of a block at most (default: %(default)s)")
-    flag("--max_length", type=int, default=16384, help="response tokens of a trace at most (default: %(default)s)")
-    flag(
-        "--selection",
-        choices=SELECTIONS,
-        default="value",
-        help="random: a seeded draw instead of the best values, the paper's ablation (default: %(default)s)",
-    )
-    flag("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
-    flag("--top_p", type=float, default=0.95, help="mass of the nucleus that is sampled from (default: %(default)s)")
-    flag("--prompt_format", choices=PROMPT_FORMATS, default="r1", help="r1: the released models' own; chat: the generator's chat template with the "
-         "instruction; bare: that template with the problem alone (default: %(default)s)")  # fmt: skip
-    flag(
-        "--batch_size",
-        type=int,
-        default=32,
-        help="searches at once, over all problems and repetitions (default: %(default)s)",
-    )
+    flag("--search_type", default="beam2",
+         help="beamB: num_blocks/B beams of B candidates; bfs: one beam; bon: independent samples")
+    flag("--num_blocks", type=int, default=8, help="candidates a round: the budget N of one search")
+    flag("--block_size", type=int, default=4096, help="tokens of a block at most")
+    flag("--max_length", type=int, default=16384, help="response tokens of a trace at most")
+    flag("--selection", choices=SELECTIONS, default="value",
+         help="random: a seeded draw instead of the best values (the paper's ablation)")
+    flag("--temperature", type=float, default=0.6, help="0 is greedy")
+    flag("--top_p", type=float, default=0.95, help="mass of the nucleus that is sampled from")
+    flag("--prompt_format", choices=PROMPT_FORMATS, default="r1",
+         help="r1: the released models' own; chat: the generator's chat template with the instruction; bare: that "
+              "template with the problem alone")
+    flag("--batch_size", type=int, default=32, help="searches at once, over all problems and repetitions")
 
     flag = parser.add_argument_group("generator").add_argument
-    flag(
-        "--piref_model",
-        default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-        help="folder or hub name (default: %(default)s)",
-    )
-    flag(
-        "--engine",
-        choices=ENGINES,
-        default="auto",
-        help="auto: sglang where installed, else transformers (default: %(default)s)",
-    )
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    flag(
-        "--attention_impl",
-        default="flash_attention_2",
-        help="of the value model and the transformers engine; auto takes the fastest installed (default: %(default)s)",
-    )
-    flag(
-        "--piref_gpu_util",
-        type=float,
-        default=0.5,
-        help="SGLang's mem_fraction_static: GPU memory for the generator (default: %(default)s)",
-    )
+    flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name")
+    flag("--engine", choices=ENGINES, default="auto", help="auto: sglang where installed, else transformers")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--attention_impl", default="flash_attention_2",
+         help="of the value model and the transformers engine; auto takes the fastest installed")
+    flag("--piref_gpu_util", type=float, default=0.5,
+         help="SGLang's mem_fraction_static: share of the GPU's memory for the generator")
     flag("--use_sglang_server", action="store_true", help="the same as --engine sglang-server at localhost:SGLANG_PORT")
-    flag("--sglang_port", type=int, default=30000, help="(default: %(default)s)")
+    flag("--sglang_port", type=int, default=30000, help="for --use_sglang_server")
     flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")
-    flag(
-        "--sglang_args",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...",
-    )
-    flag(
-        "--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds"
-    )
-    flag(
-        "--request_timeout",
-        type=float,
-        default=3600.0,
-        help="seconds for one block of one request (default: %(default)s)",
-    )
+    flag("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
+         help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...")
+    flag("--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds")
+    flag("--request_timeout", type=float, default=3600.0, help="seconds for one block of one request")
 
     flag = parser.add_argument_group("value model").add_argument
-    flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name (default: %(default)s)")
+    flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name")
     flag("--value_device", default="auto", help="auto: the same as --device")
     flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
-    flag(
-        "--value_cache_gb",
-        default="auto",
-        help="bound on its caches, in GB (auto: 60%% of the GPU memory left, 25%% of the free RAM)",
-    )
+    flag("--value_cache_gb", default="auto",
+         help="bound on its caches, in GB; auto: 60%% of the GPU memory left, 25%% of the free RAM")
 
     flag = parser.add_argument_group("tracking").add_argument
-    flag(
-        "--neptune_project",
-        nargs="?",
-        const="",
-        help="log to neptune; without a value NEPTUNE_PROJECT says which project",
-    )
-    flag("--tracker", choices=TRACKERS, help="default: neptune if --neptune_project is given, else none")
+    flag("--neptune_project", nargs="?", const="",
+         help="log to this neptune project; without a value NEPTUNE_PROJECT names it (default: no tracking)")
+    flag("--tracker", choices=TRACKERS, help="(default: neptune if --neptune_project is given, else none)")
     return parser
+# fmt: on
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:

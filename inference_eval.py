@@ -1,4 +1,4 @@
-"""Search every problem of a benchmark with a generator and a value model, grade, write, and say how well it went.
+r"""Search every problem of a benchmark with a generator and a value model, grade, write, and say how well it went.
 
     # the released command, on a GPU
     python inference_eval.py --benchmark aime-24 --piref_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \
@@ -23,12 +23,12 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from tracking_utils import make_tracker
+from tracking_utils import Tracker, make_tracker
 
 from cli_utils import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from data_utils import (
@@ -346,7 +346,7 @@ def _stop(run: Run, task: asyncio.Task, number: int) -> None:
 # Report
 
 
-def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Any) -> None:
+def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
     """The table, and the same numbers to the tracker."""
     lines = list(files.finished.values())
     rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
@@ -355,8 +355,21 @@ def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: A
     name = benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
-        metrics = {f"{name}/{key}": value for key, value in row.items() if key.endswith(("_m", "_ci", "_ci_repeat"))}
+        known = {key: value for key, value in row.items() if value is not None}
+        metrics = {f"{name}/{key}": known[key] for key in known if key.endswith(("_m", "_ci", "_ci_repeat"))}
         tracker.log_metrics(metrics, step=row["N"])
+
+
+def start_tracker(args: argparse.Namespace, files: RunFiles) -> Tracker:
+    """The tracker of this run; a later start of the same run goes on with the same one."""
+    resume_id = files.meta.get("tracker_ids", {}).get(args.tracker)
+    tracker = make_tracker(
+        args.tracker, args.neptune_project or None, benchmark_name(args.benchmark), resume_id=resume_id
+    )
+    if args.tracker != "none":
+        logger.info("tracker: %s", tracker.where)
+        files.meta["tracker_ids"] = files.meta.get("tracker_ids", {}) | {args.tracker: tracker.id}
+    return tracker
 
 
 def totals(args: argparse.Namespace, files: RunFiles, lines: Sequence[dict[str, Any]]) -> str:
@@ -403,32 +416,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv, __doc__)
     paths = check_output_path(args.output_path)
     plan = make_plan(args)
-    files = RunFiles.open(paths, make_meta(args, plan))
     begin, total = time.perf_counter(), len(plan.problems) * args.num_repetitions
+    finished: Sized = ()
     try:
-        tracker = make_tracker(args.tracker, args.neptune_project)
-        with Grader() as grader:
-            try:
-                if len(files.finished) < total:
-                    run_all(args, plan, files, grader)
+        with RunFiles.open(paths, make_meta(args, plan)) as files, Grader() as grader:
+            finished = files.finished
+            with contextlib.closing(start_tracker(args, files)) as tracker:
+                try:
+                    if len(finished) < total:
+                        run_all(args, plan, files, grader)
                     files.sort_results()
-                files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
+                finally:
+                    files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
                 report(args, files, grader, tracker)
-            finally:
-                tracker.close()
         return 0
     except Stopped as stop:
-        print(
-            f"{stop}: {len(files.finished)} of {total} searches are finished; the same command goes on", file=sys.stderr
-        )
+        print(f"{stop}: {len(finished)} of {total} searches are finished; the same command goes on", file=sys.stderr)
         return 128 + stop.number
     except (EngineError, SearchError, OutputError) as error:
-        done = f"{len(files.finished)} of {total} searches are finished; the same command goes on"
+        done = f"{len(finished)} of {total} searches are finished; the same command goes on"
         print(f"error: {error} ({done})", file=sys.stderr)
         return 1
-    finally:
-        files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
-        files.close()
 
 
 if __name__ == "__main__":

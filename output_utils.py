@@ -202,6 +202,7 @@ class RunFiles:
                 check_same_run(earlier, meta, paths)
             meta["sessions"] = (earlier or {}).get("sessions", [])
             meta["started"] = (earlier or meta)["started"]
+            meta["tracker_ids"] = (earlier or {}).get("tracker_ids", {})
             meta["sessions"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0})
             write_json(paths.meta, meta)
             run = cls(paths, meta, LineFile(paths.results), tree)
@@ -264,6 +265,12 @@ class RunFiles:
         self.meta["sessions"][-1] |= ended
         with contextlib.suppress(OutputError):  # a full disk has been told already; the record of it is not worth more
             write_json(self.paths.meta, self.meta)
+
+    def __enter__(self) -> "RunFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush and unlock."""

@@ -311,7 +311,10 @@ async def _one_round(
         "stop" if reply.finish_reason == "stop" else "length" if lengths[node] + len(new) >= config.max_length else ""
         for node, new, reply in zip(parent, tokens, replies, strict=True)
     ]
-    scored = await scorer.score(task.tree_id, list(zip(parent, tokens, strict=True)), [bool(f) for f in finish])
+    try:
+        scored = await scorer.score(task.tree_id, list(zip(parent, tokens, strict=True)), [bool(f) for f in finish])
+    except ValueError as error:  # an id outside the value model's vocabulary, a cache that cannot hold one trace
+        raise SearchError(f"problem {task.data_idx} cannot be scored: {error}") from error
     for value in scored.values:
         if not math.isfinite(value):
             raise SearchError(f"the value model gave {value} in round {index} of problem {task.data_idx}")

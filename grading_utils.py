@@ -1,0 +1,362 @@
+"""Grading of mathematical answers, and classes of equal answers. Pure Python, no torch.
+
+Equality is math-verify's (https://github.com/huggingface/Math-Verify). It runs in worker processes because its timeouts
+use signals, because a hard expression can hang or exhaust memory in C code, and because a search must not wait for it.
+This file is also the worker's program.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import json
+import logging
+import math
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import combinations, islice, product
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# ----------------------------------------------------------------------------------------------- the form of an answer
+
+_MATH_MARK = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
+_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:(?:,\\!\s*|\{,\}|\\,|\\ |,| )\d{3})+)(?:\.0*)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+
+
+def normalize_answer(text: str) -> str:
+    """The form in which answers are compared as strings: single spaces, no outer delimiters, no final full stop."""
+    text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())
+    for left, right in _DELIMITERS:
+        inner = text.removeprefix(left).removesuffix(right).strip()
+        if text == left + text[len(left) : -len(right)] + right and not _MATH_MARK.search(inner):
+            text = inner
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+
+
+def as_integer(text: str) -> str | None:
+    r"""The digits of a normalised integer answer, or None: '025' -> '25', '-1{,}000' -> '-1000', '7.0' -> '7'."""
+    match = _INTEGER.fullmatch(text)
+    if match is None:
+        return None
+    digits = re.sub(r"[^0-9]", "", match[2]).lstrip("0") or "0"
+    return "-" + digits if match[1] == "-" and digits != "0" else digits
+
+
+# ----------------------------------------------------------------------------------------------------------- the worker
+
+STEP_SECONDS = 5  # for one parse or one comparison; math-verify needs whole seconds (0.5 makes equal answers unequal)
+WORKER_BYTES = 4 << 30  # address space of a worker: 10^{10^{10}} must not take the machine's memory
+
+
+@lru_cache(maxsize=4096)
+def _readings(text: str) -> list[Any]:
+    """What math-verify reads in an answer: SymPy expressions and strings. Raises its TimeoutException."""
+    from math_verify import parse
+
+    def read(text: str) -> list[Any]:
+        with contextlib.suppress(Exception):
+            return parse(text, parsing_timeout=STEP_SECONDS, raise_on_error=True)
+        return []
+
+    # Bare LaTeX must be wrapped: unwrapped, only the 8 of `8\sqrt{10}` is found.
+    readings = read(text) if _MATH_MARK.search(text) else read(f"${text}$")
+    if not readings or _DECIMAL_COMMA.fullmatch(text):  # `1,5` is two numbers or a decimal
+        readings = readings + read(text)
+    return readings
+
+
+def _equal(gold: str, answer: str) -> bool:
+    """Is any reading of `answer` equal to any of `gold`? Raises TimeoutException where only time could tell."""
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    late: TimeoutException | None = None
+    for one, other in product(_readings(gold), _readings(answer)):
+        try:
+            if verify(one, other, timeout_seconds=STEP_SECONDS, raise_on_error=True):
+                return True
+        except TimeoutException as error:
+            late = error
+        except Exception:  # not comparable, such as a matrix and a number
+            continue
+    if late:
+        raise late
+    return False
+
+
+def _number(text: str) -> float:
+    r"""The value of an answer that is one plain real number, such as `8\sqrt{10}`; NaN for all else and for `5\%`."""
+    from math_verify.utils import timeout
+    from sympy import Expr, UnevaluatedExpr
+
+    expressions = [reading for reading in _readings(text) if not isinstance(reading, str)]
+    if len(expressions) != 1 or not isinstance(expressions[0], Expr) or expressions[0].has(UnevaluatedExpr):
+        return math.nan
+    with contextlib.suppress(TypeError, ValueError):  # symbols, complex numbers
+        return float(timeout(STEP_SECONDS)(expressions[0].evalf)(15))
+    return math.nan
+
+
+def _serve() -> None:
+    """One JSON request a line on stdin, one JSON reply a line on stdout, until stdin ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # nothing that a library prints may mix with the replies
+    logging.disable(logging.CRITICAL)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has or allows this limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    from math_verify.errors import TimeoutException
+
+    replies.write(b'"ready"\n')
+    os.dup2(nowhere, 2)  # nobody reads stderr from here on, and a full pipe would block
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        # Ends this process even from inside C code, and when the parent is gone.
+        faulthandler.dump_traceback_later(request["seconds"], exit=True, file=nowhere)
+        reply: dict[str, object]
+        try:
+            answers = request["answers"]
+            reply = {"result": _equal(*answers) if request["do"] == "equal" else _number(*answers)}
+        except TimeoutException:
+            reply = {"failure": "took too long"}
+        except Exception as error:  # RecursionError, MemoryError, and what SymPy did not foresee
+            reply = {"failure": f"failed ({type(error).__name__})"}
+        faulthandler.cancel_dump_traceback_later()
+        replies.write(json.dumps(reply).encode() + b"\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- the grader
+
+PAIR_SECONDS = 30  # the most that one comparison may take before its worker is replaced
+START_SECONDS = 120  # the most that a worker may take to start: importing SymPy from a slow network disk
+MAX_ANSWER_CHARS = 20_000  # a longer answer equals only itself
+MAX_COMPARISONS = 20_000  # pairs given to math-verify for the classes of one problem
+
+
+class GradingError(RuntimeError):
+    """No worker can be started (math-verify is missing or broken), or the grader was closed too early."""
+
+
+class _Worker:
+    """One worker process, and the bounded dialogue with it."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, os.path.abspath(__file__), "--worker"]
+        # SymPy's order of terms depends on string hashes: a fixed seed makes verdicts repeatable.
+        environment = os.environ | {"PYTHONHASHSEED": "0"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, bufsize=0)
+        if self._read(START_SECONDS) != "ready":
+            self.process.kill()
+            said = self.process.stderr.read().decode(errors="replace").split("\n") if self.process.stderr else []
+            self.end()
+            raise GradingError(f"the grading worker did not start: {' '.join(said[-2:]).strip() or 'it said nothing'}")
+
+    def _read(self, seconds: float) -> Any:
+        """The next reply; None where the worker died or the time is over."""
+        assert self.process.stdout is not None
+        deadline, data = time.monotonic() + seconds, b""
+        while not data.endswith(b"\n"):
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
+            if not chunk:
+                return None
+            data += chunk
+        return json.loads(data)
+
+    def ask(self, do: str, answers: tuple[str, ...], seconds: float) -> dict[str, Any] | None:
+        assert self.process.stdin is not None
+        request = json.dumps({"do": do, "answers": answers, "seconds": seconds}).encode() + b"\n"
+        try:
+            self.process.stdin.write(request)
+        except OSError:  # it died since its last reply
+            return None
+        return self._read(seconds + 1)
+
+    def end(self) -> None:
+        """Kill the process and free its pipes. Only for the thread that holds the worker."""
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
+        self.process.wait()
+
+
+class Grader:
+    """Grades answers with math-verify in `num_workers` processes. A context manager; one for a run; thread-safe.
+
+    Verdicts are cached. Integers and equal strings are decided at once; a worker starts when it is first needed. A pair
+    that takes longer than `pair_seconds`, or whose worker dies, is False with a warning, and the worker is replaced.
+    """
+
+    def __init__(self, num_workers: int | None = None, pair_seconds: float = PAIR_SECONDS) -> None:
+        self.num_workers = num_workers or min(8, os.cpu_count() or 1)
+        self.pair_seconds = pair_seconds
+        self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="grading")
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(self.num_workers):
+            self._idle.put(None)  # a place for a worker that is not started
+        self._workers: set[_Worker] = set()
+        self._cache: dict[tuple[str, ...], Future[Any]] = {}
+        self._closed = False
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. Pairs that still wait are not graded: their callers get an error. Idempotent."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self._workers):
+            worker.process.kill()  # the thread that reads from it sees the end and lets go
+        self._threads.shutdown(wait=True)
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
+
+    def grade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
+        """Is the answer right, for each (gold, answer)? An empty answer is wrong. Raises GradingError."""
+        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        return [bool(verdict.result()) if isinstance(verdict, Future) else verdict for verdict in verdicts]
+
+    async def agrade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
+        """`grade` for the event loop, which goes on meanwhile. It may be cancelled."""
+        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        # The cache shares its futures: a caller that is cancelled must not cancel them for the others.
+        futures = [asyncio.shield(asyncio.wrap_future(v)) for v in verdicts if isinstance(v, Future)]
+        await asyncio.gather(*futures)
+        return [bool(verdict.result()) if isinstance(verdict, Future) else verdict for verdict in verdicts]
+
+    def answer_classes(self, answers: Sequence[str]) -> list[int]:
+        """The class of each answer, numbered from 0 by first appearance; -1 for an empty one.
+
+        Classes are the connected components of "math-verify says equal, with either as gold". That relation is not
+        transitive; components do not depend on the order of the answers. Numbers that differ in value are not compared;
+        of the rest at most MAX_COMPARISONS pairs are, frequent answers first (a warning says so where that cuts).
+        """
+        forms = [normalize_answer(answer) for answer in answers]
+        keys = [as_integer(form) or form for form in forms]
+        counts = Counter(key for key in keys if key)
+        distinct = sorted(counts, key=lambda key: (-counts[key], key))
+        parent = {key: key for key in distinct}
+        failures: Counter[str] = Counter()
+
+        def root(key: str) -> str:
+            while parent[key] != key:
+                parent[key] = key = parent[parent[key]]
+            return key
+
+        def open_pairs() -> Iterator[tuple[str, str]]:
+            for one, other in self._comparable(distinct):
+                # An answer that hung twice would hang against all others too.
+                if root(one) != root(other) and max(failures[one], failures[other]) < 2:
+                    yield one, other
+
+        pairs = open_pairs()
+        while batch := list(islice(pairs, 8 * self.num_workers)):
+            asked = [
+                (one, other, self._verdict(*pair)) for one, other in batch for pair in ((one, other), (other, one))
+            ]
+            for one, other, verdict in asked:
+                equal = verdict.result() if isinstance(verdict, Future) else verdict
+                failures.update((one, other) if equal is None else ())
+                if equal:
+                    parent[root(one)] = root(other)
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(root(key), len(numbers)) if key else -1 for key in keys]
+
+    async def aanswer_classes(self, answers: Sequence[str]) -> list[int]:
+        """`answer_classes` for the event loop."""
+        forms = map(normalize_answer, answers)
+        if all(not form or as_integer(form) for form in forms):
+            return self.answer_classes(answers)  # nothing to wait for
+        return await asyncio.to_thread(self.answer_classes, answers)
+
+    def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Pairs of distinct normalised answers that math-verify might call equal, in order, at most MAX_COMPARISONS."""
+        integers = {key for key in distinct if as_integer(key)}
+        if len(integers) == len(distinct):
+            return
+        asked = {key: self._submit("number", key) for key in distinct if key not in integers}
+        values = {key: float(key) for key in integers} | {key: future.result() for key, future in asked.items()}
+        readable = [key for key in distinct if values[key] is not None]
+        count = 0
+        for one, other in combinations(readable, 2):
+            # It rounds to 6 decimals at the coarsest. NaN (no plain number) is never far from anything.
+            distance, scale = abs(values[one] - values[other]), max(1.0, abs(values[one]), abs(values[other]))
+            if (one in integers and other in integers) or distance > 1e-4 * scale:
+                continue
+            if count == MAX_COMPARISONS:
+                cut = "%d distinct answers to one problem: only %d pairs were compared, those of frequent answers first"
+                logger.warning(cut, len(distinct), count)
+                return
+            count += 1
+            yield one, other
+
+    def _verdict(self, gold: str, answer: str) -> "bool | Future[bool | None]":
+        """Equal or not; a future where a worker must say. The future's result is None where that failed."""
+        gold, answer = normalize_answer(gold), normalize_answer(answer)
+        if not gold or not answer:
+            return False
+        if gold == answer:
+            return True
+        integers = as_integer(gold), as_integer(answer)
+        if None not in integers:
+            return integers[0] == integers[1]
+        return self._submit("equal", gold, answer)
+
+    def _submit(self, do: str, *answers: str) -> "Future[Any]":
+        key = (do, *answers)
+        if key not in self._cache:
+            self._cache[key] = self._threads.submit(self._ask, do, *answers)
+        return self._cache[key]
+
+    def _ask(self, do: str, *answers: str) -> Any:
+        """Runs in a thread of the grader: the result of an idle worker, started if need be; None where that failed."""
+        if max(map(len, answers)) > MAX_ANSWER_CHARS:
+            return None
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = _Worker()
+                self._workers.add(worker)
+            reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
+            if self._closed:
+                raise GradingError("the grader was closed before it had graded everything")
+            if reply is None:
+                self._workers.discard(worker)
+                worker.end()
+                worker = None
+                reply = {"failure": f"took more than {self.pair_seconds:g} s or ended its worker"}
+        finally:
+            self._idle.put(worker)
+        if "failure" in reply:
+            shown = " with ".join(repr(answer if len(answer) <= 80 else answer[:80] + "...") for answer in answers)
+            logger.warning("comparing %s %s; counted as not equal", shown, reply["failure"])
+        return reply.get("result")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--worker"]:
+        sys.exit("grading_utils.py is a module; inference_eval.py grades a run, `report.py --regrade` grades one again")
+    _serve()
