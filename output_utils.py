@@ -287,6 +287,8 @@ class RunFiles:
 
 
 def _read_meta(paths: RunPaths) -> dict[str, Any] | None:
+    if not any(path.exists() and path.stat().st_size for path in (paths.results, paths.tree)):
+        return None  # nothing has come of an earlier start
     if not paths.meta.exists():
         if paths.results.exists() and paths.results.stat().st_size:
             raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")

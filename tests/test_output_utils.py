@@ -138,6 +138,12 @@ def test_another_configuration_is_refused_and_named(written, changed, message):
     assert {path: path.read_bytes() for path in vars(written).values()} == before
 
 
+def test_a_start_that_came_to_nothing_binds_nobody(paths):
+    RunFiles.open(paths, meta()).close()
+    RunFiles.open(paths, meta(seed=2)).close()
+    assert json.loads(paths.meta.read_text())["arguments"]["seed"] == 2
+
+
 def test_what_may_change_may_change(written):
     files = RunFiles.open(written, meta(batch_size=64, num_repetitions=5, tracker="neptune"))
     files.close()
