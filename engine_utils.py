@@ -146,7 +146,8 @@ class TransformersEngine:
         self, model_path: str, device: str = "cpu", dtype: str = "auto", attn_implementation: str = "auto",
         max_batch_tokens: int = 1 << 18, max_batch_rows: int = 1024,
     ):  # fmt: skip
-        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache."""
+        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache and, on a CPU, how long an
+        interruption waits for it (default: 2^18 on a GPU, 2^15 on a CPU)."""
         import torch
         import transformers
 
@@ -165,7 +166,8 @@ class TransformersEngine:
         self.context_length = self.model.config.max_position_embeddings
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
         self.model_path, self.device = str(model_path), device
-        self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
+        self.max_batch_tokens = max_batch_tokens or (1 << 18 if device.startswith("cuda") else 1 << 15)
+        self.max_batch_rows = max_batch_rows
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._drain_task: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -255,16 +257,24 @@ class TransformersEngine:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         width = max(len(r.prompt_ids) for r in requests)
-        ids = torch.zeros((len(requests), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
+        # Continuations of one beam have one prompt: it is read once, and its cache given to each of their rows.
+        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        row_of = torch.tensor([prompts[tuple(r.prompt_ids)] for r in requests], device=self.device)
         rows = _BatchRows(requests, width, self.device, lambda: self._closed)
         with torch.inference_mode():
+            cache = None
+            if len(prompts) < len(requests) and width > 1:
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]
+                cache = self.model.model(
+                    ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True
+                ).past_key_values
+                cache.batch_select_indices(row_of)
             out = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
+                input_ids=ids[row_of],
+                attention_mask=mask[row_of],
+                past_key_values=cache,
                 max_new_tokens=max(r.max_new_tokens for r in requests),
                 do_sample=False,
                 pad_token_id=0,

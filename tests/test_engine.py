@@ -63,6 +63,26 @@ def test_replies_keep_the_rules_of_the_interface(generator):
         assert ends_with_stop or len(reply.token_ids) == request.max_new_tokens
 
 
+def test_continuations_of_one_prompt_read_it_once_and_stay_what_they_were(generator):
+    requests = [
+        Request(prompt, 9, 0.8, 0.9, (7, 8), seed)
+        for seed, prompt in enumerate([[5, 6, 7, 8, 9, 10]] * 4 + [[1, 2, 3]] * 3 + [[4]])
+    ]
+    read = []
+
+    async def main(engine):
+        apart = [(await engine.generate([request]))[0] for request in requests]
+        hook = engine.model.model.embed_tokens.register_forward_pre_hook(lambda m, args: read.append(args[0].shape))
+        together = await engine.generate(requests)
+        hook.remove()
+        return together, apart
+
+    together, apart = with_engine(generator, main)
+    assert together == apart
+    assert read[0] == (3, 5)  # three different prompts, all but their last token
+    assert all(shape == (8, 1) for shape in read[1:])
+
+
 def test_greedy_equals_a_plain_loop(generator):
     model, prompt = tiny.tiny_generator(), [3, 1, 4, 1, 5]
     ids = list(prompt)
@@ -93,7 +113,9 @@ def test_out_of_memory_halves_the_batch_and_says_so(generator, monkeypatch, capl
     monkeypatch.setattr(TransformersEngine, "_run_batch", small_card)
     assert with_engine(generator, lambda e: e.generate(requests)) == whole
     assert "going on with 4" in caplog.text
-    monkeypatch.setattr(TransformersEngine, "_run_batch", lambda self, batch: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(
+        TransformersEngine, "_run_batch", lambda self, batch: (_ for _ in ()).throw(RuntimeError("boom"))
+    )
     with pytest.raises(EngineError, match="boom"):
         with_engine(generator, lambda e: e.generate(requests))
 
@@ -152,7 +174,10 @@ def test_samples_have_the_stated_distribution(temperature, top_p):
     expected = nucleus(probs, top_p)
     uniforms = torch.from_numpy(row_uniforms(np.arange(rows), step=5))
     drawn = sample_rows(
-        logits.expand(rows, -1), torch.full((rows,), temperature).double(), torch.full((rows,), top_p).double(), uniforms
+        logits.expand(rows, -1),
+        torch.full((rows,), temperature).double(),
+        torch.full((rows,), top_p).double(),
+        uniforms,
     )
     shares = np.bincount(drawn.numpy(), minlength=7) / rows
     assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / rows)
