@@ -1,4 +1,4 @@
-"""How good values are as predictions of success: AUC (pooled and within problems), Brier score, calibration. No torch."""
+"""How good values are as predictions of success: AUC (pooled, within problems), Brier score, calibration. No torch."""
 
 import math
 from typing import Any
@@ -10,9 +10,9 @@ from interval_utils import clustered_interval
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """P(a right one scores above a wrong one), ties counting half (Mann & Whitney 1947). None where one kind is missing.
+    """P(a right one scores above a wrong one), ties counting half (Mann & Whitney 1947).
 
-    labels: bool [n]; scores: float [n].
+    labels: bool [n]; scores: float [n]. None where all labels are the same.
     """
     labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     right = int(labels.sum())
@@ -27,8 +27,8 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
 def auc_within(labels: ArrayLike, scores: ArrayLike, problems: ArrayLike) -> dict[str, Any]:
     """Mean over problems of the AUC inside each: does the value tell right from wrong answers to the same problem?
 
-    labels: bool [n]; scores: float [n]; problems: int [n]. Returns auc, ci (95 %, clustered by problem), problems (those
-    with right and wrong answers, the only ones that can tell); auc and ci None where there is none.
+    labels: bool [n]; scores: float [n]; problems: int [n]. Returns auc, ci (95 %, clustered by problem) and problems
+    (those with right and wrong answers, the only ones that can tell); auc and ci are None where there is none.
     """
     labels, scores, problems = np.asarray(labels, dtype=bool), np.asarray(scores), np.asarray(problems)
     by_problem = [auc(labels[problems == p], scores[problems == p]) for p in np.unique(problems)]
@@ -69,7 +69,7 @@ def reliability_bins(labels: ArrayLike, values: ArrayLike, num_bins: int = 10) -
 
 
 def expected_calibration_error(labels: ArrayLike, values: ArrayLike, num_bins: int = 10) -> float:
-    """Sum over bins of count / n x |mean value - share right| (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599)."""
+    """Sum over bins of count / n x |mean value - share right| (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     bins = reliability_bins(labels, values, num_bins)
     gaps = sum(b["count"] * abs(b["mean_value"] - b["share_right"]) for b in bins)
     return gaps / max(1, sum(b["count"] for b in bins))

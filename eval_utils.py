@@ -22,7 +22,7 @@ __all__ = [
 
 # ----------------------------------------------------------------------------------------------------------- extraction
 
-_BOX_TOKEN = re.compile(r"(?P<box>\\+(?:boxed|fbox)(?![A-Za-z])\s*)|\\.|[{}]", re.DOTALL)
+_BOX_TOKEN = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*)|\\.|[{}]", re.DOTALL)
 # What `\boxed 5` boxes. Anything that does not look like mathematics ("write it in \boxed as asked") is no answer.
 _BARE_BOX = re.compile(r"(?=[-+\d(\\])(?:(?!\\[\])])[^\s$])+")
 

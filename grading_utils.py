@@ -1,39 +1,33 @@
 """Grading of mathematical answers, and classes of equal answers. Pure Python, no torch.
 
-Equality is math-verify's (https://github.com/huggingface/Math-Verify). It runs in worker processes because its timeouts
-use signals, because a hard expression can hang or exhaust memory in C code, and because a search must not wait for it.
-This file is also the worker's program.
+Equality is math-verify's (https://github.com/huggingface/Math-Verify), asked of worker processes (grading_worker.py).
 """
 
 import asyncio
-import contextlib
-import faulthandler
 import json
 import logging
-import math
 import os
 import queue
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from itertools import combinations, islice, product
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 from typing import Any
+
+from grading_worker import MATH_MARK
 
 logger = logging.getLogger(__name__)
 
 # ----------------------------------------------------------------------------------------------- the form of an answer
 
-_MATH_MARK = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:(?:,\\!\s*|\{,\}|\\,|\\ |,| )\d{3})+)(?:\.0*)?", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 def normalize_answer(text: str) -> str:
@@ -41,7 +35,7 @@ def normalize_answer(text: str) -> str:
     text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())
     for left, right in _DELIMITERS:
         inner = text.removeprefix(left).removesuffix(right).strip()
-        if text == left + text[len(left) : -len(right)] + right and not _MATH_MARK.search(inner):
+        if text == left + text[len(left) : -len(right)] + right and not MATH_MARK.search(inner):
             text = inner
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
@@ -55,99 +49,13 @@ def as_integer(text: str) -> str | None:
     return "-" + digits if match[1] == "-" and digits != "0" else digits
 
 
-# ----------------------------------------------------------------------------------------------------------- the worker
-
-STEP_SECONDS = 5  # for one parse or one comparison; math-verify needs whole seconds (0.5 makes equal answers unequal)
-WORKER_BYTES = 4 << 30  # address space of a worker: 10^{10^{10}} must not take the machine's memory
-
-
-@lru_cache(maxsize=4096)
-def _readings(text: str) -> list[Any]:
-    """What math-verify reads in an answer: SymPy expressions and strings. Raises its TimeoutException."""
-    from math_verify import parse
-
-    def read(text: str) -> list[Any]:
-        with contextlib.suppress(Exception):
-            return parse(text, parsing_timeout=STEP_SECONDS, raise_on_error=True)
-        return []
-
-    # Bare LaTeX must be wrapped: unwrapped, only the 8 of `8\sqrt{10}` is found.
-    readings = read(text) if _MATH_MARK.search(text) else read(f"${text}$")
-    if not readings or _DECIMAL_COMMA.fullmatch(text):  # `1,5` is two numbers or a decimal
-        readings = readings + read(text)
-    return readings
-
-
-def _equal(gold: str, answer: str) -> bool:
-    """Is any reading of `answer` equal to any of `gold`? Raises TimeoutException where only time could tell."""
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
-
-    late: TimeoutException | None = None
-    for one, other in product(_readings(gold), _readings(answer)):
-        try:
-            if verify(one, other, timeout_seconds=STEP_SECONDS, raise_on_error=True):
-                return True
-        except TimeoutException as error:
-            late = error
-        except Exception:  # not comparable, such as a matrix and a number
-            continue
-    if late:
-        raise late
-    return False
-
-
-def _number(text: str) -> float:
-    r"""The value of an answer that is one plain real number, such as `8\sqrt{10}`; NaN for all else and for `5\%`."""
-    from math_verify.utils import timeout
-    from sympy import Expr, UnevaluatedExpr
-
-    expressions = [reading for reading in _readings(text) if not isinstance(reading, str)]
-    if len(expressions) != 1 or not isinstance(expressions[0], Expr) or expressions[0].has(UnevaluatedExpr):
-        return math.nan
-    with contextlib.suppress(TypeError, ValueError):  # symbols, complex numbers
-        return float(timeout(STEP_SECONDS)(expressions[0].evalf)(15))
-    return math.nan
-
-
-def _serve() -> None:
-    """One JSON request a line on stdin, one JSON reply a line on stdout, until stdin ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle
-        signal.signal(number, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # nothing that a library prints may mix with the replies
-    logging.disable(logging.CRITICAL)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has or allows this limit
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    from math_verify.errors import TimeoutException
-
-    replies.write(b'"ready"\n')
-    os.dup2(nowhere, 2)  # nobody reads stderr from here on, and a full pipe would block
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        # Ends this process even from inside C code, and when the parent is gone.
-        faulthandler.dump_traceback_later(request["seconds"], exit=True, file=nowhere)
-        reply: dict[str, object]
-        try:
-            answers = request["answers"]
-            reply = {"result": _equal(*answers) if request["do"] == "equal" else _number(*answers)}
-        except TimeoutException:
-            reply = {"failure": "took too long"}
-        except Exception as error:  # RecursionError, MemoryError, and what SymPy did not foresee
-            reply = {"failure": f"failed ({type(error).__name__})"}
-        faulthandler.cancel_dump_traceback_later()
-        replies.write(json.dumps(reply).encode() + b"\n")
-
-
 # ----------------------------------------------------------------------------------------------------------- the grader
 
+WORKER = Path(__file__).with_name("grading_worker.py")
 PAIR_SECONDS = 30  # the most that one comparison may take before its worker is replaced
 START_SECONDS = 120  # the most that a worker may take to start: importing SymPy from a slow network disk
 MAX_ANSWER_CHARS = 20_000  # a longer answer equals only itself
-MAX_COMPARISONS = 20_000  # pairs given to math-verify for the classes of one problem
+MAX_COMPARISONS = 5_000  # pairs given to math-verify for the classes of one problem
 
 
 class GradingError(RuntimeError):
@@ -158,7 +66,7 @@ class _Worker:
     """One worker process, and the bounded dialogue with it."""
 
     def __init__(self) -> None:
-        command = [sys.executable, os.path.abspath(__file__), "--worker"]
+        command = [sys.executable, str(WORKER)]
         # SymPy's order of terms depends on string hashes: a fixed seed makes verdicts repeatable.
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         pipe = subprocess.PIPE
@@ -199,6 +107,23 @@ class _Worker:
         self.process.wait()
 
 
+def _far_apart(one: list[float], other: list[float]) -> bool:
+    """Do both answers have numbers, and do these differ by more than math-verify's rounding (6 decimals) forgives?"""
+    if not one or not other:
+        return False
+    return len(one) != len(other) or any(
+        abs(a - b) > 1e-4 * max(1.0, abs(a), abs(b)) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _known(verdict: "bool | Future[Any]") -> Any:
+    """What a future holds, waited for; GradingError where the grader was closed before."""
+    try:
+        return verdict.result() if isinstance(verdict, Future) else verdict
+    except CancelledError:
+        raise GradingError("the grader was closed before it had graded everything") from None
+
+
 class Grader:
     """Grades answers with math-verify in `num_workers` processes. A context manager; one for a run; thread-safe.
 
@@ -237,21 +162,21 @@ class Grader:
     def grade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """Is the answer right, for each (gold, answer)? An empty answer is wrong. Raises GradingError."""
         verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
-        return [bool(verdict.result()) if isinstance(verdict, Future) else verdict for verdict in verdicts]
+        return [bool(_known(verdict)) for verdict in verdicts]
 
     async def agrade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """`grade` for the event loop, which goes on meanwhile. It may be cancelled."""
         verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
         # The cache shares its futures: a caller that is cancelled must not cancel them for the others.
         futures = [asyncio.shield(asyncio.wrap_future(v)) for v in verdicts if isinstance(v, Future)]
-        await asyncio.gather(*futures)
-        return [bool(verdict.result()) if isinstance(verdict, Future) else verdict for verdict in verdicts]
+        await asyncio.gather(*futures, return_exceptions=True)
+        return [bool(_known(verdict)) for verdict in verdicts]
 
     def answer_classes(self, answers: Sequence[str]) -> list[int]:
         """The class of each answer, numbered from 0 by first appearance; -1 for an empty one.
 
         Classes are the connected components of "math-verify says equal, with either as gold". That relation is not
-        transitive; components do not depend on the order of the answers. Numbers that differ in value are not compared;
+        transitive; components do not depend on the order of the answers. Answers whose numbers differ are not compared;
         of the rest at most MAX_COMPARISONS pairs are, frequent answers first (a warning says so where that cuts).
         """
         forms = [normalize_answer(answer) for answer in answers]
@@ -278,7 +203,7 @@ class Grader:
                 (one, other, self._verdict(*pair)) for one, other in batch for pair in ((one, other), (other, one))
             ]
             for one, other, verdict in asked:
-                equal = verdict.result() if isinstance(verdict, Future) else verdict
+                equal = _known(verdict)
                 failures.update((one, other) if equal is None else ())
                 if equal:
                     parent[root(one)] = root(other)
@@ -295,23 +220,26 @@ class Grader:
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Pairs of distinct normalised answers that math-verify might call equal, in order, at most MAX_COMPARISONS."""
         integers = {key for key in distinct if as_integer(key)}
-        if len(integers) == len(distinct):
-            return
-        asked = {key: self._submit("number", key) for key in distinct if key not in integers}
-        values = {key: float(key) for key in integers} | {key: future.result() for key, future in asked.items()}
-        readable = [key for key in distinct if values[key] is not None]
+        asked = {key: self._submit("numbers", key) for key in distinct if key not in integers}
+        numbers = {key: [float(key)] for key in integers} | {key: _known(future) for key, future in asked.items()}
+        before: list[str] = []
+        others_before: list[str] = []  # without integers, which differ from each other for certain
         count = 0
-        for one, other in combinations(readable, 2):
-            # It rounds to 6 decimals at the coarsest. NaN (no plain number) is never far from anything.
-            distance, scale = abs(values[one] - values[other]), max(1.0, abs(values[one]), abs(values[other]))
-            if (one in integers and other in integers) or distance > 1e-4 * scale:
+        for key in distinct:
+            if numbers[key] is None:  # it could not be read in time
                 continue
-            if count == MAX_COMPARISONS:
-                cut = "%d distinct answers to one problem: only %d pairs were compared, those of frequent answers first"
-                logger.warning(cut, len(distinct), count)
-                return
-            count += 1
-            yield one, other
+            for earlier in others_before if key in integers else before:
+                if _far_apart(numbers[key], numbers[earlier]):
+                    continue
+                if count == MAX_COMPARISONS:
+                    cut = "%d distinct answers to one problem: only %d pairs were compared, frequent answers first"
+                    logger.warning(cut, len(distinct), count)
+                    return
+                count += 1
+                yield earlier, key
+            before.append(key)
+            if key not in integers:
+                others_before.append(key)
 
     def _verdict(self, gold: str, answer: str) -> "bool | Future[bool | None]":
         """Equal or not; a future where a worker must say. The future's result is None where that failed."""
@@ -354,9 +282,3 @@ class Grader:
             shown = " with ".join(repr(answer if len(answer) <= 80 else answer[:80] + "...") for answer in answers)
             logger.warning("comparing %s %s; counted as not equal", shown, reply["failure"])
         return reply.get("result")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--worker"]:
-        sys.exit("grading_utils.py is a module; inference_eval.py grades a run, `report.py --regrade` grades one again")
-    _serve()

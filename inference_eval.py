@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -27,8 +28,6 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
-
-from tracking_utils import Tracker, make_tracker
 
 from cli_utils import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from data_utils import (
@@ -69,6 +68,7 @@ from search_utils import (
     search,
 )
 from stats_utils import format_table, summarize
+from tracking_utils import Tracker, make_tracker
 
 logger = logging.getLogger("inference_eval")
 
@@ -221,6 +221,7 @@ class Run:
         self.total = len(plan.problems) * args.num_repetitions
         self.begin = time.perf_counter()
         self.done_before = len(files.finished)
+        self.rounds_done: dict[str, int] = {}  # of the searches under way, in this start
         self.generated = self.scored = 0
         self.progress = Progress(self.status)
         self.stopped_by: signal.Signals | None = None
@@ -238,6 +239,7 @@ class Run:
         self.files.add_round(task, record, self.round_texts(task, tree, record))
         self.generated += sum(map(len, record.tokens))
         self.scored += record.tokens_scored
+        self.rounds_done[task.tree_id] = self.rounds_done.get(task.tree_id, 0) + 1
         self.progress.update()
 
     def round_texts(self, task: SearchTask, tree: Tree, record: Round) -> list[str]:
@@ -254,8 +256,9 @@ class Run:
         earlier = self.files.rounds.get((task.data_idx, task.repeat_idx), [])
         self.texts[task.tree_id] = self.texts_of(task, earlier)
         result = await search(task, self.generate, self.scorer, self.plan.config, earlier, self.on_round)
-        del self.texts[task.tree_id]
         self.files.add_result(await self.row(result))
+        del self.texts[task.tree_id]
+        self.rounds_done.pop(task.tree_id, None)
         self.progress.update()
 
     def texts_of(self, task: SearchTask, rounds: Sequence[Round]) -> BlockTexts:
@@ -299,15 +302,16 @@ class Run:
         }
 
     def status(self) -> str:
-        """Searches done, rates of this start, time left, and how often the finished beams were right so far."""
-        seconds = time.perf_counter() - self.begin
-        done, now = len(self.files.finished), len(self.files.finished) - self.done_before
-        left = format_seconds(seconds / now * (self.total - done)) if now else "?"
+        """Searches done, time left, rates of this start, and how often the finished beams were right so far."""
+        seconds, done = time.perf_counter() - self.begin, len(self.files.finished)
+        most_rounds = math.ceil(self.plan.config.max_length / self.plan.config.block_size)
+        gained = done - self.done_before + sum(self.rounds_done.values()) / most_rounds
+        left = format_seconds(seconds / gained * max(0.0, self.total - self.done_before - gained)) if gained else "?"
         rewards = [reward for row in self.files.finished.values() for reward in row["reward"]]
         accuracy = f"{sum(rewards) / len(rewards):.3f}" if rewards else "-"
         return (
-            f"searches {done}/{self.total} | {format_count(self.generated / seconds)} tok/s generated, "
-            f"{format_count(self.scored / seconds)} scored | pass@1 {accuracy} | {format_seconds(seconds)}, ETA {left}"
+            f"{done}/{self.total} searches, ETA {left} | {format_count(self.generated / seconds)} tok/s generated, "
+            f"{format_count(self.scored / seconds)} scored | pass@1 {accuracy}"
         )
 
 

@@ -1,4 +1,4 @@
-"""95 % intervals and tests whose clusters are problems, and the repeat-noise-only interval beside them. No torch, no SciPy."""
+"""Intervals and tests whose clusters are problems, and the repeat-noise-only interval beside them. No torch."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 
 
 def student_t_tail(t: float, degrees: int) -> float:
-    """P(|T| > t) of Student's t with a whole number of degrees of freedom (Abramowitz & Stegun 1964, 26.7.3, 26.7.4)."""
+    """P(|T| > t) of Student's t with a whole number of degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 4)."""
     angle = math.atan(abs(t) / math.sqrt(degrees))
     odd = degrees % 2
     term, total = (math.cos(angle) if odd else 1.0), 0.0
@@ -38,9 +38,9 @@ def student_t_quantile(level: float, degrees: int) -> float:
 def clustered_interval(values: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
     """Mean over problems and half-width of its interval: t quantile with n - 1 degrees x standard deviation / sqrt(n).
 
-    values: float [..., problems], each problem's own mean over its repetitions. Problems are the clusters: their means vary
-    by the noise of the repetitions and from problem to problem, so the interval holds for other problems of the same
-    kind. Returns two float64 [...]; the half-width is NaN for a single problem.
+    values: float [..., problems], each problem's own mean over its repetitions. Problems are the clusters: their means
+    vary by the noise of the repetitions and from problem to problem, so the interval holds for other problems of the
+    same kind. Returns two float64 [...]; the half-width is NaN for a single problem.
     """
     values = np.asarray(values, dtype=np.float64)
     problems = values.shape[-1]

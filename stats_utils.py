@@ -37,6 +37,7 @@ __all__ = [
     "pooled_scores",
     "pooled_sums",
     "pooled_votes",
+    "problem_means",
     "reliability_bins",
     "repeat_noise_half_width",
     "summarize",
@@ -51,7 +52,7 @@ METRICS = {
     "wmaj": "weighted",
 }
 
-# ---------------------------------------------------------------------------------------------------------- pooled votes
+# --------------------------------------------------------------------------------------------------------- pooled votes
 # The accuracy of m pooled repetitions is estimated from every cyclic window of m consecutive ones, or once from all of
 # them where m is their number. Repetitions are exchangeable, so each window is unbiased; windows overlap, so all data
 # count, and the interval stays valid because it compares problems, not windows.
@@ -67,10 +68,10 @@ def pooled_sums(values: Floats) -> Iterator[Floats]:
 
 
 def pooled_votes(weights: Floats, right: Floats, sizes: Collection[int] | None = None) -> Iterator[Floats]:
-    """Vote of every window, for m = 1 .. R, or those of them in `sizes`: float64 [..., windows], share of the heaviest class that is right.
+    """Vote of every window, for m = 1 .. R or those of them in `sizes`: float64 [..., windows].
 
-    weights: [..., R, classes] sum of each class's weights in a repetition; right: the part of it that is right. Ties
-    share; 0 where a window has no weight at all. The same rule as `eval_utils.weighted_vote`.
+    weights: [..., R, classes], sum of each class's weights in a repetition; right: the part of it that is right. The
+    vote is the share of the heaviest class that is right, as in `eval_utils.weighted_vote`; 0 without any weight.
     """
     repetitions = weights.shape[-2]
     total, good = np.zeros_like(weights), np.zeros_like(right)
@@ -89,8 +90,8 @@ def pooled_votes(weights: Floats, right: Floats, sizes: Collection[int] | None =
 def pooled_best(top: Floats, ties: Floats, right: Floats) -> Iterator[Floats]:
     """Best-of-N of every window, for m = 1 .. R: float64 [..., windows]. All arguments [..., R].
 
-    top: highest score of a repetition, -inf without an answer; ties: how many answers have it; right: how many of them are
-    right. Ties share; 0 where a window has no answer.
+    top: highest score in a repetition, -inf without an answer; ties: how many answers have it; right: how many of them
+    are right. Ties share; 0 where a window has no answer.
     """
     repetitions = top.shape[-1]
     best, count, good = np.full_like(top, -np.inf), np.zeros_like(top), np.zeros_like(top)
@@ -112,10 +113,16 @@ def pooled_scores(
     """By problem (data_idx) and metric (METRICS): entry m - 1 is float64 [windows], the scores at m pooled repetitions.
 
     lines: the lines of an output file (processed_answer, reward, generated_scores are read). classes: by data_idx and
-    repeat_idx the class of each beam's answer, one numbering for a problem (`eval_utils.problem_classes`); None takes equal
-    integers and equal strings as one class. Raises ValueError for two lines of one search or a score outside the numbers.
+    repeat_idx the class of each beam's answer, one numbering for a problem (`eval_utils.problem_classes`); None takes
+    equal integers and equal strings as one class. Raises ValueError for two lines of one search, and for a score that
+    is not a number >= 0.
     """
     return {i: _score_problem(searches) for i, searches in sorted(_read_searches(lines, classes).items())}
+
+
+def problem_means(scores: Mapping[int, Mapping[str, Sequence[Floats]]], metric: str, pooled: int) -> dict[int, float]:
+    """One metric at one pooled number of repetitions, by problem (those that have as many): for `paired_difference`."""
+    return {i: float(found[metric][pooled - 1].mean()) for i, found in scores.items() if len(found[metric]) >= pooled}
 
 
 def summarize(
@@ -126,11 +133,11 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """One row per pooled number of repetitions m = 1 .. R, of problems that have m; see `pooled_scores` for arguments.
 
-    num_blocks: blocks in parallel of one search, None where unknown. num_problems: problems of the run, where lines may be
-    missing. A row: N = num_blocks x m (or None), pooled = m, problems, missing (problems without m repetitions); for each
-    of METRICS `_m` (mean over problems), `_ci` (half-width of the problem-clustered 95 % interval), `_ci_repeat` (the
-    released repeat-noise-only one); tokens_generated, tokens_scored, seconds (mean over problems of the sum over the pooled
-    searches); truncated, empty (shares of answers); note ('' or what to mind). None: cannot be told.
+    num_blocks: blocks in parallel of one search, None where unknown. num_problems: problems of the run, where lines may
+    be missing. A row has N = num_blocks x m, pooled = m, problems, missing (problems without m repetitions); for each
+    of METRICS `_m` (mean over problems), `_ci` (half-width of the problem-clustered 95 % interval) and `_ci_repeat`
+    (the released repeat-noise-only one); tokens_generated, tokens_scored, seconds (mean over problems of the sum over
+    the pooled searches); truncated, empty (shares of answers); note ('' or what to mind). None: cannot be told.
     """
     searches = _read_searches(lines, classes)
     scores = {i: _score_problem(runs) for i, runs in sorted(searches.items())}
@@ -141,7 +148,7 @@ def summarize(
         problems = [i for i in scores if len(searches[i]) >= m]
         row: dict[str, Any] = {"N": num_blocks and num_blocks * m, "pooled": m, "problems": len(problems)}
         row |= {"missing": total - len(problems)}
-        notes = [f"{row['missing']} of {total} problems lack {m} repetitions"] if row["missing"] else []
+        notes = [f"{row['missing']} of {total} problems lack {m} repetition{'s' * (m > 1)}"] if row["missing"] else []
         warnings: dict[str, list[str]] = defaultdict(list)
         for metric in METRICS:
             windows = [scores[i][metric][m - 1] for i in problems]
@@ -178,7 +185,11 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         costs = _number(r["tokens_generated"], 12, ",.0f") + _number(r["tokens_scored"], 12, ",.0f")
         shares = _number(r["truncated"], 9, ".1%") + _number(r["empty"], 9, ".1%")
         text.append(f"{_budget(r)}{r['problems']:>9}{costs}{_number(r['seconds'], 10, ',.1f')}{shares}")
-    notes = [f"At {r['pooled']} pooled: {r['note']}." for r in shown if r["note"]]
+    at: dict[str, list[str]] = defaultdict(list)
+    for r in shown:
+        for note in filter(None, r["note"].split("; ")):
+            at[note].append(str(r["pooled"]))
+    notes = [f"At {', '.join(pooled)} pooled: {note}." for note, pooled in at.items()]
     text += [""] * bool(notes) + [line for note in notes for line in textwrap.wrap(note, 80, subsequent_indent="  ")]
     if len(shown) < len(rows):
         text.append(f"{len(shown)} of {len(rows)} budgets are shown.")
@@ -244,7 +255,7 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
 
 
 def _costs(searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, float | None]:
-    """Mean cost of m pooled searches, each problem counting the same; shares over all answers. None where not recorded."""
+    """Mean cost of m pooled searches, each problem counting the same; shares over all answers. None: not recorded."""
 
     def cost(key: str) -> float | None:
         means = [

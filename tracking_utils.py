@@ -1,6 +1,6 @@
 """One tracker object for both scripts: neptune-scale, trackio, or none. The local output files are the record of truth.
 
-A tracker may be down, slow or absent: nothing here stops a run. Its first failure is one warning, later ones are silent.
+A tracker may be down, slow or absent; nothing here stops a run. Its first failure is a warning, later ones are silent.
 """
 
 import atexit
@@ -44,7 +44,7 @@ class _Backend(Protocol):
 
 
 class Tracker:
-    """Logs to its backend, or nowhere if that is None; never raises. `id` resumes the run, `where` says where the data is."""
+    """Logs to its backend, if any; never raises. `id` is for resuming the run, `where` says where the data is."""
 
     def __init__(self, backend: _Backend | None = None, where: str = "not tracked") -> None:
         self._backend = backend
@@ -108,9 +108,10 @@ def make_tracker(
 ) -> Tracker:
     """The tracker of a run; one process calls it, inside its main guard (neptune-scale may start a process).
 
-    kind: one of KINDS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for trackio any name. resume_id: the
-    `id` of the tracker that the run had before. Raises UserError for an unknown kind, a project that is missing or
-    malformed, or a package that is not installed; any other failure is a warning and a tracker that logs nowhere.
+    kind: one of KINDS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for trackio any name.
+    resume_id: the `id` of the tracker that the run had before. Raises UserError for an unknown kind, a project that is
+    missing or malformed, or a package that is not installed; any other failure is a warning and a tracker that logs
+    nowhere.
     """
     if kind not in KINDS:
         raise UserError(f"unknown tracker {kind!r}: one of {', '.join(KINDS)}")

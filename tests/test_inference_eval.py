@@ -170,9 +170,10 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
         assert set(row["finish_reasons"]) == {"stop"}
     assert set(logged) == {"configs", 8, 16, 24, "closed"}
     for step in (8, 16, 24):
-        for name in ("bon_m", "bon_ci", "maj_m", "maj_ci", "wmaj_m", "wmaj_ci", "pass_m", "pass_ci", "maj_ci_repeat"):
+        for name in ("bon_m", "bon_ci", "maj_m", "maj_ci", "wmaj_m", "wmaj_ci", "pass_m", "pass_ci"):
             assert f"problems/{name}" in logged[step]
         assert logged[step]["problems/maj_m"] == pytest.approx(1 / 3)
+    assert logged[8]["problems/maj_ci_repeat"] == 0  # one repetition like the other; at 24 there is only one group
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

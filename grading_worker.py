@@ -1,0 +1,122 @@
+"""The program of a grading worker: it answers `grading_utils` about pairs of answers, with math-verify.
+
+A process of its own because math-verify's timeouts use signals, because a hard expression can hang or exhaust memory in
+C code, and because a search must not wait for it. It imports nothing of this project.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+MATH_MARK = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")  # text that holds mathematics, rather than being it
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+STEP_SECONDS = 5  # for one parse or one comparison; math-verify needs whole seconds (0.5 makes equal answers unequal)
+WORKER_BYTES = 4 << 30  # address space of a worker: 10^{10^{10}} must not take the machine's memory
+
+
+@lru_cache(maxsize=4096)
+def _readings(text: str) -> list[Any]:
+    """What math-verify reads in an answer: SymPy expressions and strings. Raises its TimeoutException."""
+    from math_verify import parse
+
+    def read(text: str) -> list[Any]:
+        with contextlib.suppress(Exception):
+            return parse(text, parsing_timeout=STEP_SECONDS, raise_on_error=True)
+        return []
+
+    # Bare LaTeX must be wrapped: unwrapped, only the 8 of `8\sqrt{10}` is found.
+    readings = read(text) if MATH_MARK.search(text) else read(f"${text}$")
+    if not readings or _DECIMAL_COMMA.fullmatch(text):  # `1,5` is two numbers or a decimal
+        readings = readings + read(text)
+    if text.count(r"\pm") == 1:  # it reads `1 \pm x`, but not `\frac{1 \pm x}{2}`
+        signs = [text.replace(r"\pm", one).replace(r"\mp", other) for one, other in ("+-", "-+")]
+        readings = readings + read(f"${', '.join(signs)}$") * (not MATH_MARK.search(text))
+    return readings
+
+
+def _equal(gold: str, answer: str) -> bool:
+    """Is any reading of `answer` equal to any of `gold`? Raises TimeoutException where only time could tell."""
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    late: TimeoutException | None = None
+    for one, other in product(_readings(gold), _readings(answer)):
+        try:
+            if verify(one, other, timeout_seconds=STEP_SECONDS, raise_on_error=True):
+                return True
+        except TimeoutException as error:
+            late = error
+        except Exception:  # not comparable, such as a matrix and a number
+            continue
+    if late:
+        raise late
+    return False
+
+
+def _numbers(text: str) -> list[float]:
+    r"""The sorted numbers of an answer that is one plain number, or an interval, set or tuple of such; [] for all else.
+
+    Where two answers both have such numbers, and these differ, no rule of math-verify makes the answers equal.
+    """
+    from math_verify.utils import timeout
+    from sympy import Expr, FiniteSet, Interval, Tuple, UnevaluatedExpr
+
+    def leaves(expression: Any) -> list[float]:
+        if isinstance(expression, (FiniteSet, Tuple)):
+            return [number for part in expression.args for number in leaves(part)]
+        if isinstance(expression, Interval):
+            return leaves(expression.start) + leaves(expression.end)
+        if not isinstance(expression, Expr) or expression.has(UnevaluatedExpr):  # 42 % equals 42 and 0.42
+            raise TypeError
+        return [float(timeout(STEP_SECONDS)(expression.evalf)(15))]
+
+    expressions = [reading for reading in _readings(text) if not isinstance(reading, str)]
+    with contextlib.suppress(TypeError, ValueError):  # symbols, relations, complex numbers
+        numbers = sorted(leaves(expressions[0])) if len(expressions) == 1 else []
+        return numbers if all(map(math.isfinite, numbers)) else []
+    return []
+
+
+def serve() -> None:
+    """One JSON request a line on stdin, one JSON reply a line on stdout, until stdin ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # nothing that a library prints may mix with the replies
+    logging.disable(logging.CRITICAL)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has or allows this limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    from math_verify.errors import TimeoutException
+
+    replies.write(b'"ready"\n')
+    os.dup2(nowhere, 2)  # nobody reads stderr from here on, and a full pipe would block
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        # Ends this process even from inside C code, and when the parent is gone.
+        faulthandler.dump_traceback_later(request["seconds"], exit=True, file=nowhere)
+        reply: dict[str, object]
+        try:
+            answers = request["answers"]
+            reply = {"result": _equal(*answers) if request["do"] == "equal" else _numbers(*answers)}
+        except TimeoutException:
+            reply = {"failure": "took too long"}
+        except Exception as error:  # RecursionError, MemoryError, and what SymPy did not foresee
+            reply = {"failure": f"failed ({type(error).__name__})"}
+        faulthandler.cancel_dump_traceback_later()
+        replies.write(json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve()
