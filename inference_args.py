@@ -47,8 +47,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
          help="of the value model and the transformers engine; auto takes the fastest installed")
     flag("--piref_gpu_util", type=float, default=0.5,
          help="SGLang's mem_fraction_static: share of the GPU's memory for the generator")
-    flag("--use_sglang_server", action="store_true", help="the same as --engine sglang-server at localhost:SGLANG_PORT")
-    flag("--sglang_port", type=int, default=30000, help="for --use_sglang_server")
+    flag("--use_sglang_server", dest="engine", action="store_const", const="sglang-server",
+         help="the same as --engine sglang-server; of these two flags the last one counts")
+    flag("--sglang_port", type=int, default=30000, help="of the server on this machine, where no --sglang_url is given")
     flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")
     flag("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
          help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...")
@@ -95,10 +96,6 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
             raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
         if not 0 < args.value_cache_gb < float("inf"):
             raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
-    if args.use_sglang_server:
-        if args.engine not in ("auto", "sglang-server"):
-            raise UserError(f"--use_sglang_server and --engine {args.engine} contradict each other; give one of them")
-        args.engine = "sglang-server"
     if args.sglang_url and args.engine not in ("auto", "sglang-server"):
         raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
     if args.sglang_url:

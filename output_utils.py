@@ -27,7 +27,7 @@ FORMAT = 1
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = {
     "attention_impl", "batch_size", "device", "value_device", "value_cache_gb", "sglang_url", "sglang_port",
-    "use_sglang_server", "sglang_args", "piref_gpu_util", "request_timeout", "tracker", "neptune_project", "num_repetitions",
+"sglang_args", "piref_gpu_util", "request_timeout", "tracker", "neptune_project", "num_repetitions",
     "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "engine", "value_dtype",
 }  # fmt: skip
 FSYNC_SECONDS = 1.0

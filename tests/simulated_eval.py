@@ -11,12 +11,15 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import tokenizers
 from simulated import SimScorer, sim_block
 
 import inference_eval
+import model_utils
 from cli_utils import run_script
 from engine_utils import Reply
 
@@ -44,6 +47,24 @@ class SimEngine:
         pass
 
 
+class PlainTokenizer:
+    """The tokenizer without the transformers library, whose import would be most of a short run's time."""
+
+    eos_token_id = 256
+
+    def __init__(self, folder, flag):
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+    def get_vocab(self):
+        return self.tokenizer.get_vocab()
+
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids, **settings):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 class ClosableScorer(SimScorer):
     def close(self):
         pass
@@ -52,6 +73,8 @@ class ClosableScorer(SimScorer):
 if __name__ == "__main__":
     inference_eval.make_engine = lambda *args, **settings: SimEngine()
     inference_eval.load_scorer = lambda args, plan: ClosableScorer(delay=lambda tokens: BLOCK_SECONDS / 20)
+    inference_eval.load_tokenizer = model_utils.load_tokenizer = PlainTokenizer
+    inference_eval.quiet_transformers = lambda: None
     inference_eval.resolve_device = lambda name, flag: "cpu"
     inference_eval.limit_cpu_threads = lambda: None
     run_script(inference_eval.main)

@@ -153,5 +153,3 @@ def test_texts_of_blocks_add_up_even_where_a_character_is_split():
             parent = number
         assert "".join(parts) == "a€b 漢字 ."
     assert texts.add(99, 0, ids[:2], last=True) == "a�"  # cut off in mid-character for good
-
-

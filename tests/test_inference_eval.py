@@ -189,6 +189,7 @@ def test_the_released_command_is_accepted_and_its_values_are_the_defaults():
         assert getattr(released, name) == getattr(default, name)
     assert parse_args([*RELEASED_COMMAND, "--neptune_project", "me/vgs"]).tracker == "neptune"
     assert default.tracker == "none"
+    assert parse_args([*RELEASED_COMMAND, "--engine", "transformers"]).engine == "transformers"  # the last one counts
 
 
 def test_every_flag_has_a_help_text():

@@ -24,7 +24,7 @@ MAX_LENGTH = 48
 def random_traces(seed: int, num: int = 24, vocab: int = 3, max_length: int = MAX_LENGTH) -> list[Trace]:
     """Roll-ins that are nested prefixes, repeated, or unrelated; few token ids, so that roll-outs start alike too."""
     rng = np.random.default_rng(seed)
-    trunks = [rng.integers(0, vocab, rng.integers(1, max_length)) for _ in range(3)]
+    trunks = [rng.integers(0, vocab, length) for length in (max_length + 10, *rng.integers(1, max_length, 2))]
     traces = []
     for number in range(num):
         trunk = trunks[rng.integers(len(trunks))]
@@ -149,7 +149,7 @@ def gradients(model, units, packing, micro_batch_size, pairs=False):
             indices = (torch.from_numpy(a) for a in (batch.token_index, batch.rollout_index, batch.labels))
             loss = rollout_loss(logits, *indices, torch.full((len(batch.labels),), 1 / count))
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -165,7 +165,7 @@ def test_pack_and_tree_have_the_losses_and_gradients_of_none(seed, num_labels):
     """Shared, nested and repeated prefixes, ragged lengths, truncation, equal roll-out starts with other labels."""
     model = tiny_value_model(num_labels=num_labels).train()
     traces = random_traces(seed)
-    assert any(trace.start >= len(trace.tokens) for trace in random_traces(0))  # a roll-out that is cut away whole
+    assert any(trace.start >= len(trace.tokens) for trace in traces)  # a roll-out that is cut away whole
     units = [[trace] for trace in traces]
     reference = gradients(model, units, "none", 1)
     for packing, micro_batch_size in (("none", 7), ("pack", 2), ("pack", 24), ("tree", 1), ("tree", 3), ("tree", 24)):
