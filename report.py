@@ -1,0 +1,165 @@
+"""Say what search runs showed: tables, comparisons, plots and a page to look inside a search, from output files alone.
+
+    # the table, in the terminal
+    python report.py runs/vgs.jsonl
+    # and report/report.html, plots, table.md, table.csv, table.json
+    python report.py runs/vgs.jsonl --out report
+    # several runs: each is compared with the first one, paired by problem
+    python report.py runs/vgs.jsonl runs/bon.jsonl --out report
+    # a file of the released code
+    python report.py inference_outputs.jsonl --num_blocks 8 --out report \\
+        --tokenizer deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+    # grade again, into a new file
+    python report.py runs/vgs.jsonl --regrade runs/vgs_regraded.jsonl
+
+No model and no GPU is needed. A run in progress is reported as far as it is. The page opens from the file, without a
+network.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cli_utils import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
+from eval_utils import Grader
+from progress_utils import Progress
+from report_lib.analysis import Analysis, analyse
+from report_lib.compare import common_problems, compare
+from report_lib.data import Run, read_run, run_names
+from report_lib.page import Decode, PageWriter
+from report_lib.problem import ProblemView
+from report_lib.regrade import regrade
+from report_lib.tables import all_tables, terminal_text, write_tables
+
+
+def parse_args(argv: Sequence[str] | None):
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN.jsonl", help="output files; the others are compared with the first"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write report.html, plots and tables there (made if it is not there)"
+    )
+    parser.add_argument(
+        "--num_blocks",
+        type=int,
+        help="blocks in parallel of one search, for runs that do not say (the released code's)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal"
+    )
+    parser.add_argument(
+        "--regrade",
+        type=Path,
+        metavar="NEW.jsonl",
+        help="grade RUN.jsonl again into this new file, and say what changed",
+    )
+    args = parser.parse_args(argv)
+    if args.num_blocks is not None and args.num_blocks < 1:
+        raise UserError(f"--num_blocks is {args.num_blocks}; it must be at least 1")
+    if args.regrade and (len(args.runs) > 1 or args.out):
+        raise UserError("--regrade takes one run and no --out; report the new file afterwards")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; give a folder")
+    return args
+
+
+def load_decoder(name: str | None) -> Decode | None:
+    """A tokenizer's `decode`. Raises UserError where it cannot be loaded."""
+    if name is None:
+        return None
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"--tokenizer {name} is no folder; give a tokenizer's folder or a name on the hub")
+    from transformers import AutoTokenizer
+
+    with hub_errors(f"--tokenizer {name}"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except ValueError as error:
+            raise UserError(f"--tokenizer {name} is not a tokenizer ({error})") from error
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode
+
+
+def analyse_all(runs: Sequence[Run], page: PageWriter | None, decode: Decode | None) -> list[Analysis]:
+    """One pass over each run; where there is a page, its data files are written on the way."""
+    total = sum(len(run.by_problem) for run in runs)
+    done = 0
+    progress = Progress(lambda: f"{done} of {total} problems read")
+
+    def counted(show: Callable[[ProblemView], None]) -> Callable[[ProblemView], None]:
+        def step(view: ProblemView) -> None:
+            nonlocal done
+            show(view)
+            done += 1
+            progress.update()
+
+        return step
+
+    with Grader() as grader:
+        analyses: list[Analysis] = []
+        for i, run in enumerate(runs):
+            show = page.problem_writer(i, run, decode) if page else (lambda view: None)
+            analyses.append(analyse(run, grader, counted(show)))
+    if sys.stderr.isatty():
+        progress.close()
+    return analyses
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    set_up_logging()
+    args = parse_args(argv)
+    try:
+        if args.regrade:
+            show(regrade(args.runs[0], args.regrade))
+            return 0
+        runs = [
+            read_run(path, name, args.num_blocks) for path, name in zip(args.runs, run_names(args.runs), strict=True)
+        ]
+        for other in runs[1:]:
+            common_problems(runs[0], other)
+        decode = load_decoder(args.tokenizer)
+        show(write_report(args.out, runs, decode) if args.out else table_text(runs))
+    except OSError as error:
+        raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
+    return 0
+
+
+def table_text(runs: Sequence[Run]) -> str:
+    """The report as text, without files."""
+    analyses = analyse_all(runs, None, None)
+    return terminal_text(analyses, [compare(analyses[0].measured, other.measured) for other in analyses[1:]])
+
+
+def write_report(folder: Path, runs: Sequence[Run], decode: Decode | None) -> str:
+    """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
+    from report_lib.plots import write_plots  # imports matplotlib, which takes a second
+
+    page = PageWriter(folder)
+    try:
+        analyses = analyse_all(runs, page, decode)
+        comparisons = [compare(analyses[0].measured, other.measured) for other in analyses[1:]]
+        write_tables(folder, analyses, comparisons)
+        plots = write_plots(folder, analyses)
+        page.finish(analyses, all_tables(analyses, comparisons), plots)
+    except BaseException:
+        page.discard()
+        raise
+    written = f"wrote {folder / 'report.html'}, {len(plots)} plots, table.md, table.csv, table.json"
+    return f"{terminal_text(analyses, comparisons)}\n\n{written}"
+
+
+def show(text: str) -> None:
+    """Print, also into a pipe that is closed early (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
+
+
+if __name__ == "__main__":
+    run_script(main)

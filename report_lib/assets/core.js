@@ -1,0 +1,153 @@
+// Shared by all views: building elements, loading data files, the address, the keyboard.
+// Data files call VGS.receive(name, value). Strings from a run are only ever set as text, never as markup.
+"use strict";
+
+const VGS = {
+  index: null, // what index.js holds: runs, tables, plots
+  order: [], // data_idx of the problems in the order the list shows them
+  keys: {}, // key -> action of the view that is shown
+  waiting: new Map(),
+  held: new Map(), // loaded data files, least recently used first
+  MAX_HELD: 12,
+};
+
+/** A new element. Attributes by name; `on...` are listeners; children are nodes or text. */
+VGS.el = function (tag, attributes, ...children) {
+  const svg = VGS.SVG_TAGS.has(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "style") for (const [name, part] of Object.entries(value)) node.style.setProperty(name, part);
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+  return node;
+};
+VGS.SVG_TAGS = new Set(["svg", "g", "rect", "path", "line", "circle", "polyline", "text", "tspan", "defs", "pattern"]);
+
+/** Data of report_data/<name>.js, by a script tag: this works from a file, where fetch does not. */
+VGS.load = function (name) {
+  if (VGS.held.has(name)) {
+    const value = VGS.held.get(name);
+    VGS.held.delete(name);
+    VGS.held.set(name, value);
+    return Promise.resolve(value);
+  }
+  if (!VGS.waiting.has(name)) {
+    let settle;
+    const promise = new Promise((resolve, reject) => (settle = { resolve, reject }));
+    VGS.waiting.set(name, { promise, ...settle });
+    const script = VGS.el("script", { src: `report_data/${name}.js` });
+    const end = () => script.remove();
+    script.addEventListener("load", end);
+    script.addEventListener("error", () => {
+      end();
+      VGS.waiting.delete(name);
+      settle.reject(new Error(`report_data/${name}.js cannot be read; is the folder beside the page whole?`));
+    });
+    document.head.append(script);
+  }
+  return VGS.waiting.get(name).promise;
+};
+
+VGS.receive = function (name, value) {
+  if (name === "index") {
+    VGS.index = value;
+    VGS.start();
+    return;
+  }
+  VGS.held.set(name, value);
+  while (VGS.held.size > VGS.MAX_HELD) VGS.held.delete(VGS.held.keys().next().value);
+  const waiting = VGS.waiting.get(name);
+  VGS.waiting.delete(name);
+  if (waiting) waiting.resolve(value);
+};
+
+// ---------------------------------------------------------------------------------------------- numbers and colours
+
+VGS.count = (value) => Math.round(value).toLocaleString("en-US");
+VGS.short = function (value) {
+  if (value === null || value === undefined) return "–";
+  for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]])
+    if (Math.abs(value) >= size) return `${(value / size).toPrecision(3)}${unit}`;
+  return `${Math.round(value)}`;
+};
+VGS.percent = (value, digits = 0) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`);
+VGS.value = (value) => (value === null ? "–" : value.toFixed(3));
+
+// Cividis (Nunez, Anderton, Renslow 2018), ten anchors: its lightness grows evenly, so it reads in grey and for the colour-blind.
+VGS.CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+VGS.colour = function (value) {
+  const at = Math.min(Math.max(value, 0), 1) * (VGS.CIVIDIS.length - 1);
+  const below = Math.min(Math.floor(at), VGS.CIVIDIS.length - 2);
+  const parts = [1, 3, 5].map((i) => {
+    const [a, b] = [below, below + 1].map((k) => parseInt(VGS.CIVIDIS[k].slice(i, i + 2), 16));
+    return Math.round(a + (b - a) * (at - below));
+  });
+  return `rgb(${parts.join(",")})`;
+};
+VGS.ink = (value) => (value > 0.55 ? "#111" : "#fff");
+
+/** How an outcome is shown: right, wrong, or not finished in the length; never by colour alone. */
+VGS.outcome = function (correct, finish) {
+  if (correct) return { mark: "✓", word: "right", css: "right" };
+  if (finish === "length") return { mark: "…", word: "truncated", css: "truncated" };
+  return { mark: "✗", word: "wrong", css: "wrong" };
+};
+
+// ------------------------------------------------------------------------------------------------ address, keyboard
+
+VGS.address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+VGS.go = function (change) {
+  location.hash = "#" + new URLSearchParams({ ...VGS.address(), ...change });
+};
+/** Note something in the address without a step in the history, and without drawing anything. */
+VGS.note = function (change) {
+  history.replaceState(null, "", "#" + new URLSearchParams({ ...VGS.address(), ...change }));
+};
+
+VGS.run = () => VGS.index.runs[Number(VGS.address().run) || 0] || VGS.index.runs[0];
+
+VGS.show = function () {
+  const { view } = VGS.address();
+  const name = view === "problems" || view === "problem" ? view : "overview";
+  document.getElementById("tab-overview").classList.toggle("here", name === "overview");
+  document.getElementById("tab-problems").classList.toggle("here", name !== "overview");
+  document.getElementById("run").value = VGS.index.runs.indexOf(VGS.run());
+  VGS.views[name]();
+};
+VGS.views = {};
+
+/** Replace what is shown. */
+VGS.fill = function (...children) {
+  document.getElementById("main").replaceChildren(...children);
+};
+
+VGS.onKey = function (event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+  if (typing && event.key === "Escape") event.target.blur();
+  if (typing || document.getElementById("help").open) return;
+  if (event.key === "?") document.getElementById("help").showModal();
+  else if (VGS.keys[event.key]) VGS.keys[event.key](event);
+  else return;
+  event.preventDefault();
+};
+
+VGS.start = function () {
+  const select = document.getElementById("run");
+  select.replaceChildren(...VGS.index.runs.map((run, i) => VGS.el("option", { value: i }, run.name)));
+  select.addEventListener("change", () => VGS.go({ run: select.value, problem: 0, search: 0, node: "", view: VGS.address().view === "overview" ? "overview" : "problems" }));
+  document.getElementById("run-label").hidden = VGS.index.runs.length < 2;
+  document.title = `Search report: ${VGS.index.runs.map((run) => run.name).join(", ")}`;
+  document.getElementById("help-button").addEventListener("click", () => document.getElementById("help").showModal());
+  document.addEventListener("keydown", VGS.onKey);
+  for (const view of ["overview", "problems"])
+    document.getElementById(`tab-${view}`).addEventListener("click", (event) => {
+      event.preventDefault();
+      VGS.go({ view });
+    });
+  window.addEventListener("hashchange", VGS.show);
+  VGS.show();
+};

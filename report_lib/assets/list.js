@@ -1,0 +1,97 @@
+// The list of problems: sort by any column, filter by what went wrong, search the text.
+"use strict";
+
+VGS.CLOSE_MARGIN = 0.2; // of the weighted vote: its first answer's share minus its second's
+VGS.FILTERS = [
+  ["all", "All", () => true],
+  ["wrong", "Wrong vote", (p) => p.wmaj < 1],
+  ["lost", "Wrong vote, right answer there", (p) => p.wmaj < 1 && p.pass1 > 0],
+  ["close", "Close vote", (p) => p.margin < VGS.CLOSE_MARGIN],
+  ["truncated", "Truncated or empty", (p) => p.truncated > 0 || p.empty > 0],
+  ["pruned", "Only a pruned candidate was right", (p) => p.rescued > 0],
+];
+VGS.WORDS = new Set(["problem", "truth", "wmaj"]); // columns that are set left
+// name, title, key, how it is shown, does it sort descending first
+VGS.COLUMNS = [
+  ["#", "problem number (data_idx)", "id", (p) => p.id, false],
+  ["Problem", "its first words", "problem", (p) => VGS.oneLine(p.problem), false],
+  ["Truth", "the reference answer", "truth", (p) => VGS.oneLine(p.truth, 18), false],
+  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => VGS.voteCell(p), false],
+  ["Margin", "share of the first answer minus the second's, in the weighted vote", "margin", (p) => VGS.bar(p.margin), false],
+  ["Right", "share of final beams that are right (pass@1)", "pass1", (p) => VGS.bar(p.pass1), false],
+  ["Disagree", "chance that two final beams, drawn at random, answer differently", "disagreement", (p) => VGS.percent(p.disagreement), true],
+  ["Truncated", "share of final beams that reached max_length", "truncated", (p) => VGS.percent(p.truncated), true],
+  ["Value", "mean value of the final beams", "value", (p) => VGS.value(p.value), true],
+  ["Pruned right", "searches in which a pruned, finished candidate was right and no kept one was", "rescued", (p) => (p.rescued === null ? "–" : p.rescued), true],
+  ["Tokens", "tokens generated, all repetitions", "tokens", (p) => VGS.short(p.tokens), true],
+];
+
+VGS.bar = function (share) {
+  return VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
+};
+
+VGS.voteCell = function (problem) {
+  const css = problem.wmaj === 1 ? "right" : problem.wmaj === 0 ? "wrong" : "truncated";
+  const mark = problem.wmaj === 1 ? "✓" : problem.wmaj === 0 ? "✗" : "½";
+  return VGS.el("span", {}, VGS.el("b", { class: `mark ${css}` }, mark), " ", VGS.oneLine(problem.vote || "(no answer)", 18));
+};
+
+VGS.listState = { sort: "id", down: false, filter: "all", words: "", at: 0 };
+
+VGS.listed = function () {
+  const { sort, down, filter, words } = VGS.listState;
+  const keep = VGS.FILTERS.find(([name]) => name === filter)[2];
+  const wanted = words.toLowerCase();
+  const rows = VGS.run().problems.filter((p) => keep(p) && (p.problem.toLowerCase().includes(wanted) || String(p.id) === wanted));
+  const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : (a ?? -1) - (b ?? -1));
+  rows.sort((a, b) => (down ? -1 : 1) * compare(a[sort], b[sort]) || a.id - b.id);
+  VGS.order = rows.map((p) => p.id);
+  return rows;
+};
+
+VGS.views.problems = function () {
+  const state = VGS.listState;
+  const head = VGS.el("tr", {});
+  const body = VGS.el("tbody", {});
+  const tally = VGS.el("span", { class: "tally" });
+  const filters = VGS.el("div", { class: "filters", role: "group", "aria-label": "Filter" });
+  const search = VGS.el("input", { type: "search", placeholder: "Search (/)", "aria-label": "Search problems", value: state.words, oninput: () => { state.words = search.value; state.at = 0; draw(); } });
+  const open = (id) => VGS.go({ view: "problem", problem: id, search: 0, node: "" });
+
+  const move = (step) => {
+    state.at = Math.min(Math.max(state.at + step, 0), VGS.order.length - 1);
+    body.querySelector(".at")?.classList.remove("at");
+    const row = body.children[state.at];
+    row?.classList.add("at");
+    row?.scrollIntoView({ block: "nearest" });
+  };
+  const sortBy = (key, down) => {
+    state.down = state.sort === key ? !state.down : down;
+    state.sort = key;
+    state.at = 0;
+    draw();
+  };
+  const draw = () => {
+    const rows = VGS.listed();
+    tally.textContent = `${rows.length} of ${VGS.run().problems.length} problems`;
+    filters.replaceChildren(...VGS.FILTERS.map(([name, words, keep]) =>
+      VGS.el("button", { type: "button", class: "chip", "data-filter": name, "aria-pressed": String(state.filter === name), onclick: () => { state.filter = name; state.at = 0; draw(); } },
+        `${words} `, VGS.el("small", {}, VGS.run().problems.filter(keep).length))));
+    head.replaceChildren(...VGS.COLUMNS.map(([name, title, key, , down]) =>
+      VGS.el("th", { title, class: VGS.WORDS.has(key) ? "words" : "number", "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : "none" },
+        VGS.el("button", { type: "button", "data-sort": key, onclick: () => sortBy(key, down) }, name, state.sort === key ? (state.down ? " ▼" : " ▲") : ""))));
+    body.replaceChildren(...rows.map((p, i) =>
+      VGS.el("tr", { class: i === state.at ? "at" : null, "data-problem": p.id, onclick: () => { state.at = i; open(p.id); } },
+        VGS.COLUMNS.map(([, , key, show]) => VGS.el("td", { class: VGS.WORDS.has(key) ? `words ${key}` : "number" }, show(p))))));
+  };
+
+  draw();
+  VGS.fill(
+    VGS.el("div", { class: "bar-top" }, filters, search, tally),
+    VGS.el("table", { class: "list" }, VGS.el("thead", {}, head), body));
+  move(0);
+  VGS.keys = {
+    ArrowDown: () => move(1), j: () => move(1), ArrowUp: () => move(-1), k: () => move(-1),
+    Enter: () => VGS.order.length && open(VGS.order[state.at]), "/": () => search.focus(),
+  };
+};

@@ -1,0 +1,151 @@
+// One problem: its text and truth, the vote with its weights, its searches.
+"use strict";
+
+VGS.MOST_ANSWERS = 8;
+VGS.view = { pooled: true, whole: false };
+
+/** Rows of the vote over some searches: one per class of equal answers, the heaviest first. */
+VGS.voteRows = function (searches) {
+  const rows = new Map();
+  let empty = 0;
+  for (const search of searches)
+    search.beams.forEach((node, i) => {
+      const id = search.classes[i];
+      const [answer, correct] = search.graded[node];
+      if (id < 0) empty += 1;
+      else {
+        if (!rows.has(id)) rows.set(id, { answers: new Map(), count: 0, weight: 0, best: 0, right: 0 });
+        const row = rows.get(id);
+        row.answers.set(answer, (row.answers.get(answer) || 0) + 1);
+        row.count += 1;
+        row.weight += search.value[node];
+        row.best = Math.max(row.best, search.value[node]);
+        row.right += correct ? 1 : 0;
+      }
+    });
+  const sorted = [...rows.values()].sort((a, b) => b.weight - a.weight || b.count - a.count);
+  return { rows: sorted, empty, count: sorted.reduce((sum, row) => sum + row.count, 0), weight: sorted.reduce((sum, row) => sum + row.weight, 0) };
+};
+
+VGS.voteTable = function (data, at) {
+  const pooled = VGS.view.pooled || data.searches.length < 2;
+  const over = data.searches.filter((search) => search.over);
+  const vote = VGS.voteRows(pooled ? over : [data.searches[at]].filter((search) => search.over));
+  const result = pooled ? data.votes : data.searches[at].votes;
+  const word = (share) => (share === 1 ? "right" : share === 0 ? "wrong" : `right to ${VGS.percent(share)} (tie, or a mixed answer)`);
+  const most = (key) => Math.max(...vote.rows.map((row) => row[key]), 0);
+  const bar = (row, key, total, digits) => VGS.el("td", { class: row[key] === most(key) ? "number top" : "number" },
+    VGS.el("span", { class: "bar", style: { width: `${total ? (70 * row[key]) / total : 0}px` } }), digits ? row[key].toFixed(digits) : row[key], total === 1 ? "" : ` (${VGS.percent(total ? row[key] / total : 0)})`);
+  const body = vote.rows.slice(0, VGS.MOST_ANSWERS).map((row) => {
+    const share = row.right / row.count;
+    const shown = [...row.answers.keys()].sort((a, b) => row.answers.get(b) - row.answers.get(a));
+    return VGS.el("tr", { class: share > 0 ? "is-right" : "" },
+      VGS.el("td", { class: "words" }, VGS.el("b", { class: `mark ${share > 0 ? "right" : "wrong"}` }, share === 1 ? "✓" : share > 0 ? "½" : "✗"), " ", VGS.oneLine(shown.slice(0, 3).join("  =  "), 60)),
+      bar(row, "count", vote.count, 0), bar(row, "weight", vote.weight, 2), bar(row, "best", 1, 3));
+  });
+  const rest = vote.rows.length - VGS.MOST_ANSWERS;
+  return VGS.el("section", { class: "vote" },
+    VGS.el("h3", {}, "Vote ",
+      ["all", "one"].map((kind) => VGS.el("button", { type: "button", class: "chip", "aria-pressed": String((kind === "all") === pooled), onclick: () => { VGS.view.pooled = kind === "all"; VGS.show(); } },
+        kind === "all" ? `all ${over.length} repetitions` : `repetition ${data.searches[at].repeat}`))),
+    VGS.el("table", {},
+      VGS.el("thead", {}, VGS.el("tr", {}, ["Answer", "Beams", "Sum of values", "Best value"].map((name, i) => VGS.el("th", { class: i ? "number" : "words" }, name)))),
+      VGS.el("tbody", {}, body)),
+    VGS.el("p", { class: "note" }, rest > 0 ? `${rest} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
+      result ? `Majority: ${word(result.maj)}. Value-weighted: ${word(result.wmaj)}. Best of N: ${word(result.bon)}.` : "This search is not over; it has no vote yet."));
+};
+
+VGS.searchStrip = function (data, at) {
+  return VGS.el("div", { class: "strip", role: "group", "aria-label": "Repetitions" }, data.searches.map((search, i) =>
+    VGS.el("button", { type: "button", class: "chip", "aria-pressed": String(i === at), "data-search": i, title: `repetition ${search.repeat}${search.over ? "" : ", in progress"}`, onclick: () => VGS.go({ search: i, node: "" }) },
+      `${search.repeat} `, search.over
+        ? search.beams.slice(0, 16).map((node) => {
+          const outcome = VGS.outcome(search.graded[node][1], search.finish[node]);
+          return VGS.el("span", { class: `mark ${outcome.css}` }, outcome.mark);
+        })
+        : "in progress", search.beams.length > 16 ? "…" : "")));
+};
+
+/** The tree and the pane of the chosen block. Choosing another block changes marks and pane, and draws nothing else. */
+VGS.drawSearch = function (data, at, room) {
+  const search = data.searches[at];
+  const width = Math.max(380, Math.floor((room - 40) * 0.55)) - 30;
+  const place = VGS.layout(search, width);
+  const best = [...search.beams].filter((node) => node > 0).sort((a, b) => search.value[b] - search.value[a])[0] || 1;
+  const wanted = Number(VGS.address().node);
+  let node = search.parent[wanted] >= 0 ? wanted : best;
+  let texts = null;
+
+  const pane = VGS.el("div", { class: "pane" }, VGS.el("p", {}, "Loading the text…"));
+  const choose = (next) => {
+    node = next;
+    VGS.note({ node });
+    const group = VGS.markNode(svg, search, node);
+    group.focus({ preventScroll: true });
+    group.scrollIntoView({ block: "nearest", inline: "nearest" });
+    fill();
+  };
+  const whole = (on) => {
+    VGS.view.whole = on;
+    fill();
+  };
+  const fill = () => {
+    if (texts) pane.replaceChildren(VGS.blockPane(search, node, texts, VGS.view.whole, { choose, whole }));
+    pane.scrollTop = 0;
+  };
+  const svg = VGS.drawTree(search, width, choose);
+  VGS.markNode(svg, search, node);
+  VGS.load(search.texts).then(
+    (parts) => { texts = parts[search.at]; fill(); },
+    (error) => pane.replaceChildren(VGS.el("p", { class: "error" }, error.message)));
+  const arrow = (event) => choose(VGS.step(search, place, node, event.key));
+  Object.assign(VGS.keys, {
+    ArrowUp: arrow, ArrowDown: arrow, ArrowLeft: arrow, ArrowRight: arrow,
+    Enter: () => document.getElementById("block-head")?.focus(),
+    t: () => whole(!VGS.view.whole),
+  });
+  return VGS.el("div", { class: "search" }, VGS.el("div", { class: "tree-holder" }, svg, VGS.legend()), pane);
+};
+
+VGS.legend = function () {
+  const steps = [0, 0.25, 0.5, 0.75, 1];
+  return VGS.el("p", { class: "legend" },
+    "value ", steps.map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
+    VGS.el("span", { class: "swatch sample kept" }, "kept"), VGS.el("span", { class: "swatch sample rejected" }, "rejected"),
+    " ✓ right  ✗ wrong  … truncated");
+};
+
+VGS.drawProblem = function (data) {
+  const at = Math.min(Number(VGS.address().search) || 0, data.searches.length - 1);
+  const hop = (step) => {
+    const order = VGS.order.includes(data.id) ? VGS.order : VGS.run().problems.map((p) => p.id);
+    const next = order[order.indexOf(data.id) + step];
+    if (next !== undefined) VGS.go({ problem: next, search: 0, node: "" });
+  };
+  const turn = (step) => VGS.go({ search: Math.min(Math.max(at + step, 0), data.searches.length - 1), node: "" });
+  const back = () => VGS.go({ view: "problems", node: "" });
+  VGS.keys = { Escape: back, "[": () => turn(-1), "]": () => turn(1), p: () => hop(-1), n: () => hop(1) };
+  const scrolled = window.scrollY;
+  VGS.fill(
+    VGS.el("p", { class: "crumbs" },
+      VGS.el("button", { type: "button", class: "chip", onclick: back }, "← Problems (Esc)"),
+      VGS.el("button", { type: "button", class: "chip", onclick: () => hop(-1) }, "‹ p"), ` Problem ${data.id} `, VGS.el("button", { type: "button", class: "chip", onclick: () => hop(1) }, "n ›")),
+    VGS.el("div", { class: "problem-head" },
+      VGS.el("section", { class: "statement" }, VGS.el("h3", {}, "Problem"), VGS.longText(data.problem, { class: "problem-text" }),
+        VGS.el("p", { class: "truth" }, "Truth: ", VGS.el("b", {}, VGS.oneLine(data.truth, 160)))),
+      VGS.voteTable(data, at)),
+    VGS.searchStrip(data, at),
+    VGS.drawSearch(data, at, document.getElementById("main").clientWidth));
+  window.scrollTo(0, scrolled);
+};
+
+VGS.views.problem = function () {
+  const known = VGS.run().problems;
+  const id = known.some((p) => p.id === Number(VGS.address().problem)) ? Number(VGS.address().problem) : known[0].id;
+  const name = `${VGS.run().folder}/p${id}`;
+  if (!VGS.order.length) VGS.listed();
+  VGS.load(name).then((data) => {
+    const { view, problem } = VGS.address();
+    if (view === "problem" && (Number(problem) || known[0].id) === id) VGS.drawProblem(data);
+  }, (error) => VGS.fill(VGS.el("p", { class: "error" }, error.message)));
+};

@@ -1,0 +1,178 @@
+"""Two runs on the same problems, compared at the same N, the same tokens generated, the same FLOPs.
+
+Scores are paired by problem and the interval is clustered by problem (`stats_utils.paired_difference`). Costs grow in
+proportion to the pooled repetitions m, so "the same tokens" is a fractional m of each run; a problem's score there is
+interpolated linearly between the whole numbers around it. Budgets that one run does not reach are not extrapolated to.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cli_utils import UserError
+from report_lib.data import Run
+from stats_utils import METRICS, paired_difference
+
+MAX_BUDGETS = 5  # rows per basis and metric
+BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}
+
+
+@dataclass
+class Measured:
+    """What a comparison needs of a run.
+
+    scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled); tokens, flops: by data_idx, of one
+    repetition (mean).
+    """
+
+    run: Run
+    scores: dict[int, dict[str, list[float]]]
+    tokens: dict[int, float] | None
+    flops: dict[int, float] | None
+
+
+def problem_key(line: Mapping[str, Any]) -> str:
+    """What makes a problem the same in two runs: its text, white space apart."""
+    return " ".join(line["problem"].split())
+
+
+def common_problems(one: Run, other: Run) -> list[tuple[int, int]]:
+    """(data_idx in one, data_idx in other) of problems with the same text. Raises UserError if there is none."""
+    places: dict[str, list[int]] = {}
+    for data_idx, lines in other.by_problem.items():
+        places.setdefault(problem_key(lines[0]), []).append(data_idx)
+    pairs = []
+    for data_idx, lines in one.by_problem.items():
+        same = places.get(problem_key(lines[0]))
+        if same:
+            pairs.append((data_idx, same.pop(0)))
+    if not pairs:
+        raise UserError(f"{one.path} and {other.path} have no problem in common; report them one by one")
+    return pairs
+
+
+def comparison_note(one: Run, other: Run, pairs: Sequence[tuple[int, int]]) -> str:
+    """Which problems are compared, and whether the reference answers agree."""
+    left_out = len(one.by_problem) + len(other.by_problem) - 2 * len(pairs)
+    note = f"{one.name} against {other.name}: paired over {len(pairs)} common problems, clustered by problem"
+    if left_out:
+        note += f"; {left_out} that only one of them has are left out"
+    differing = sum(one.by_problem[a][0]["gt_answer"] != other.by_problem[b][0]["gt_answer"] for a, b in pairs)
+    if differing:
+        note += f"; WARNING: {differing} of them have different reference answers in the two runs"
+    return (
+        note
+        + "; tokens are those generated, FLOPs those of both models; p-values are not corrected for the number of rows"
+    )
+
+
+def score_at(scores: Sequence[float], pooled: float) -> float:
+    """Score at a fractional number of pooled repetitions, 1 <= pooled <= len(scores), linear between whole numbers."""
+    low = min(math.floor(pooled), len(scores))
+    high = min(low + 1, len(scores))
+    return scores[low - 1] + (pooled - low) * (scores[high - 1] - scores[low - 1])
+
+
+def spread(low: float, high: float) -> list[float]:
+    """At most MAX_BUDGETS budgets from low to high in equal ratios, about doubling."""
+    if low > high * (1 + 1e-9):
+        return []
+    steps = min(MAX_BUDGETS - 1, max(1, round(math.log2(high / low)))) if high > low else 0
+    return [low * (high / low) ** (i / max(1, steps)) for i in range(steps + 1)]
+
+
+def equal_n_budgets(one: Run, other: Run, most: tuple[int, int]) -> list[tuple[float, float, float]]:
+    """(N, pooled in one, pooled in other) of the N that both runs have, thinned to MAX_BUDGETS."""
+    if not one.num_blocks or not other.num_blocks:
+        return []
+    first = {one.num_blocks * m: m for m in range(1, most[0] + 1)}
+    second = {other.num_blocks * m: m for m in range(1, most[1] + 1)}
+    both = sorted(first.keys() & second.keys())
+    wanted = (
+        {min(both, key=lambda n: abs(math.log(n / target))) for target in spread(both[0], both[-1])} if both else set()
+    )
+    return [(n, first[n], second[n]) for n in sorted(wanted)]
+
+
+def equal_cost_budgets(one: float, other: float, most: tuple[int, int]) -> list[tuple[float, float, float]]:
+    """(budget, pooled in one, pooled in other), where a repetition costs `one` and `other`."""
+    budgets = spread(max(one, other), min(one * most[0], other * most[1]))
+    return [(budget, min(budget / one, most[0]), min(budget / other, most[1])) for budget in budgets]
+
+
+def metric_pairs(one: Run, other: Run) -> list[tuple[str, str]]:
+    """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
+    pairs = [(metric, metric) for metric in METRICS]
+    if other.search_type == "bon" and one.search_type != "bon":
+        pairs.append(("wmaj", "maj"))
+    if one.search_type == "bon" and other.search_type != "bon":
+        pairs.append(("maj", "wmaj"))
+    return pairs
+
+
+def compare(one: Measured, other: Measured) -> dict[str, Any]:
+    """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
+    pairs = common_problems(one.run, other.run)
+    most = (  # repetitions that every common problem has
+        min(len(one.scores[a]["pass1"]) for a, _ in pairs),
+        min(len(other.scores[b]["pass1"]) for _, b in pairs),
+    )
+    bases, missing = shared_budgets(one, other, pairs, most)
+    rows = [
+        compare_at(one, other, pairs, basis, budget, metrics)
+        for basis, budgets in bases.items()
+        for budget in budgets
+        for metrics in metric_pairs(one.run, other.run)
+    ]
+    note = comparison_note(one.run, other.run, pairs)
+    return {"one": one.run.name, "other": other.run.name, "note": note, "missing": missing, "rows": rows}
+
+
+def shared_budgets(
+    one: Measured, other: Measured, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+) -> tuple[dict[str, list[tuple[float, float, float]]], list[str]]:
+    """By basis, the budgets that both runs reach; and in words why a basis has none."""
+    bases = {"N": equal_n_budgets(one.run, other.run, most)}
+    missing = []
+    if not bases["N"]:
+        known = one.run.num_blocks and other.run.num_blocks
+        missing.append("the runs have no N in common" if known else "N is not known of both runs")
+    for basis in ("tokens", "flops"):
+        words = BASES[basis]
+        costs = getattr(one, basis), getattr(other, basis)
+        if not costs[0] or not costs[1]:
+            missing.append(f"{words} are not known of both runs")
+            continue
+        first, second = (float(np.mean([cost[pair[i]] for pair in pairs])) for i, cost in enumerate(costs))
+        bases[basis] = equal_cost_budgets(first, second, most)
+        if not bases[basis]:
+            reach = [f"{cost:.3g} to {cost * pooled:.3g}" for cost, pooled in zip((first, second), most, strict=True)]
+            missing.append(f"no budget of {words} that both runs reach: {reach[0]} against {reach[1]} a problem")
+    return bases, missing
+
+
+def compare_at(
+    one: Measured,
+    other: Measured,
+    pairs: Sequence[tuple[int, int]],
+    basis: str,
+    budget: tuple[float, float, float],
+    metrics: tuple[str, str],
+) -> dict[str, Any]:
+    """One row: both scores at one budget and their paired difference."""
+    amount, pooled_one, pooled_other = budget
+    first = {a: score_at(one.scores[a][metrics[0]], pooled_one) for a, _ in pairs}
+    second = {a: score_at(other.scores[b][metrics[1]], pooled_other) for a, b in pairs}
+    return {
+        "basis": basis,
+        "budget": amount,
+        "pooled_one": pooled_one,
+        "pooled_other": pooled_other,
+        "metric_one": metrics[0],
+        "metric_other": metrics[1],
+        "one": float(np.mean(list(first.values()))),
+        "other": float(np.mean(list(second.values()))),
+    } | paired_difference(first, second)
