@@ -1,0 +1,118 @@
+"""A small HTTP server that answers as SGLang's does, in a thread, and can be told to misbehave."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+INFO = {"model_path": "the-model", "architectures": ["Qwen2ForCausalLM"]}
+SERVER_INFO = {"max_req_input_len": 2042, "max_total_num_tokens": 8192, "version": "0.5.23"}
+
+
+def block(prompt_ids: list[int], limit: int) -> list[int]:
+    """What the fake model writes: a function of the prompt."""
+    return [(sum(prompt_ids) + 7 * i) % 250 for i in range(limit)]
+
+
+def generated(body: dict) -> dict:
+    tokens = block(body["input_ids"], body["sampling_params"]["max_new_tokens"])
+    meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 1}
+    return {"output_ids": tokens, "meta_info": meta}
+
+
+class FakeServer:
+    """`script(body) -> (status, body) | None` may answer in the place of the model; it runs in a thread of its own, and
+    may wait. `bodies` are the requests that came, `aborted` the ids of aborted ones."""
+
+    def __init__(self, script=lambda body: None, port: int = 0, **info):
+        self.script, self.info = script, info
+        self.bodies, self.keys, self.aborted = [], [], []
+        self.healthy, self.seconds = True, 0.0
+        self.workers: list[str] | None = None  # a router has some
+        self._connections: set = set()
+        self._listen(port)
+
+    def _listen(self, port: int) -> None:
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def kill(self) -> None:
+        """Gone at once: open connections break."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self._connections):
+            connection.close_now()
+
+    def start_again(self) -> None:
+        self._listen(self.port)
+
+    def answer(self, method: str, path: str, body: dict, headers) -> tuple[int, object]:
+        if path == "/health":
+            return (200 if self.healthy else 503), ""
+        if self.workers is not None:
+            if path == "/workers":
+                return 200, {"workers": [{"url": url, "is_healthy": True} for url in self.workers]}
+            if path in ("/server_info", "/model_info"):
+                return 404, ""
+        if path == "/model_info":
+            return 200, INFO | {k: v for k, v in self.info.items() if k in INFO}
+        if path == "/server_info":
+            return 200, SERVER_INFO | self.info
+        if path == "/abort_request":
+            self.aborted.append(body["rid"])
+            return 200, ""
+        assert (method, path) == ("POST", "/generate")
+        self.bodies.append(body)
+        self.keys.append(headers.get("x-smg-routing-key"))
+        answer = self.script(body)
+        if answer is None:
+            time.sleep(self.seconds)
+            answer = 200, generated(body)
+        return answer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: FakeServer
+
+    def setup(self):
+        super().setup()
+        self.fake._connections.add(self)
+
+    def finish(self):
+        self.fake._connections.discard(self)
+        super().finish()
+
+    def close_now(self):
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def do_GET(self):
+        self._answer("GET", {})
+
+    def do_POST(self):
+        self._answer("POST", json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, method, body):
+        status, reply = self.fake.answer(method, self.path, body, self.headers)
+        data = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(OSError):
+            super().handle()

@@ -1,0 +1,1 @@
+"""Stands in for vllm, of which sglang imports one kernel where no kernel package is installed."""
