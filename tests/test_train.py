@@ -1,0 +1,351 @@
+"""train_classifier.py: flags, equal gradients however a step is split, checkpoints, evaluation, and bad input."""
+
+import json
+import math
+import resource
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from rollouts import losses, random_rows, run_script, write_rows
+from tiny import save_generator, save_value_model, tiny_config
+
+import train_classifier
+from checkpoint_utils import checkpoints
+from classifier_lib import Qwen2ForClassifier
+from cli_utils import UserError
+from training_args import parse_args
+from training_eval import _rollout_metrics
+from training_utils import learning_rate, step_flops
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # for scripts
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A folder with a tiny backbone and 40 x 4 random roll-outs."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_generator(folder / "backbone")
+    write_rows(folder / "data", random_rows(40))
+    return folder
+
+
+def flags(inputs, tmp_path, **changes):
+    """Flags of a small run, as a list; a value of None leaves one out, True and False are switches."""
+    settings = {
+        "model_path": inputs / "backbone", "data_path": inputs / "data", "data_num_response": 4, "max_length": 40,
+        "total_batch_size": 8, "micro_batch_size": 4, "num_steps": 6, "save_every": 3, "eval_every": -1, "max_lr": 1e-3,
+        "save_dir": tmp_path / "runs", "run_name": "run", "device": "cpu",
+    }  # fmt: skip
+    parts = []
+    for name, value in (settings | changes).items():
+        if value is True or value is False:
+            parts.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            parts += [f"--{name}", str(value)]
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+RELEASED = (
+    "--eval_every -1 --save_every 486 --num_steps 12170 --max_lr 0.0001 --data_path VGS-AI/OpenR1-VM --data_num_response 56 "
+    "--model_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --total_batch_size 64 --micro_batch_size 8 --small_group_size 2 "
+    "--run_name single_node_run --track --compile --push_to_hub"
+).split()
+
+
+def test_the_released_command_is_accepted(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args = parse_args(RELEASED)
+    assert (args.compile, args.push_to_hub, args.tracker, args.gradient_checkpointing) == (True, True, "neptune", True)
+    assert (args.world_size, args.held_out, args.run_name) == (4, 0, "single_node_run")
+    assert not parse_args([*RELEASED, "--no-push_to_hub", "--no-track"]).push_to_hub
+
+
+def test_defaults_are_the_released_ones():
+    released = {
+        "track": False, "logger_tags": [], "data_path": "VGS-AI/OpenR1-VM", "validation_data_path": None,
+        "data_num_response": 8, "model_path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "compile": False,
+        "gradient_checkpointing": True, "seed": 1337, "micro_batch_size": 4, "total_batch_size": 128, "max_length": 16384,
+        "disable_lr_schedule": False, "max_lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_norm_clip": 5.0,
+        "p_dropout": 0.05, "num_steps": 4000, "eval_size": 128, "eval_every": 200, "save_every": 200, "max_keep_ckpts": 20,
+        "push_to_hub": False, "small_group_size": 2, "num_labels": 3, "label_key": "labels", "train_bt_model": False,
+        "debug": False, "dataset_name": None, "use_dora": False, "packing": "none", "param_dtype": "fp32",
+    }  # fmt: skip
+    args = vars(parse_args([]))
+    assert {name: args[name] for name in released} == released
+    assert args["run_name"] == "DeepSeek-R1-Distill-Qwen-7B-OpenR1-VM-seed1337"
+    assert parse_args(["--dataset_name", "mine"]).run_name.startswith("mine-")
+    assert parse_args(["--logger_tags", "a", "b"]).logger_tags == ["a", "b"]
+
+
+def test_schedule():
+    rates = [learning_rate(step, 4000, 1.0) for step in range(4000)]
+    assert rates[:2] == [1 / 200, 2 / 200] and rates[199] == rates[200] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[199:], rates[200:], strict=False))
+    assert learning_rate(99, 1000, 1.0) == 1.0 > learning_rate(98, 1000, 1.0)  # at least 100 steps
+    assert learning_rate(9, 20, 1.0) == 1.0 > learning_rate(8, 20, 1.0)  # at most half
+    assert learning_rate(0, 1, 1.0) == 1.0
+
+
+def test_flops_of_a_small_model_by_hand():
+    config = tiny_config()
+    matmul_weights = 1000
+    # 2 FLOPs a weight and token forward, twice that backward; QK and PV: 2 x 2 x head_dim a pair and head forward.
+    tokens, pairs = 10, 55
+    by_hand = 3 * (2 * matmul_weights * tokens + 2 * config.num_hidden_layers * 2 * 32 * pairs)
+    assert step_flops(config, matmul_weights, tokens, pairs) == by_hand
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same gradient however a step is split
+
+
+def first_gradient(run_dir):
+    """The gradient of a run of one step without clipping: AdamW's first moment is (1 - beta1) times it."""
+    state = torch.load(run_dir / "latest/optimizer.pt", weights_only=True)
+    return {name: moments["exp_avg"] / (1 - 0.9) for name, moments in state.items()}
+
+
+def test_gradients_do_not_depend_on_ranks_micro_batches_packing_or_sharding(inputs, tmp_path):
+    one = {"num_steps": 1, "p_dropout": 0.0, "grad_norm_clip": 1e9, "total_batch_size": 16}
+    variants = {
+        "reference": (1, {"micro_batch_size": 1}),
+        "micro": (1, {"micro_batch_size": 8, "gradient_checkpointing": False}),
+        "tree": (1, {"micro_batch_size": 16, "packing": "tree"}),
+        "two ranks": (2, {"micro_batch_size": 4}),
+        "sharded": (2, {"micro_batch_size": 2, "packing": "tree", "fsdp": True}),
+        "four ranks": (4, {"micro_batch_size": 2, "packing": "pack"}),
+    }
+    for name, (ranks, changes) in variants.items():
+        arguments = flags(inputs, tmp_path, **one, **changes, run_name=name)
+        if ranks == 1:
+            assert train_classifier.main(arguments) == 0
+        else:
+            done = run_script(arguments, ranks)
+            assert done.returncode == 0, done.stderr
+    reference = first_gradient(tmp_path / "runs/reference")
+    assert all(grad.norm() > 0 for grad in reference.values())
+    for name in variants:
+        assert losses(tmp_path / "runs" / name) == pytest.approx(losses(tmp_path / "runs/reference"), rel=1e-5)
+        for key, grad in first_gradient(tmp_path / "runs" / name).items():
+            assert (grad - reference[key]).norm() <= 1e-5 * reference[key].norm() + 1e-9, (name, key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_resume_is_bit_identical_and_keeps_what_it_says(inputs, tmp_path):
+    """With dropout, with data workers, over an epoch's end, and with an evaluation in between."""
+    more = {"num_steps": 12, "eval_every": 4, "eval_size": 10, "total_batch_size": 16, "p_dropout": 0.2}
+    assert train_classifier.main(flags(inputs, tmp_path, **more, run_name="whole")) == 0
+    whole = losses(tmp_path / "runs/whole")
+    run_dir = tmp_path / "runs/run"
+    arguments = flags(inputs, tmp_path, **more, num_workers=1, max_keep_ckpts=2)
+    assert train_classifier.main(arguments) == 0
+    assert [path.name for path in checkpoints(run_dir)] == ["step-00000009", "step-00000012"]
+    assert (run_dir / "latest").resolve().name == "step-00000012"
+    for name in ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", "trainer.json", "tokenizer.json"):
+        assert (run_dir / "latest" / name).stat().st_mode & 0o444
+    trainer = json.loads((run_dir / "latest/trainer.json").read_text())
+    assert (trainer["step"], trainer["arguments"]["max_lr"], trainer["data"]["rollouts"]) == (12, 1e-3, 120)
+    # As after a kill -9 in step 11: a later log, a torn line, a checkpoint half written, one half removed.
+    (run_dir / "step-00000012/trainer.json").unlink()
+    (run_dir / ".writing-step-00000012").mkdir()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss"')
+    assert train_classifier.main(arguments) == 0
+    assert losses(run_dir) == whole
+    assert not list(run_dir.glob(".writing*"))
+    assert train_classifier.main(arguments) == 0  # nothing left to do
+    assert losses(run_dir) == whole
+    model = Qwen2ForClassifier.from_pretrained(run_dir / "latest")
+    assert model.config.num_labels == 3 and model.dtype == torch.float32
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(inputs, tmp_path):
+    small = flags(inputs, tmp_path, num_steps=3)
+    assert train_classifier.main(small) == 0
+    train_classifier.main(flags(inputs, tmp_path, run_name="full", save_every=3))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for path in (tmp_path / "runs/full").glob("step-00000006"):
+        path.rename(tmp_path / "away")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a full disk: every write beyond fails
+    try:
+        with pytest.raises(UserError, match=r"checkpoint of step 6 could not be written .* step-00000003 is whole"):
+            train_classifier.main(flags(inputs, tmp_path, run_name="full", save_every=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in checkpoints(tmp_path / "runs/full")] == ["step-00000003"]
+    assert not list((tmp_path / "runs/full").glob(".writing*"))
+    assert train_classifier.main(flags(inputs, tmp_path, run_name="full", save_every=3)) == 0
+
+
+def test_a_run_goes_on_only_as_the_same_run(inputs, tmp_path, monkeypatch, caplog):
+    assert train_classifier.main(flags(inputs, tmp_path, num_steps=4)) == 0
+    with pytest.raises(UserError, match=r"another configuration: --num_steps was 4, is 8; --max_lr was 0.001, is 0.01"):
+        train_classifier.main(flags(inputs, tmp_path, num_steps=8, max_lr=0.01))
+    other = write_rows(tmp_path / "data2", random_rows(41))
+    (tmp_path / "data").symlink_to(inputs / "data")
+    moving = {"data_path": tmp_path / "data", "run_name": "moving"}
+    train_classifier.main(flags(inputs, tmp_path, **moving))
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").symlink_to(other)
+    with pytest.raises(UserError, match="is not what .* was trained on"):
+        train_classifier.main(flags(inputs, tmp_path, **moving))
+    with caplog.at_level("INFO"):
+        train_classifier.main(flags(inputs, tmp_path, num_steps=4, micro_batch_size=2))
+    assert "equal to rounding (dropout apart): micro_batch_size" in caplog.text
+
+
+def test_a_second_process_is_told(inputs, tmp_path, monkeypatch):
+    import checkpoint_utils
+
+    with checkpoint_utils.lock_run(tmp_path / "runs/run"):
+        monkeypatch.setattr(checkpoint_utils.lock_run, "__defaults__", (0.3,))
+        with pytest.raises(UserError, match=r"process \d+ is training into .*; wait for it, or give another --run_name"):
+            train_classifier.main(flags(inputs, tmp_path))
+
+
+def test_debug_and_default_name(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path, debug=True, run_name=None, num_steps=50, save_every=100, track=True, use_dora=True)
+    assert train_classifier.main(arguments) == 0
+    assert len(losses(tmp_path / "runs/backbone-data-seed1337-debug")) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and evaluation
+
+
+@pytest.mark.parametrize("kind", ["three classes", "one class", "bradley-terry"])
+def test_training_and_evaluation_of_each_kind(tmp_path, inputs, kind):
+    """Labels that the roll-outs' tokens give away are learned, and the evaluation says so."""
+    rows = random_rows(80, per_row=6)
+    for row in rows:
+        row["labels"] = [int(i % 3) for i in range(6)]
+        row["roll_outs_ids"] = [[1 + label] * (5 + i) for i, label in enumerate(row["labels"])]
+    write_rows(tmp_path / "data", rows)
+    more = {"three classes": {}, "one class": {"num_labels": 1}, "bradley-terry": {"num_labels": 1, "train_bt_model": True}}
+    arguments = flags(
+        inputs, tmp_path, data_path=tmp_path / "data", data_num_response=6, num_steps=30, total_batch_size=24, max_lr=1e-2,
+        micro_batch_size=12, eval_every=30, eval_size=20, packing="tree", **more[kind],
+    )  # fmt: skip
+    assert train_classifier.main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    found = {name.removeprefix("eval/"): value for name, value in lines[-1].items()}
+    assert found["loss"] < 0.2 < lines[0]["loss"]
+    assert found["accuracy"] > 0.95 and found["auc"] > 0.98
+    if kind == "bradley-terry":
+        assert found["within_auc"] == 1.0
+    else:
+        assert found["within_auc_at_75"] == 1.0 and found["brier"] < 0.05 and found["ece"] < 0.2
+    evaluations = []
+    for packing in ("none", "pack"):
+        assert train_classifier.main([*arguments, "--eval_only", "--packing", packing]) == 0
+        evaluations.append(packing)
+    assert evaluations == ["none", "pack"]
+
+
+def test_evaluation_figures_by_hand():
+    value = np.array([0.1, 0.9, 0.8, 0.2, 0.4], dtype=np.float32)
+    arrays = {
+        "value": value,
+        "hit": np.array([True, False, True, True, False]),
+        "length": np.array([2, 0, 3]),  # the second roll-out was cut away whole
+        "correct": np.array([False, True, True]),
+        "problem": np.array([0, 0, 0]),
+    }
+    found = _rollout_metrics(arrays)
+    assert found["accuracy"] == 0.6
+    assert found["auc"] == pytest.approx((1 + 1 + 1 + 0 + 0 + 0) / 6)
+    assert found["brier"] == pytest.approx((0.1**2 + 0.9**2 + 0.2**2 + 0.8**2 + 0.6**2) / 5)
+    assert (found["auc_at_0"], found["auc_at_100"], found["within_auc_at_0"]) == (1.0, 0.0, 1.0)
+    assert found["brier_at_100"] == pytest.approx((0.9**2 + 0.6**2) / 2)
+    assert found["accuracy_at_50"] == 1.0  # tokens 0 and 3: half of the way, ties to even
+
+
+def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, capfd):
+    lines = []
+    save_value_model(tmp_path / "value")
+    for packing, micro_batch_size in (("none", 1), ("pack", 4), ("tree", 8)):
+        arguments = flags(
+            inputs, tmp_path, init_from=tmp_path / "value", packing=packing, micro_batch_size=micro_batch_size,
+            eval_every=1, eval_size=15, eval_only=True,
+        )  # fmt: skip
+        assert train_classifier.main(arguments) == 0
+        lines.append(next(line for line in capfd.readouterr().err.splitlines() if "evaluation" in line))
+    assert lines[0] == lines[1] == lines[2]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_init_from_goes_on_with_the_head(inputs, tmp_path):
+    save_value_model(tmp_path / "value")
+    train_classifier.main(flags(inputs, tmp_path, init_from=tmp_path / "value", num_steps=1, max_lr=1e-12))
+    before = Qwen2ForClassifier.from_pretrained(tmp_path / "value").score[2].weight
+    after = Qwen2ForClassifier.from_pretrained(tmp_path / "runs/run/latest").score[2].weight
+    assert (before - after).abs().max() < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {
+    "total_batch_size": ({"total_batch_size": 10}, "10 is not a multiple of 1 ranks x --micro_batch_size 4 = 4; the nearest that work: 8, 12"),
+    "small_group_size": ({"small_group_size": 3}, "--small_group_size 3 does not divide --data_num_response 4; the nearest that does: 2"),
+    "max_length": ({"max_length": 4096}, "--max_length 4096 is beyond the 2048 positions of"),
+    "bt labels": ({"train_bt_model": True}, "--num_labels 3 must be 1 with --train_bt_model"),
+    "bt micro batch": ({"train_bt_model": True, "num_labels": 1, "micro_batch_size": 1}, "--micro_batch_size 1 must be even"),
+    "steps": ({"num_steps": 0}, "--num_steps 0 must be above 0"),
+    "dropout": ({"p_dropout": 1.0}, "--p_dropout 1.0 must be at least 0 and below 1"),
+    "eval_only": ({"eval_only": True}, "--eval_every -1 must be above 0 with --eval_only"),
+    "nothing to evaluate": ({"eval_only": True, "eval_every": 1, "eval_size": 5}, "has no checkpoint; give --run_name of a trained run"),
+    "hold-out": ({"eval_every": 1, "eval_size": 40}, "--eval_size 40 would hold out all of the 40 problems"),
+    "model": ({"model_path": "/nowhere/model"}, "/nowhere/model"),
+    "data": ({"data_path": "/nowhere/data"}, "/nowhere/data does not exist"),
+    "columns": ({"label_key": "grades"}, "lacks column grades; it has message_id, problem"),
+    "too little data": ({"total_batch_size": 400, "micro_batch_size": 4}, "has fewer roll-outs (160) than a step of --total_batch_size 400"),
+    "init without head": ({"init_from": "backbone"}, "has no value head, --num_labels is 3"),
+    "unwritable": ({"save_dir": "/proc/nowhere"}, "--save_dir: cannot write to"),
+    "gpu": ({"device": "cuda"}, "--device cuda"),
+    "push": ({"push_to_hub": True}, "--push_to_hub: cannot make the repository"),
+    "tracker": ({"track": True}, "no neptune project"),
+    "flag": ({"micro_batchsize": 4}, "did you mean --micro_batch_size?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_before_a_model_loads(inputs, tmp_path, name, monkeypatch):
+    for variable in ("NEPTUNE_PROJECT", "HF_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    if name == "gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(train_classifier, "load_model", None)
+    changes, message = BAD[name]
+    if changes.get("init_from"):
+        changes = {"init_from": inputs / changes["init_from"]}
+    with pytest.raises(UserError) as error:
+        train_classifier.main(flags(inputs, tmp_path, **changes))
+    assert message in str(error.value)
+    assert not list(tmp_path.glob("runs/run/step*"))
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_line(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path, max_lr=1e38, disable_lr_schedule=True, num_steps=50, save_every=1, max_keep_ckpts=9)
+    done = run_script(arguments, ranks=2)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "the loss is nan; sample row " in said[0] or "the gradient's norm is" in said[0]
+    assert "[rank" not in done.stderr  # no traceback of a rank; torchrun shows one of its own
+    good = losses(tmp_path / "runs/run")
+    assert all(map(math.isfinite, good))
+    assert checkpoints(tmp_path / "runs/run")[-1].name == f"step-{len(good):08d}"

@@ -1,0 +1,163 @@
+"""Flags of train_classifier.py, and what can be checked of them without reading a file."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cli_utils import ArgumentParser, UserError
+from packing_utils import PACKINGS
+
+# A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
+IDENTITY = (
+    "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",
+    "held_out", "seed", "total_batch_size", "max_length", "num_steps", "disable_lr_schedule", "max_lr", "beta1",
+    "beta2", "weight_decay", "grad_norm_clip", "p_dropout", "num_labels", "train_bt_model", "param_dtype", "debug",
+)  # fmt: skip
+ROUNDING = (
+    "micro_batch_size", "packing", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
+)  # fmt: skip
+
+
+# fmt: off
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = ArgumentParser(description=description)
+    switch: Any = argparse.BooleanOptionalAction
+
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data_path", default="VGS-AI/OpenR1-VM", help="hub name, folder or file of parquet, or save_to_disk folder ")
+    flag("--validation_data_path", help="evaluate on its first eval_size rows (default: hold problems of data_path out)")
+    flag("--data_num_response", type=int, default=8, help="the first that many roll-outs of each row")
+    flag("--small_group_size", type=int, default=2, help="that many neighbouring roll-outs of a row stay together in the "
+         "shuffle")
+    flag("--label_key", default="labels", help="the labels' column")
+    flag("--skip_bad_rows", action=switch, default=False, help="leave faulty rows out and say how many, instead of "
+         "stopping; reads every token id once")
+    flag("--max_length", type=int, default=16384, help="tokens of a trace, prompt included; a longer one is cut and "
+         "keeps its label")
+    flag("--packing", choices=PACKINGS, default="none", help="none: right padding; pack: traces one behind the other in "
+         "rows of micro_batch_size x max_length tokens; tree: shared prefixes computed once, too")
+    flag("--num_workers", type=int, help="processes that read data, 0: none (default: 2 with a GPU, else 0)")
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model_path", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", help="backbone, folder or hub name of a "
+         "Qwen2")
+    flag("--init_from", help="a value model to go on from, with its head, instead of --model_path")
+    flag("--num_labels", type=int, choices=(1, 3), default=3, help="3: incorrect, correct, length-limited; 1: correct "
+         "or not")
+    flag("--train_bt_model", action=switch, default=False, help="Bradley-Terry loss on pairs of one problem, at the "
+         "last tokens; needs --num_labels 1")
+    flag("--p_dropout", type=float, default=0.05, help="in attention and head")
+    flag("--param_dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 parameters save memory, but small "
+         "updates are lost in them")
+    flag("--autocast", action=switch, help="compute in bf16 (default: with a GPU)")
+    flag("--use_dora", action=switch, default=False, help="accepted without effect, as in the released code")
+
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--num_steps", type=int, default=4000, help="optimizer steps of the whole run")
+    flag("--total_batch_size", type=int, default=128, help="roll-outs a step, over all ranks")
+    flag("--micro_batch_size", type=int, default=4, help="roll-outs a forward pass and rank")
+    flag("--max_lr", type=float, default=1e-4, help="after warm-up; the cosine ends at 10 %% of it")
+    flag("--disable_lr_schedule", action=switch, default=False, help="max_lr throughout, no warm-up and no cosine")
+    flag("--beta1", type=float, default=0.9, help="of AdamW")
+    flag("--beta2", type=float, default=0.95, help="of AdamW")
+    flag("--weight_decay", type=float, default=0.1, help="on tensors of two or more dimensions")
+    flag("--grad_norm_clip", type=float, default=5.0, help="joint norm of all gradients")
+    flag("--seed", type=int, default=1337, help="of batch order, hold-out, fresh head and dropout")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    flag("--compile", action=switch, default=False, help="torch.compile every layer")
+    flag("--gradient_checkpointing", action=switch, default=True, help="keep one activation a layer, and compute the "
+         "rest again (default: on)")
+    flag("--fsdp", action=switch, default=False, help="shard parameters, gradients and optimizer over the ranks (FSDP2)")
+
+    flag = parser.add_argument_group("evaluation, checkpoints, log").add_argument
+    flag("--eval_every", type=int, default=200, help="steps; 0 or less: no evaluation, nothing held out")
+    flag("--eval_size", type=int, default=128, help="problems held out")
+    flag("--eval_only", action=switch, default=False, help="evaluate the run's newest checkpoint, or --init_from, and stop")
+    flag("--save_dir", default="runs", help="a run lies in SAVE_DIR/RUN_NAME")
+    flag("--run_name", help="(default: made of dataset_name, model, data and seed)")
+    flag("--dataset_name", help="a prefix of the default run name")
+    flag("--save_every", type=int, default=200, help="steps")
+    flag("--max_keep_ckpts", type=int, default=20, help="older checkpoints are removed")
+    flag("--push_to_hub", action=switch, default=False, help="push checkpoints to the private hub repository RUN_NAME, "
+         "a revision for each step")
+    flag("--track", action=switch, default=False, help="log to --tracker, neptune if that is not given")
+    flag("--tracker", choices=("neptune", "trackio", "none"), help="(default: neptune with --track or "
+         "--neptune_project, else none)")
+    flag("--neptune_project", nargs="?", const="", help="log to neptune; without a value NEPTUNE_PROJECT says where")
+    flag("--logger_tags", nargs="*", default=[], help="tags of the tracker's run")
+    flag("--debug", action=switch, default=False, help="a trial: at most 10 steps on the first 256 rows, with autograd's "
+         "anomaly detection, nothing tracked or pushed")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Namespace:
+    """Checked arguments, with `world_size` (ranks), `held_out` (what is evaluated on) and defaults filled in.
+
+    Raises UserError.
+    """
+    args = build_parser(description).parse_args(argv)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    positive = ("num_steps", "total_batch_size", "micro_batch_size", "data_num_response", "small_group_size",
+                "save_every", "max_keep_ckpts", "eval_size", "max_lr", "grad_norm_clip")  # fmt: skip
+    fraction = "must be at least 0 and below 1"
+    rules = [(name, getattr(args, name) > 0, "must be above 0") for name in positive] + [
+        ("seed", args.seed >= 0, "must be 0 or more"),
+        ("max_length", args.max_length >= 2, "must be at least 2: a roll-in and a roll-out token"),
+        ("p_dropout", 0 <= args.p_dropout < 1, fraction),
+        ("beta1", 0 <= args.beta1 < 1, fraction),
+        ("beta2", 0 <= args.beta2 < 1, fraction),
+        ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
+        ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
+        ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
+        ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"--{name} {getattr(args, name)} {rule}")
+    check_batch_sizes(args)
+    if args.debug:
+        args.num_steps, args.tracker, args.push_to_hub = min(args.num_steps, 10), "none", False
+    if args.tracker is None:
+        args.tracker = "neptune" if args.track or args.neptune_project is not None else "none"
+    args.run_name = args.run_name or default_run_name(args)
+    if args.eval_every <= 0:
+        args.held_out = 0
+    else:
+        args.held_out = args.validation_data_path or args.eval_size
+    return args
+
+
+def check_batch_sizes(args: argparse.Namespace) -> None:
+    """A step divides evenly into ranks and micro batches, a row into groups. Raises UserError."""
+    total, unit = args.total_batch_size, args.micro_batch_size * args.world_size
+    if total % unit:
+        fits = [size for size in (total // unit * unit, -(-total // unit) * unit) if size]
+        raise UserError(
+            f"--total_batch_size {total} is not a multiple of {args.world_size} ranks x --micro_batch_size "
+            f"{args.micro_batch_size} = {unit}; the nearest that work: {', '.join(map(str, fits))}"
+        )
+    if args.train_bt_model and args.micro_batch_size % 2:
+        raise UserError(
+            f"--micro_batch_size {args.micro_batch_size} must be even with --train_bt_model: it holds pairs"
+        )
+    response, group = args.data_num_response, args.small_group_size
+    if response % group:
+        nearest = min(
+            (size for size in range(1, response + 1) if response % size == 0),
+            key=lambda size: (abs(size - group), size),
+        )
+        raise UserError(
+            f"--small_group_size {group} does not divide --data_num_response {response}; the nearest that does: {nearest}"
+        )
+
+
+def default_run_name(args: argparse.Namespace) -> str:
+    """The same for the same command, so that it resumes."""
+    parts = [args.dataset_name, args.init_from or args.model_path, args.data_path, f"seed{args.seed}"]
+    names = [Path(part).name for part in parts if part]
+    return "-".join(names + (["debug"] if args.debug else []))

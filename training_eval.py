@@ -1,0 +1,114 @@
+"""Evaluation of a value model on held-out problems: is the value right, calibrated, and does it tell beams apart?"""
+
+import numpy as np
+import torch
+
+from batch_order import RankBatches
+from calibration_utils import auc, auc_within, brier_score, expected_calibration_error
+from classifier_lib import LABEL_CORRECT, success_probs
+from cli_utils import UserError
+
+POSITIONS = (0, 25, 50, 75, 100)  # percent of the roll-out
+SLICE = 8  # micro batches' worth of roll-outs that are read at a time
+
+
+def evaluate(step, model: torch.nn.Module, batches: RankBatches) -> dict[str, float]:
+    """Metrics over all roll-outs (or all pairs of the first epoch) of the validation data; the same on every rank.
+
+    `step` computes logits and loss as in training. Names: loss (as trained), accuracy (of the class, by token), auc,
+    brier, ece (of the value against label == 1, over all roll-out tokens), and at 0 to 100 % of the roll-out
+    `accuracy_at_P, auc_at_P, within_auc_at_P, brier_at_P, ece_at_P`; within: between roll-outs of one problem, the mean
+    over problems. Bradley-Terry: loss, accuracy (pairs in the right order), auc and within_auc of the last token's
+    value, which is no probability. What does not exist (one kind only) is left out.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        parts = step.world.gather(_rank_results(step, batches))
+    finally:
+        model.train(was_training)
+    loss = sum(part["loss"] for part in parts)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "loss"}
+    metrics = _pair_metrics(arrays) if batches.pairs else _rollout_metrics(arrays)
+    return {"loss": loss} | {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+@torch.no_grad()
+def _rank_results(step, batches: RankBatches) -> dict[str, np.ndarray | float]:
+    units = batches.all_units()
+    share = np.array_split(units, batches.world_size)[batches.rank]
+    longest_share = -(-len(units) // batches.world_size)
+    per_slice = SLICE * batches.micro_batch_size // units.shape[1]
+    loss, found = 0.0, []
+    for start in range(0, longest_share, per_slice):
+        message = None
+        try:
+            micro_batches = batches.lay_out(share[start : start + per_slice])
+        except UserError as error:
+            message = str(error)
+        step.world.raise_together(message)
+        for batch in step.in_step(micro_batches):
+            logits = step.logits(batch)
+            loss += float(step.loss(logits, batch, units.size))
+            found.append(_batch_results(batch, logits.float().cpu(), batches))
+    names = ("value", "hit", "length", "correct", "problem")
+    return {"loss": loss} | {name: np.concatenate([part[name] for part in found]) for name in names}
+
+
+def _batch_results(batch, logits: torch.Tensor, batches: RankBatches) -> dict[str, np.ndarray]:
+    """value float32 [P] and hit bool [P] of each roll-out token, or of each pair's traces' last tokens; length, correct,
+    problem [R] of each roll-out."""
+    picked = logits[torch.from_numpy(batch.last_index if batches.pairs else batch.token_index)]
+    value = success_probs(picked).numpy()
+    correct = batch.labels == LABEL_CORRECT
+    if picked.shape[-1] == 1:
+        value = picked.squeeze(-1).numpy() if batches.pairs else value
+        hit = (picked.squeeze(-1).numpy() > 0) == correct[batch.rollout_index] if not batches.pairs else value > 0
+    else:
+        hit = picked.argmax(dim=-1).numpy() == batch.labels[batch.rollout_index]
+    rows = np.array([row for row, _ in batch.sources], dtype=np.int64)
+    return {
+        "value": value,
+        "hit": hit,
+        "length": np.bincount(batch.rollout_index, minlength=len(correct)),
+        "correct": correct,
+        "problem": batches.problem_of_row(rows),
+    }
+
+
+def _rollout_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
+    value, hit, length, correct, problem = (arrays[name] for name in ("value", "hit", "length", "correct", "problem"))
+    by_token = np.repeat(correct, length)
+    metrics = {
+        "accuracy": hit.mean(),
+        "auc": auc(by_token, value),
+        "brier": brier_score(by_token, value),
+        "ece": expected_calibration_error(by_token, value),
+    }
+    read = length > 0  # a roll-out that was cut away whole has no value
+    first, correct, problem = (np.cumsum(length) - length)[read], correct[read], problem[read]
+    for percent in POSITIONS:
+        at = first + np.round((length[read] - 1) * percent / 100).astype(np.int64)
+        metrics |= {
+            f"accuracy_at_{percent}": hit[at].mean(),
+            f"auc_at_{percent}": auc(correct, value[at]),
+            f"within_auc_at_{percent}": auc_within(correct, value[at], problem)["auc"],
+            f"brier_at_{percent}": brier_score(correct, value[at]),
+            f"ece_at_{percent}": expected_calibration_error(correct, value[at]),
+        }
+    return metrics
+
+
+def _pair_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
+    value, correct, problem = arrays["value"], arrays["correct"], arrays["problem"]
+    return {
+        "accuracy": (value[0::2] > value[1::2]).mean(),
+        "auc": auc(correct, value),
+        "within_auc": auc_within(correct, value, problem)["auc"],
+    }
+
+
+def format_evaluation(metrics: dict[str, float]) -> str:
+    """The main figures on one line."""
+    names = ("loss", "accuracy", "auc", "within_auc", "within_auc_at_75", "brier", "ece")
+    return "evaluation: " + " ".join(f"{name} {metrics[name]:.4f}" for name in names if name in metrics)
