@@ -136,8 +136,9 @@ def sample_rows(logits, temperatures, top_ps, uniforms):
 class TransformersEngine:
     """transformers' `generate` in this process: waiting requests are batched, one batch runs at a time in a thread.
 
-    It writes the same tokens whatever else is in the batch, to floating-point rounding of the model. It keeps no cache
-    between requests (`cached_tokens` is 0) and a batch lasts as long as its longest row: SGLang is the fast engine.
+    It writes the same tokens whatever else is in the batch, to floating-point rounding of the model. Requests of one
+    prompt in one batch share its cache (that is what `cached_tokens` counts); none is kept between batches, and a batch
+    lasts as long as its longest row: SGLang is the fast engine.
     """
 
     name = "transformers"
@@ -281,7 +282,9 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([rows.choose]),
                 stopping_criteria=StoppingCriteriaList([rows.is_done]),
             )
-        return [rows.reply(row, new) for row, new in enumerate(out[:, width:].tolist())]
+        first_row = {prompts[tuple(r.prompt_ids)]: row for row, r in reversed(list(enumerate(requests)))}
+        shared = [cache is not None and first_row[prompts[tuple(r.prompt_ids)]] != i for i, r in enumerate(requests)]
+        return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, width:].tolist())]
 
 
 class _BatchRows:
@@ -317,7 +320,8 @@ class _BatchRows:
             done = done | ((input_ids[:, -1:] == self.all_stops) & self.is_stop).any(dim=1)
         return done | self.stopped()
 
-    def reply(self, row: int, new_tokens: list[int]) -> Reply:
+    def reply(self, row: int, new_tokens: list[int], shared: bool) -> Reply:
+        """`shared`: an earlier row of the batch has read this prompt, all but its last token."""
         request = self.requests[row]
         tokens, reason = new_tokens[: request.max_new_tokens], "length"
         for at, token in enumerate(tokens):
@@ -326,7 +330,7 @@ class _BatchRows:
                 break
         if reason == "length" and len(tokens) < request.max_new_tokens:
             reason = "abort"  # closed in mid-batch
-        return Reply(tokens, reason, len(request.prompt_ids))
+        return Reply(tokens, reason, len(request.prompt_ids), len(request.prompt_ids) - 1 if shared else 0)
 
 
 def choose_engine(kind: str) -> str:

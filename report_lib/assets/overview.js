@@ -1,4 +1,4 @@
-// The overview: notes, the runs, their accuracy, plots, then the other tables (the first tables are one a run).
+// The overview: notes, the runs' accuracy (the first tables, one a run), plots, the other tables, the runs' settings.
 "use strict";
 
 VGS.table = function (table) {
@@ -22,10 +22,10 @@ VGS.views.overview = function () {
     VGS.el("figcaption", {}, VGS.textNodes(plot.caption))));
   VGS.fill(
     VGS.el("ul", { class: "notes", hidden: !notes.length }, notes.map((note) => VGS.el("li", {}, VGS.textNodes(note)))),
-    VGS.el("div", { class: "cards" }, runs.map((run) => VGS.el("section", { class: "card" }, VGS.el("h2", {}, VGS.textNodes(run.name)), settings(run)))),
     ...tables.slice(0, runs.length).map(VGS.table),
     VGS.el("div", { class: "plots" }, figures),
     ...tables.slice(runs.length).map(VGS.table),
+    VGS.el("div", { class: "cards" }, runs.map((run) => VGS.el("section", { class: "card" }, VGS.el("h2", {}, VGS.textNodes(run.name)), settings(run)))),
     VGS.el("p", { class: "note" }, "All rows and unrounded numbers: table.csv and table.json beside this page."));
   VGS.keys = {};
 };
