@@ -139,7 +139,7 @@ class Output:
         self.journals = {
             shard: Journal(self.work / f"rows-{shard:05d}.jsonl")
             for shard in range(self.num_shards)
-            if not self.shard_path(shard).exists()
+            if self.written(shard) is None
         }
 
     def _open(self, settings: dict[str, Any]) -> TextIO:
@@ -166,6 +166,11 @@ class Output:
 
     def shard_path(self, shard: int) -> Path:
         return self.folder / f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+
+    def written(self, shard: int) -> Path | None:
+        """Where a finished shard is; one of which every problem was left out is kept apart, since no loader reads it."""
+        places = self.shard_path(shard), self.work / f"{shard:05d}.empty"
+        return next((path for path in places if path.exists()), None)
 
     def missing(self) -> list[int]:
         """Problems that are still to be done."""
@@ -194,7 +199,7 @@ class Output:
             beside = self.work / f"{shard:05d}.tmp"
             # Small row groups: a reader of one row decodes no more than that.
             pq.write_table(table, beside, compression="zstd", row_group_size=64)
-            _publish(beside, self.shard_path(shard))
+            _publish(beside, self.shard_path(shard) if kept else self.work / f"{shard:05d}.empty")
             journal.remove()
             del self.journals[shard]
 
@@ -228,7 +233,7 @@ def count(output: Output) -> dict[str, Any]:
     """Problems, roll-outs, label shares, and lengths in tokens, from the finished shards."""
     labels, roll_ins, roll_outs, problems, kept = [], [], [], 0, 0
     for shard in range(output.num_shards):
-        table = pq.read_table(output.shard_path(shard), columns=["labels", "roll_in_ids", "roll_outs_ids"])
+        table = pq.read_table(output.written(shard), columns=["labels", "roll_in_ids", "roll_outs_ids"])
         problems += int((table.schema.metadata or {}).get(b"problems", table.num_rows))
         kept += table.num_rows
         for batch in table.to_batches():

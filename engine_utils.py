@@ -262,13 +262,14 @@ class TransformersEngine:
         prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        row_of = torch.tensor([prompts[tuple(r.prompt_ids)] for r in requests], device=self.device)
+        prompt_of = [prompts[tuple(r.prompt_ids)] for r in requests]
+        row_of = torch.tensor(prompt_of, device=self.device)
         rows = _BatchRows(requests, width, self.device, lambda: self._closed)
         with torch.inference_mode():
             cache = None
             if len(prompts) < len(requests) and width > 1:
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]
-                cache = self.model.model(
+                cache = self.model.base_model(
                     ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True
                 ).past_key_values
                 cache.batch_select_indices(row_of)
@@ -282,8 +283,7 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([rows.choose]),
                 stopping_criteria=StoppingCriteriaList([rows.is_done]),
             )
-        first_row = {prompts[tuple(r.prompt_ids)]: row for row, r in reversed(list(enumerate(requests)))}
-        shared = [cache is not None and first_row[prompts[tuple(r.prompt_ids)]] != i for i, r in enumerate(requests)]
+        shared = [cache is not None and prompt in prompt_of[:row] for row, prompt in enumerate(prompt_of)]
         return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, width:].tolist())]
 
 

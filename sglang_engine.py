@@ -175,7 +175,7 @@ def _zmq_contexts() -> list[Any]:
     """All that there are in this process; sglang keeps its own to itself, and a notebook has some."""
     import zmq
 
-    return [thing for thing in gc.get_objects() if isinstance(thing, zmq.Context)]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Context)]
 
 
 def _first_line(error: BaseException) -> str:

@@ -233,12 +233,17 @@ def end(child: subprocess.Popen) -> None:
             child.kill()
 
 
-def wrapped(line: str) -> str:
-    """A command over several lines of a terminal, as a shell takes it: a flag stays with its value."""
-    parts = line.replace(" --", "\0--").split("\0")
-    lines = [f"$ {parts[0]}"]
-    for part in parts[1:]:
-        if len(lines[-1]) + len(part) > 70:
+def wrapped(line: str, width: int = 72) -> str:
+    """A command on several lines, as a shell takes it; a flag stays with its values."""
+    parts: list[str] = []
+    for word in map(shlex.quote, shlex.split(line)):
+        if word.startswith("--") or not parts or not parts[-1].startswith("--"):
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = ["$"]
+    for part in parts:
+        if len(lines[-1]) + len(part) + 1 > width:
             lines[-1] += " \\"
             lines.append(f"    {part}")
         else:

@@ -1,5 +1,6 @@
 """collect_rollouts.py: the schema, the labels, resume, and the way from a generator to a searched problem."""
 
+import itertools
 import json
 import os
 import signal
@@ -65,7 +66,9 @@ def test_rows_have_the_schema_and_nested_roll_ins(inputs, tmp_path, capsys):
     assert [row["problem"] for row in rows] == [f"What is {i} + {i}?" for i in range(12)]
     tokenizer = tiny_tokenizer()
     for row in rows:
-        assert all(len(row[name]) == 12 for name in ("roll_in_ids", "roll_outs_ids", "labels", "reward", "processed_answer"))
+        assert all(
+            len(row[name]) == 12 for name in ("roll_in_ids", "roll_outs_ids", "labels", "reward", "processed_answer")
+        )
         prompt = tokenizer(
             f"<｜begin▁of▁sentence｜><｜User｜>{row['problem']} Please think step-by-step and put your final answer within "
             "\\boxed{}.<｜Assistant｜><think>\n",
@@ -74,11 +77,13 @@ def test_rows_have_the_schema_and_nested_roll_ins(inputs, tmp_path, capsys):
         for roll_in in range(2):
             prefixes = row["roll_in_ids"][6 * roll_in : 6 * roll_in + 6]
             assert prefixes[0] == prefixes[1] and prefixes[2] == prefixes[3]  # two roll-outs from each prefix
-            for shorter, longer in zip(prefixes, prefixes[1:], strict=False):
+            for shorter, longer in itertools.pairwise(prefixes):
                 assert longer[: len(shorter)] == shorter
             assert all(prefix[: len(prompt)] == prompt and len(prefix) >= len(prompt) for prefix in prefixes)
-        for prefix, roll_out, label, reward in zip(row["roll_in_ids"], row["roll_outs_ids"], row["labels"], row["reward"], strict=True):
-            assert 1 <= len(roll_out) and len(prefix) - len(prompt) + len(roll_out) <= 24
+        for prefix, roll_out, label, reward in zip(
+            row["roll_in_ids"], row["roll_outs_ids"], row["labels"], row["reward"], strict=True
+        ):
+            assert len(roll_out) >= 1 and len(prefix) - len(prompt) + len(roll_out) <= 24
             ended = roll_out[-1] == 256
             assert (label == 2) == (not ended) and (reward == 1.0) == (label == 1)
     card = (tmp_path / "out/README.md").read_text()
@@ -113,12 +118,8 @@ def test_without_roll_ins_roll_outs_start_at_the_prompt(inputs, tmp_path):
 
 
 def test_unsolved_problems_are_left_out_and_answers_are_graded(inputs, tmp_path, monkeypatch):
-    """The generator's text is replaced by an answer that is right for even problems."""
-    def decode(self, ids):
-        prompts = {tuple(prompt): i for i, prompt in enumerate(self.plan.prompts)}
-        return f"</think> \\boxed{{{self.answer_of}}}" if prompts is None else "</think> \\boxed{8}"
-
-    monkeypatch.setattr(collect_rollouts.Collector, "decode", decode)
+    """Whatever the generator writes is read as the answer 8, which is right for one of the problems."""
+    monkeypatch.setattr(collect_rollouts.Collector, "decode", lambda self, ids: "</think> \\boxed{8}")
     changes = {"keep_unsolved": False, "num_roll_ins": 0, "rollouts_per_prefix": 6, "max_length": 200}
     assert collect_rollouts.main(flags(inputs, tmp_path / "out", **changes)) == 0
     rows = read(tmp_path / "out")

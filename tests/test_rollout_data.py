@@ -166,10 +166,10 @@ def test_columns_and_types_that_are_missing_or_wrong_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lacks column labels; it has message_id, problem, roll_in_ids, roll_outs_ids"):
         load(tmp_path / "a")
     write_rows(tmp_path / "b", [row | {"labels": [0.5] * 4} for row in rows])
-    with pytest.raises(UserError, match="column labels is list<.*double>; labels must be whole numbers"):
+    with pytest.raises(UserError, match=r"column labels is list<.*double>; labels must be whole numbers"):
         load(tmp_path / "b")
     write_rows(tmp_path / "c", [row | {"roll_in_ids": ["text"] * 4} for row in rows])
-    with pytest.raises(UserError, match="roll_in_ids is .*; it must be lists of lists of token ids"):
+    with pytest.raises(UserError, match=r"roll_in_ids is .*; it must be lists of lists of token ids"):
         load(tmp_path / "c")
     write_rows(tmp_path / "d", [*rows, rows[0] | {"labels": None}])
     with pytest.raises(UserError, match="column labels has 1 null values"):

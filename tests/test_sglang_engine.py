@@ -74,9 +74,7 @@ def engine(folder, fork):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    engine = TransformersEngine(str(folder))
-    yield engine
-    asyncio.run(engine.close())
+    return TransformersEngine(str(folder))
 
 
 def some_requests(count: int, seed: int = 0) -> list[Request]:

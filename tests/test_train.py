@@ -1,8 +1,10 @@
 """train_classifier.py: flags, equal gradients however a step is split, checkpoints, evaluation, and bad input."""
 
+import itertools
 import json
 import math
 import resource
+import shlex
 
 import datasets
 import numpy as np
@@ -54,11 +56,11 @@ def flags(inputs, tmp_path, **changes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
-RELEASED = (
-    "--eval_every -1 --save_every 486 --num_steps 12170 --max_lr 0.0001 --data_path VGS-AI/OpenR1-VM --data_num_response 56 "
-    "--model_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --total_batch_size 64 --micro_batch_size 8 --small_group_size 2 "
-    "--run_name single_node_run --track --compile --push_to_hub"
-).split()
+RELEASED = shlex.split(
+    "--eval_every -1 --save_every 486 --num_steps 12170 --max_lr 0.0001 --data_path VGS-AI/OpenR1-VM "
+    "--data_num_response 56 --model_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --total_batch_size 64 "
+    "--micro_batch_size 8 --small_group_size 2 --run_name single_node_run --track --compile --push_to_hub"
+)
 
 
 def test_the_released_command_is_accepted(monkeypatch):
@@ -90,7 +92,7 @@ def test_schedule():
     rates = [learning_rate(step, 4000, 1.0) for step in range(4000)]
     assert rates[:2] == [1 / 200, 2 / 200] and rates[199] == rates[200] == 1.0
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[199:], rates[200:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
     assert learning_rate(99, 1000, 1.0) == 1.0 > learning_rate(98, 1000, 1.0)  # at least 100 steps
     assert learning_rate(9, 20, 1.0) == 1.0 > learning_rate(8, 20, 1.0)  # at most half
     assert learning_rate(0, 1, 1.0) == 1.0
@@ -200,7 +202,7 @@ def test_a_run_goes_on_only_as_the_same_run(inputs, tmp_path, monkeypatch, caplo
     train_classifier.main(flags(inputs, tmp_path, **moving))
     (tmp_path / "data").unlink()
     (tmp_path / "data").symlink_to(other)
-    with pytest.raises(UserError, match="is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"is not what .* was trained on"):
         train_classifier.main(flags(inputs, tmp_path, **moving))
     with caplog.at_level("INFO"):
         train_classifier.main(flags(inputs, tmp_path, num_steps=4, micro_batch_size=2))
@@ -212,12 +214,16 @@ def test_a_second_process_is_told(inputs, tmp_path, monkeypatch):
 
     with checkpoint_utils.lock_run(tmp_path / "runs/run"):
         monkeypatch.setattr(checkpoint_utils.lock_run, "__defaults__", (0.3,))
-        with pytest.raises(UserError, match=r"process \d+ is training into .*; wait for it, or give another --run_name"):
+        with pytest.raises(
+            UserError, match=r"process \d+ is training into .*; wait for it, or give another --run_name"
+        ):
             train_classifier.main(flags(inputs, tmp_path))
 
 
 def test_debug_and_default_name(inputs, tmp_path):
-    arguments = flags(inputs, tmp_path, debug=True, run_name=None, num_steps=50, save_every=100, track=True, use_dora=True)
+    arguments = flags(
+        inputs, tmp_path, debug=True, run_name=None, num_steps=50, save_every=100, track=True, use_dora=True
+    )
     assert train_classifier.main(arguments) == 0
     assert len(losses(tmp_path / "runs/backbone-data-seed1337-debug")) == 10
 
@@ -234,7 +240,11 @@ def test_training_and_evaluation_of_each_kind(tmp_path, inputs, kind):
         row["labels"] = [int(i % 3) for i in range(6)]
         row["roll_outs_ids"] = [[1 + label] * (5 + i) for i, label in enumerate(row["labels"])]
     write_rows(tmp_path / "data", rows)
-    more = {"three classes": {}, "one class": {"num_labels": 1}, "bradley-terry": {"num_labels": 1, "train_bt_model": True}}
+    more = {
+        "three classes": {},
+        "one class": {"num_labels": 1},
+        "bradley-terry": {"num_labels": 1, "train_bt_model": True},
+    }
     arguments = flags(
         inputs, tmp_path, data_path=tmp_path / "data", data_num_response=6, num_steps=30, total_batch_size=24, max_lr=1e-2,
         micro_batch_size=12, eval_every=30, eval_size=20, packing="tree", **more[kind],
@@ -299,7 +309,7 @@ def test_init_from_goes_on_with_the_head(inputs, tmp_path):
 # Bad input
 
 BAD = {
-    "total_batch_size": ({"total_batch_size": 10}, "10 is not a multiple of 1 ranks x --micro_batch_size 4 = 4; the nearest that work: 8, 12"),
+    "total_batch_size": ({"total_batch_size": 10}, "is not a multiple of 1 ranks x --micro_batch_size 4 = 4; the nearest that work: 8, 12"),
     "small_group_size": ({"small_group_size": 3}, "--small_group_size 3 does not divide --data_num_response 4; the nearest that does: 2"),
     "max_length": ({"max_length": 4096}, "--max_length 4096 is beyond the 2048 positions of"),
     "bt labels": ({"train_bt_model": True}, "--num_labels 3 must be 1 with --train_bt_model"),
@@ -312,7 +322,7 @@ BAD = {
     "model": ({"model_path": "/nowhere/model"}, "/nowhere/model"),
     "data": ({"data_path": "/nowhere/data"}, "/nowhere/data does not exist"),
     "columns": ({"label_key": "grades"}, "lacks column grades; it has message_id, problem"),
-    "too little data": ({"total_batch_size": 400, "micro_batch_size": 4}, "has fewer roll-outs (160) than a step of --total_batch_size 400"),
+    "too little data": ({"total_batch_size": 400, "micro_batch_size": 4}, "has fewer roll-outs (160) than a step"),
     "init without head": ({"init_from": "backbone"}, "has no value head, --num_labels is 3"),
     "unwritable": ({"save_dir": "/proc/nowhere"}, "--save_dir: cannot write to"),
     "gpu": ({"device": "cuda"}, "--device cuda"),
@@ -339,7 +349,9 @@ def test_bad_input_is_one_clear_line_before_a_model_loads(inputs, tmp_path, name
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_line(inputs, tmp_path):
-    arguments = flags(inputs, tmp_path, max_lr=1e38, disable_lr_schedule=True, num_steps=50, save_every=1, max_keep_ckpts=9)
+    arguments = flags(
+        inputs, tmp_path, max_lr=1e38, disable_lr_schedule=True, num_steps=50, save_every=1, max_keep_ckpts=9
+    )
     done = run_script(arguments, ranks=2)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -102,5 +102,5 @@ def test_a_push_that_fails_is_a_warning_with_the_command_to_repeat_it(monkeypatc
 
 def test_pushing_without_a_login_is_told_before_training(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="--push_to_hub: cannot make the repository run .*hf auth login"):
+    with pytest.raises(UserError, match=r"--push_to_hub: cannot make the repository run .*hf auth login"):
         hub_push.HubPusher("run")

@@ -76,7 +76,10 @@ def _with_carries(carries: list[bool], rng: Random) -> Problem | None:
 
 
 def draw_problems(count: int, seed: int, steps: int = STEPS) -> list[Problem]:
-    """`count` different problems; the same for the same seed, and the first ones do not depend on `count`."""
+    """`count` different problems; the same for the same seed, and the first ones do not depend on `count`.
+
+    Few problems carry at every step, so that among many different ones they become rarer.
+    """
     rng, found = Random(seed), {}
     while len(found) < count:
         found.setdefault(draw_problem(rng, steps))
