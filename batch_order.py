@@ -18,7 +18,7 @@ _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
 def mix(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
     """A well-mixed uint64 for each value, a function of (seed, stream, value): splitmix64's finalizer, three times."""
     with np.errstate(over="ignore"):
-        key = np.uint64(0)
+        key: np.ndarray = np.zeros(1, dtype=np.uint64)
         for word in (np.uint64(seed % 2**64), np.uint64(stream), np.asarray(values).astype(np.uint64)):
             key = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
             key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

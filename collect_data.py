@@ -231,18 +231,17 @@ def _publish(beside: Path, path: Path) -> None:
 
 def count(output: Output) -> dict[str, Any]:
     """Problems, roll-outs, label shares, and lengths in tokens, from the finished shards."""
-    labels, roll_ins, roll_outs, problems, kept = [], [], [], 0, 0
+    columns: dict[str, list[np.ndarray]] = {"labels": [], "roll_in_ids": [], "roll_outs_ids": []}
+    problems = kept = 0
     for shard in range(output.num_shards):
-        table = pq.read_table(output.written(shard), columns=["labels", "roll_in_ids", "roll_outs_ids"])
+        table = pq.read_table(output.written(shard), columns=list(columns))
         problems += int((table.schema.metadata or {}).get(b"problems", table.num_rows))
         kept += table.num_rows
         for batch in table.to_batches():
-            labels.append(batch.column("labels").flatten().to_numpy())
-            roll_ins.append(np.diff(batch.column("roll_in_ids").flatten().offsets.to_numpy()))
-            roll_outs.append(np.diff(batch.column("roll_outs_ids").flatten().offsets.to_numpy()))
-    labels, roll_ins, roll_outs = (
-        np.concatenate(parts) if parts else np.empty(0, int) for parts in (labels, roll_ins, roll_outs)
-    )
+            for name, parts in columns.items():
+                inner = batch.column(name).flatten()
+                parts.append(inner.to_numpy() if name == "labels" else np.diff(inner.offsets.to_numpy()))
+    labels, roll_ins, roll_outs = (np.concatenate(parts) if parts else np.empty(0, int) for parts in columns.values())
     shares = np.bincount(labels, minlength=3) / max(len(labels), 1)
     return {
         "problems": problems, "rows": kept, "dropped": problems - kept, "rollouts": len(labels),

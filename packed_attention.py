@@ -32,6 +32,8 @@ def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
     """query [1, heads, S, d]; key, value [1, kv heads, S, d]; attention_mask: the row's BlockMask."""
     if dropout:
         raise ValueError("FlexAttention has no attention dropout; set the model's to 0")
+    # Under autocast the rotary embedding leaves query and key in float32; all three must agree.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # Inside a compiled layer the call is traced as it is; compiling it twice is what must not happen.
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,7 +73,7 @@ class RolloutTable:
     roll_in_lengths, roll_out_lengths [R] tokens. problems [N]: the same number for rows of the same problem text.
     """
 
-    dataset: object
+    dataset: Any  # a datasets.Dataset in arrow format
     rows: np.ndarray
     first: np.ndarray
     labels: np.ndarray
@@ -175,7 +176,8 @@ def load_rollouts(
     if total == 0:
         raise UserError(f"{path} has no rows")
 
-    parts, faults, problems, seen = [], [], {}, 0
+    parts, faults, seen = [], [], 0
+    problems: dict[object, int] = {}
     for start, batch in _record_batches(dataset, total):
         columns = _batch_columns(batch, label_key, path)
         seen += len(columns.roll_ins.tokens) + len(columns.roll_outs.tokens)

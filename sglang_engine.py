@@ -55,14 +55,18 @@ class SGLangEngine:
         self.pool_tokens = info["max_total_num_tokens"]
 
     def describe(self) -> dict[str, object]:
-        shown = ("device", "dtype", "attention_backend", "mem_fraction_static", "tp_size", "dp_size", "random_seed")
+        shown = (
+            "device", "dtype", "attention_backend", "sampling_backend", "mem_fraction_static", "max_running_requests",
+            "chunked_prefill_size", "schedule_policy", "disable_radix_cache", "tp_size", "dp_size", "random_seed",
+        )  # fmt: skip
+        resolved = self._engine.server_args.resolved_dict()  # what sglang made of the settings
         return {
             "name": self.name,
             "sglang": self._package.__version__,
             "deterministic": self.deterministic,
             "context_length": self.context_length,
             "kv_pool_tokens": self.pool_tokens,
-            **{key: self.settings[key] for key in shown if key in self.settings},
+            **{key: resolved[key] for key in shown},
         }
 
     async def generate(self, requests: Sequence[Request]) -> list[Reply]:

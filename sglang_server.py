@@ -129,6 +129,8 @@ class SGLangServerEngine:
             async with asyncio.timeout(self.request_timeout_s):
                 return await self._try_until_answered(request)
         except TimeoutError:
+            if not any(server.up for server in self.servers):
+                raise self._out_of_reach(self.request_timeout_s) from None
             raise EngineError(
                 f"no SGLang server wrote {request.max_new_tokens} tokens within --request_timeout "
                 f"{self.request_timeout_s:g} s"
@@ -165,10 +167,11 @@ class SGLangServerEngine:
             self._change.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._change.wait(), deadline - time.monotonic())
-        raise EngineError(
-            f"all SGLang servers have been out of reach for {self.reconnect_timeout_s:g} s "
-            f"({'; '.join(f'{server.url}: {server.why}' for server in self.servers)})"
-        )
+        raise self._out_of_reach(self.reconnect_timeout_s)
+
+    def _out_of_reach(self, seconds: float) -> EngineError:
+        reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
+        return EngineError(f"all SGLang servers have been out of reach for {seconds:g} s ({reasons})")
 
     async def _try(self, server: Server, request: Request) -> Reply:
         """One try at one server, as a task of its own that the watcher can end where the server hangs."""

@@ -37,28 +37,26 @@ if __name__ == "__main__":
 enable_fast_transfers()  # before anything imports huggingface_hub
 
 import torch
-import transformers
 from torch.utils.data import DataLoader
 
 from batch_order import RankBatches, hold_out
 from checkpoint_utils import checkpoints, lock_run, read_trainer, restore, save_checkpoint
-from classifier_lib import Qwen2ForClassifier, bradley_terry_loss, rollout_loss
 from hub_push import HubPusher
 from model_utils import ModelInfo, inspect_model, resolve_model
-from packed_attention import FLEX, choose_attention, model_inputs, row_multiple
-from packing_utils import MicroBatch, empty_batch
+from packed_attention import choose_attention, row_multiple
+from packing_utils import MicroBatch
 from progress_utils import Progress
 from rollout_data import RolloutTable, load_rollouts
 from tracking_utils import Tracker, make_tracker
 from training_args import IDENTITY, ROUNDING, parse_args
 from training_eval import evaluate, format_evaluation
+from training_step import Step, load_model
 from training_utils import (
     MetricsLog,
     StopSignal,
     World,
     clip_gradients,
     distribute,
-    gradient_sync,
     learning_rate,
     make_optimizer,
     peak_flops,
@@ -161,96 +159,7 @@ def check_model(args: argparse.Namespace, info: ModelInfo, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model and step
-
-
-def load_model(args: argparse.Namespace, plan: Plan, world: World, attention: str) -> Qwen2ForClassifier:
-    """The value model on its device, with the run's dropout and attention."""
-    transformers.logging.set_verbosity_error()  # what it reports of missing weights, Qwen2ForClassifier says itself
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(args.seed)  # a fresh head is the same on all ranks
-    dtype = torch.float32 if args.param_dtype == "fp32" else torch.bfloat16
-    load = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if plan.checkpoint or args.init_from:
-        model = Qwen2ForClassifier.from_pretrained(plan.model_dir, **load)
-    else:
-        model = Qwen2ForClassifier.from_backbone(plan.model_dir, num_labels=args.num_labels, **load)
-    model.set_dropout(args.p_dropout)
-    if attention == FLEX and args.p_dropout > 0:
-        logger.info("attention dropout is 0: FlexAttention has none (head dropout stays %g)", args.p_dropout)
-        model.config.attention_dropout = 0.0
-        for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.0
-    model.set_attn_implementation(attention)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(world.device)
-    if args.compile:
-        for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-    torch.manual_seed(args.seed * 1_000_003 + world.rank)  # dropout differs between ranks
-    return model.train()
-
-
-@dataclass
-class Step:
-    """Forward, loss and backward of one step's micro batches on this rank."""
-
-    args: argparse.Namespace
-    model: torch.nn.Module  # as distributed
-    world: World
-    attention: str
-    autocast: bool
-
-    def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Logits of all tokens of a micro batch, [tokens, num_labels]."""
-        inputs = model_inputs(batch, self.attention, self.world.device)
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.model(**inputs).logits
-        return logits.flatten(0, 1)
-
-    def loss(self, logits: torch.Tensor, batch: MicroBatch, num_rollouts: int) -> torch.Tensor:
-        """The micro batch's part of the mean over `num_rollouts` roll-outs, or over half as many pairs."""
-
-        def on_device(array):
-            return torch.from_numpy(array).to(self.world.device)
-
-        if self.args.train_bt_model:
-            last = logits[on_device(batch.last_index)].squeeze(-1)
-            if len(last) == 0:
-                return logits.sum() * 0.0
-            return bradley_terry_loss(last[0::2], last[1::2]) * (len(last) / num_rollouts)
-        labels = on_device(batch.labels)
-        weights = torch.full((len(labels),), 1.0 / num_rollouts, device=self.world.device)
-        return rollout_loss(logits, on_device(batch.token_index), on_device(batch.rollout_index), labels, weights)
-
-    def backward(self, batches: list[MicroBatch]) -> list[float]:
-        """Gradients of the whole step's mean loss, averaged over ranks by DDP and FSDP; this rank's part of the loss."""
-        losses = []
-        for i, batch in enumerate(batches):
-            with gradient_sync(self.model, i == len(batches) - 1):
-                loss = self.loss(self.logits(batch), batch, self.args.total_batch_size)
-                (loss * self.world.size).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).tolist()
-
-    def in_step(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        """With FSDP every rank must run as many passes as the others: empty ones are added."""
-        if not self.args.fsdp:
-            return batches
-        missing = self.world.max([len(batches)])[0] - len(batches)
-        padding = empty_batch(self.args.packing != "none", row_multiple(self.attention))
-        return [padding] * missing + batches
-
-    @torch.no_grad()
-    def blame(self, batches: list[MicroBatch]) -> str:
-        """The first roll-out of this rank whose logits are not finite."""
-        for batch in batches:
-            rows = torch.isfinite(self.logits(batch)).all(dim=-1).cpu()
-            for owner, token in zip(batch.rollout_index, batch.token_index, strict=True):
-                if not rows[token]:
-                    return "row {}, roll-out {}".format(*batch.sources[owner])
-        return "row {}, roll-out {} or a neighbour".format(*batches[-1].sources[0])
+# The run
 
 
 def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world: World) -> Iterator[list[MicroBatch]]:
@@ -268,10 +177,6 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
 
 def as_it_is(item):
     return item
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
 
 
 def train(args: argparse.Namespace, world: World) -> int:
@@ -296,7 +201,7 @@ def train(args: argparse.Namespace, world: World) -> int:
             f"--eval_only: {plan.run_dir} has no checkpoint; give --run_name of a trained run, or --init_from"
         )
     tracker, pusher = world.first_alone(lambda: open_services(args, plan, world))
-    model = load_model(args, plan, world, attention)
+    model = load_model(args, plan.model_dir, bool(plan.checkpoint or args.init_from), world, attention)
     distributed = distribute(model, world, args.fsdp)
     step = Step(args, distributed, world, attention, autocast)
     if args.eval_only:
@@ -411,15 +316,14 @@ class Run:
         self, step: int, loss: float, norm: float, losses: list[float], batches: list[MicroBatch]
     ) -> None:
         """Raise on all ranks what the first rank with a loss that is not finite has to say."""
-        bad = [batch for batch, part in zip(batches, losses, strict=True) if not math.isfinite(part)]
-        message = (
-            f"step {step}, rank {self.world.rank}: the loss is {loss}; sample {self.step.blame(bad)}" if bad else None
-        )
+        sample = self.step.blame(batches)
+        message = None
         if math.isfinite(loss):
-            message = f"step {step}: the gradient's norm is {norm} (loss {loss:.4g}); nothing was updated"
-        self.world.raise_together(
-            f"{message}; the last checkpoint is whole: lower --max_lr, or look at that sample" if message else None
-        )
+            message = f"step {step}: the gradient's norm is {norm} (loss {loss:.4g})"
+        elif not all(map(math.isfinite, losses)):
+            message = f"step {step}, rank {self.world.rank}: the loss is {loss}; sample {sample}"
+        advice = "; nothing was updated and the last checkpoint is whole: lower --max_lr, or look at that sample"
+        self.world.raise_together(message and message + advice)
 
     def evaluate(self, done: int) -> None:
         self.say()

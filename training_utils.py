@@ -131,7 +131,9 @@ def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:
             fully_shard(layer)
         return fully_shard(model)
     if world.size > 1:
-        return DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        # The only buffers are the rotary frequencies, which never change.
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     return model
 
 

@@ -99,13 +99,15 @@ def stop_once(arguments: list[str], run_dir: Path, kind: str, rng: random.Random
     deadline = time.monotonic() + 120
     begun = time.monotonic() + (rng.uniform(0.5, 5) if kind == "kill at start" else 1e9)
     while process.poll() is None and time.monotonic() < min(deadline, begun):
+        time.sleep(0.0005)
+        if "start" in kind or log_identity(run_dir) == old_log:
+            continue  # what lies there is still the last process's
         if "save" in kind:
             if saved_step(run_dir) >= until - SAVE_EVERY and any(run_dir.glob(".writing-step*")):
                 break
-        elif "start" not in kind and log_identity(run_dir) != old_log and len(losses(run_dir)) >= until:
+        elif len(losses(run_dir)) >= until:
             time.sleep(rng.uniform(0, 0.05))
             break
-        time.sleep(0.0005)
     if process.poll() is not None:
         raise SystemExit(f"the run ended by itself before {kind} at step {until}: {process.stderr.read()[:2000]}")
     if time.monotonic() > deadline:

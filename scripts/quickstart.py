@@ -34,6 +34,7 @@ from progress_utils import format_seconds
 JOURNAL = "quickstart.json"  # in the folder of a run: which commands are done
 NUM_BLOCKS, REPETITIONS = 8, 2  # budgets N = 8 and, both repetitions pooled, 16
 BLOCK_SIZE, MAX_LENGTH = 6, 60  # one step of a trace; a whole one has 42 tokens
+INDENT = "      "
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -186,19 +187,19 @@ def run_steps(steps: Sequence[Step], journal: Journal, folder: Path) -> None:
     redone = False
     for number, step in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {step.title}")
-        say(f"      {step.why}")
+        say(textwrap.fill(step.why, 79, initial_indent=INDENT, subsequent_indent=INDENT))
         for command in step.commands:
             if not redone and journal.has(command):
-                say(f"      reused: {', '.join(map(str, command.outputs))}")
+                say(f"{INDENT}reused: {command.outputs[0]}")
                 continue
             if not redone:
                 journal.forget(commands[commands.index(command) + 1 :])
                 redone = True
-            say(textwrap.indent(wrapped(command.line), "      ", lambda line: True))
+            say(textwrap.indent(wrapped(command.line), INDENT))
             begin = time.monotonic()
             run_command(command, folder)
             journal.add(command, time.monotonic() - begin)
-            say(f"      done in {format_seconds(time.monotonic() - begin)}")
+            say(f"{INDENT}done in {format_seconds(time.monotonic() - begin)}")
 
 
 def run_command(command: Command, folder: Path) -> None:
@@ -213,6 +214,8 @@ def run_command(command: Command, folder: Path) -> None:
             status = child.wait()
         except KeyboardInterrupt:
             end(child)
+            if program == "torchrun":
+                say("(A traceback above is torchrun's way to say that it was stopped.)")
             raise
     if status:
         raise UserError(
@@ -307,21 +310,21 @@ def tell(results: dict[str, Any], folder: Path, steps: Sequence[Step], seconds: 
     for key, name in ROWS.items():
         say(f"  {name:32}" + "".join(f"{100 * results[budget][key]:>10.1f}" for budget in budgets))
     small = results[budgets[0]]
-    say(
-        f"\nAt N = {budgets[0]} the value model's weights lift the vote by {100 * (small['wmaj'] - small['maj']):.0f} points, and"
-        f"\nits choices of blocks another {100 * (small['vgs'] - small['wmaj']):.0f}. Three quarters through a trace it ranks a right"
-        f"\none above a wrong one of the same problem {results['within_auc_75']:.0%} of the time."
+    found = (
+        f"At N = {budgets[0]}, weighting votes by value adds {100 * (small['wmaj'] - small['maj']):.0f} points to the majority's, "
+        f"and searching by value {100 * (small['vgs'] - small['wmaj']):.0f} more. Three quarters through a trace the value "
+        f"model ranks a right one above a wrong one of the same problem {results['within_auc_75']:.0%} of the time."
     )
+    say("\n" + textwrap.fill(found, 79))
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     page = shlex.quote(str(folder / "report" / "report.html"))
     vgs = next(command for step in steps for command in step.commands if command.name == "search_vgs")
     say(f"\nTook {format_seconds(seconds)}. Look inside: tables, plots, every search tree\n    {opener} {page}")
-    say(f"Numbers: {folder / 'results.json'}; what each command said: {folder / 'logs'}/")
+    say(f"Numbers: {folder / 'results.json'}; what each command said: {folder / 'logs'}")
     say("\nFor a real model on a GPU, change three flags of the search,")
     say("    --benchmark aime-24 --piref_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\")
     say("    --classifier_ckpt_path VGS-AI/DeepSeek-VM-1.5B")
-    say("and leave out the miniature's own (--block_size, --max_length, --top_p, --prompt_format,")
-    say("--engine, --device: the defaults are the paper's). Here it was")
+    say("and leave out those of size and machine: their defaults are the paper's. It was")
     say(textwrap.indent(wrapped(vgs.line), "    "))
 
 
@@ -360,12 +363,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     folder = run_folder(args)
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background has it ignored
+        signal.signal(number, signal.default_int_handler)
     steps = make_steps(folder, args.seed, FAST if args.fast else FULL)
     with folder_lock(folder):
         journal = Journal(folder)
         journal.write()
-        say(f"The paper in miniature, in {folder} (Ctrl-C stops it; the same command goes on)")
+        say(f"The paper in miniature, in {folder}\nCtrl-C stops it; the same command goes on.")
         try:
             run_steps(steps, journal, folder)
         except KeyboardInterrupt:

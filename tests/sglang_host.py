@@ -85,8 +85,9 @@ class Server(Child):
 def wait_until(condition, seconds: float, child: Child | None = None) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        said = f"; its output:\n{child.output[-3000:]}" if child else ""
-        assert time.monotonic() < end, f"not within {seconds} s{said}"
+        if time.monotonic() > end:
+            said = f"; its output:\n{child.output[-3000:]}" if child else ""
+            raise AssertionError(f"not within {seconds} s{said}")
         time.sleep(0.05)
 
 
@@ -106,6 +107,7 @@ class Host:
             assert ready == "ready\n", (self.folder / "zygote.log").read_text()
         self.count += 1
         log = self.folder / f"{self.count}.log"
+        log.touch()
         self.zygote.stdin.write(json.dumps({"argv": argv, "cwd": str(ROOT), "log": str(log)}) + "\n")
         self.zygote.stdin.flush()
         pid = int(self.zygote.stdout.readline())

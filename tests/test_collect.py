@@ -177,7 +177,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_data(inputs, tmp_path):
 
 
 def test_from_a_generator_to_a_search(inputs, tmp_path):
-    """Collect, train on two ranks with evaluation, resume, search with the result: the real scripts, end to end."""
+    """Collect, train on two ranks with evaluation, resume (sharded), search with the result: the real scripts."""
     assert collect_rollouts.main(flags(inputs, tmp_path / "rollouts")) == 0
     train = [
         "--model_path", inputs / "policy", "--data_path", tmp_path / "rollouts", "--data_num_response", 12,
@@ -186,7 +186,7 @@ def test_from_a_generator_to_a_search(inputs, tmp_path):
         "--packing", "tree",
     ]  # fmt: skip
     for repeat in range(2):
-        done = run_script(train, ranks=2)
+        done = run_script([*train, "--fsdp"] if repeat else train, ranks=2)
         assert done.returncode == 0, done.stderr
         assert "step 4 evaluation: loss" in done.stderr
         if repeat == 0:

@@ -1,12 +1,16 @@
 """Layouts: every one describes the same attention, losses and gradients, and none computes more than it must."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_value_model
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
 
 from classifier_lib import bradley_terry_loss, rollout_loss
-from packed_attention import dense_mask, flex_mask, model_inputs
+from packed_attention import FLEX, dense_mask, flex_mask, model_inputs
 from packing_utils import (
     Trace,
     block_lists,
@@ -193,19 +197,37 @@ def test_an_empty_batch_has_loss_zero_and_gradients_zero():
         assert all(not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: the kernel is compiled")
 def test_flex_mask_is_the_dense_mask():
     """Compiled FlexAttention on the CPU (forward only there) reads the block lists, so a wrong one would show."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     batch = tree_row(random_traces(1, num=60), multiple=128)
     assert batch.input_ids.shape[1] >= 3 * 128
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, batch.end.shape[1], 16).unbind(0)
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=dense_mask(torch.from_numpy(batch.end))
-    )
+    query = torch.randn(1, 6, batch.end.shape[1], 16)
+    key, value = torch.randn(2, 1, 2, batch.end.shape[1], 16).unbind(0)
+    mask = dense_mask(torch.from_numpy(batch.end))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     with torch.no_grad():
         flex = torch.compile(flex_attention, dynamic=True)(
-            query, key, value, block_mask=flex_mask(batch.end, torch.device("cpu"))
+            query, key, value, block_mask=flex_mask(batch.end, torch.device("cpu")), enable_gqa=True
         )
     assert (flex - dense).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_model_with_flex_attention_is_the_model_with_a_dense_mask(autocast):
+    """In compiled layers, of which rows of any length and mask must share one graph."""
+    model = tiny_value_model(num_hidden_layers=3).eval()
+    batches = [tree_row(random_traces(seed, num=10 + 20 * seed), multiple=128) for seed in range(3)]
+    cpu = torch.device("cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        dense = [model(**model_inputs(batch, "sdpa", cpu)).logits for batch in batches]
+        model.set_attn_implementation(FLEX)
+        torch._dynamo.reset()
+        counters.clear()
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend="eager")
+        flex = [model(**model_inputs(batch, FLEX, cpu)).logits for batch in batches]
+    for one, other in zip(dense, flex, strict=True):
+        assert (one - other).abs().max() <= (0.05 if autocast else 1e-5) * one.abs().max()
+    assert counters["stats"]["unique_graphs"] == 1

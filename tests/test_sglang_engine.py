@@ -5,6 +5,7 @@
 
 import asyncio
 import importlib.util
+import json
 import random
 import signal
 import time
@@ -202,6 +203,8 @@ def test_the_time_limit_of_a_request(engine, monkeypatch):
 def test_it_says_what_it_is(engine):
     said = engine.describe()
     assert (said["name"], said["sglang"], said["kv_pool_tokens"]) == ("sglang", "0.5.23", 16384)
+    assert (said["device"], said["dtype"], said["disable_radix_cache"]) == ("cpu", "float32", False)
+    json.dumps(said)
 
 
 # Settings

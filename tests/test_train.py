@@ -92,7 +92,7 @@ def test_schedule():
     rates = [learning_rate(step, 4000, 1.0) for step in range(4000)]
     assert rates[:2] == [1 / 200, 2 / 200] and rates[199] == rates[200] == 1.0
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[199:]))
     assert learning_rate(99, 1000, 1.0) == 1.0 > learning_rate(98, 1000, 1.0)  # at least 100 steps
     assert learning_rate(9, 20, 1.0) == 1.0 > learning_rate(8, 20, 1.0)  # at most half
     assert learning_rate(0, 1, 1.0) == 1.0

@@ -7,6 +7,7 @@ status is written to `log` + ".status". sglang's own processes are forked too, i
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import runpy
@@ -19,6 +20,7 @@ def child(order: dict) -> int:
     """Run what was ordered; the exit status."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    logging.getLogger().handlers.clear()  # importing sglang made some
     os.chdir(order["cwd"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -67,9 +69,12 @@ def reap(*_) -> None:
 
 
 def main() -> None:
+    import datasets  # noqa: F401
+    import math_verify  # noqa: F401
     import sglang.launch_server
     import sglang.srt.entrypoints.engine
-    import sglang.srt.entrypoints.http_server
+    import sglang.srt.entrypoints.http_server  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     set_start_method = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: set_start_method("fork", force=True)

@@ -1,0 +1,261 @@
+"""How fast training is: reading data, what packing saves in counted tokens, and the step itself.
+
+    python scripts/benchmark_training.py                    # data path, counts, and a step scaled down for a CPU
+    python scripts/benchmark_training.py --device cuda      # and a 1.5B model at length 16384: tokens/s, MFU, memory
+
+The length distribution is stated, not real data: in each row 14 roll-ins of 4 nested prefixes, prefix lengths uniform in
+4k to 8k, roll-outs lognormal with mean 6k and standard deviation 4k, traces cut at 16384; 64 roll-outs a step on 4 ranks
+with micro batches of 8 (the released command).
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datasets
+import torch
+from transformers import Qwen2Config
+
+from batch_order import RankBatches
+from classifier_lib import Qwen2ForClassifier
+from packed_attention import choose_attention, row_multiple
+from packing_utils import PACKINGS
+from rollout_data import load_rollouts
+from training_args import parse_args
+from training_step import Step, compile_layers
+from training_utils import World, make_optimizer, peak_flops, step_flops
+
+VOCAB = 151_936
+MAX_LENGTH = 16_384
+RANKS, MICRO_BATCH, TOTAL_BATCH = 4, 8, 64
+SIGMA = np.sqrt(np.log(1 + (4000 / 6000) ** 2))  # of the lognormal with mean 6000 and standard deviation 4000
+MU = np.log(6000) - SIGMA**2 / 2
+
+
+def synthetic_rows(num_rows: int, scale: float = 1.0, vocab: int = VOCAB, seed: int = 0) -> Iterator[dict]:
+    """Rows of 14 x 4 roll-outs of the stated lengths, all divided by `scale`."""
+    rng = np.random.default_rng(seed)
+    for number in range(num_rows):
+        roll_ins, roll_outs = [], []
+        for _ in range(14):
+            cuts = np.sort(rng.uniform(4000, 8000, 4) / scale).astype(int)
+            trunk = rng.integers(0, vocab, cuts[-1], dtype=np.int32)
+            for cut, length in zip(cuts, rng.lognormal(MU, SIGMA, 4), strict=True):
+                roll_ins.append(trunk[:cut])
+                roll_outs.append(rng.integers(0, vocab, max(int(min(length, MAX_LENGTH) / scale), 1), dtype=np.int32))
+        labels = rng.integers(0, 3, 56).tolist()
+        yield {"problem": str(number), "roll_in_ids": roll_ins, "roll_outs_ids": roll_outs, "labels": labels}
+
+
+def make_table(folder: Path, num_rows: int, scale: float = 1.0, vocab: int = VOCAB):
+    """A memory-mapped data set of synthetic rows, and its index."""
+    ids = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+    features = datasets.Features(
+        problem=datasets.Value("string"),
+        roll_in_ids=ids,
+        roll_outs_ids=ids,
+        labels=datasets.Sequence(datasets.Value("int8")),
+    )
+    made = datasets.Dataset.from_generator(
+        synthetic_rows, features=features, cache_dir=str(folder / "cache"), writer_batch_size=4,
+        gen_kwargs={"num_rows": num_rows, "scale": scale, "vocab": vocab},
+    )  # fmt: skip
+    made.save_to_disk(str(folder / "data"))
+    table = load_rollouts(str(folder / "data"), vocab_size=vocab, max_length=int(MAX_LENGTH / scale), num_response=56)
+    return made, table
+
+
+def rank_batches(table, packing: str, group: int, rank: int, multiple: int = 128) -> RankBatches:
+    return RankBatches(
+        table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, rank=rank, world_size=RANKS, multiple=multiple
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data path
+
+
+def benchmark_reading(made, table) -> None:
+    print("\nData path: rows of 56 roll-outs, up to 16k ids each; one process")
+    print(f"{'':34s}{'ms a sample':>12s}{'samples/s':>12s}")
+    steps = 4
+    for packing in PACKINGS:
+        batches = rank_batches(table, packing, 4, 0)
+        samples = sum(len(batches.rank_units(step)) for step in range(steps))
+        begin = time.perf_counter()
+        for step in range(steps):
+            batches[step]
+        show_rate(f"slices, laid out as {packing}", (time.perf_counter() - begin) / samples)
+    begin, rows = time.perf_counter(), 4
+    for row in range(rows):
+        made[row]
+    show_rate("whole rows to Python, one sample used", (time.perf_counter() - begin) / rows)
+
+
+def show_rate(name: str, seconds: float) -> None:
+    print(f"{name:38s}{1000 * seconds:8.3f}{1 / seconds:12.0f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+
+
+def benchmark_counts(table, steps: int = 12) -> dict[tuple[str, int], float]:
+    """Tokens computed, padding included, for each loss token."""
+    print(
+        f"\nTokens computed per loss token, padding included ({steps} steps of {TOTAL_BATCH} roll-outs, {RANKS} ranks)"
+    )
+    print(f"{'':24s}{'group 2':>10s}{'group 4':>10s}{'padding':>10s}{'rows a step':>13s}")
+    cost = {}
+    for packing in PACKINGS:
+        for group in (2, 4):
+            computed = real = owned = rows = 0
+            for rank in range(RANKS):
+                batches = rank_batches(table, packing, group, rank)
+                for step in range(steps):
+                    for batch in batches[step]:
+                        computed += batch.input_ids.size
+                        real += batch.num_tokens
+                        owned += len(batch.token_index)
+                        rows += 1
+            cost[packing, group] = computed / owned
+        print(
+            f"{packing:24s}{cost[packing, 2]:10.3f}{cost[packing, 4]:10.3f}{1 - real / computed:10.1%}{rows / steps:13.1f}"
+        )
+    for name, a, b, goal in (("none / pack", "none", "pack", (1.2, 1.2)), ("pack / tree", "pack", "tree", (1.25, 1.4))):
+        print(
+            f"{name:24s}"
+            + "".join(f"{cost[a, group] / cost[b, group]:10.3f}" for group in (2, 4))
+            + f"   (goal {goal[0]}, {goal[1]})"
+        )
+    return cost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def make_step(
+    config: Qwen2Config, packing: str, device: str, compiled: bool, arguments: Sequence[str]
+) -> tuple[Step, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    args = parse_args([*arguments, "--packing", packing, "--eval_every", "-1"])
+    world = World(0, 1, torch.device(device))
+    model = Qwen2ForClassifier(config).to(world.device).train()
+    attention = choose_attention(packing, device, half_precision=device == "cuda")
+    model.set_attn_implementation(attention)
+    if device == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        compile_layers(model)
+    return Step(args, model, world, attention, autocast=device == "cuda"), make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+
+
+def timed_steps(step: Step, optimizer, batches: RankBatches, warm_up: int, steps: int) -> dict[str, float]:
+    """Seconds and token counts of `steps` whole optimizer steps, after `warm_up` others."""
+    totals = {"computed": 0, "real": 0, "loss": 0, "pairs": 0}
+    begin = 0.0
+    for number in range(warm_up + steps):
+        if number == warm_up:
+            synchronize(step.world.device)
+            begin = time.perf_counter()
+        found = batches[number]
+        step.backward(found)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if number >= warm_up:
+            totals["computed"] += sum(batch.input_ids.size for batch in found)
+            totals["real"] += sum(batch.num_tokens for batch in found)
+            totals["loss"] += sum(len(batch.token_index) for batch in found)
+            totals["pairs"] += sum(batch.num_pairs for batch in found)
+    synchronize(step.world.device)
+    return totals | {"seconds": time.perf_counter() - begin}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def benchmark_cpu_step(folder: Path) -> None:
+    """The same lengths divided by 64, a model of 1.3M parameters, one rank's share of the step."""
+    scale, vocab = 64, 1000
+    _, table = make_table(folder / "small", 24, scale, vocab)
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, num_labels=3,
+    )  # fmt: skip
+    print(
+        f"\nOptimizer step on this CPU, {torch.get_num_threads()} thread(s), lengths divided by {scale}, one rank of 4"
+    )
+    print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'against none':>14s}{'counted':>10s}")
+    base = None
+    for packing in PACKINGS:
+        group = 4
+        step, optimizer = make_step(config, packing, "cpu", False, ["--p_dropout", "0"])
+        batches = rank_batches(table, packing, group, 0, row_multiple(step.attention))
+        found = timed_steps(step, optimizer, batches, 1, 5)
+        rate, cost = found["loss"] / found["seconds"], found["computed"] / found["loss"]
+        base = base or (rate, cost)
+        print(f"{packing:24s}{found['seconds'] / 5:10.3f}{rate:12.0f}{rate / base[0]:13.2f}x{base[1] / cost:9.2f}x")
+
+
+def benchmark_gpu_step(folder: Path, table) -> None:
+    """A 1.5B random model at length 16384: useful tokens/s, MFU, peak memory."""
+    print("\nOptimizer step, 1.5B random weights, length 16384, one GPU, 16 roll-outs a step, small_group_size 4")
+    if not torch.cuda.is_available():
+        print("not measured: no GPU here")
+        return
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=131_072, num_labels=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    peak = peak_flops(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}; peak {peak / 1e12 if peak else float('nan'):.0f} TFLOP/s dense bf16")
+    print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'MFU':>8s}{'peak GiB':>10s}  attention")
+    for packing in PACKINGS:
+        for compiled in (False, True):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step, optimizer = make_step(config, packing, "cuda", compiled, ["--p_dropout", "0"])
+            weights = sum(p.numel() for p in step.model.parameters()) - step.model.get_input_embeddings().weight.numel()
+            batches = RankBatches(table, 0, 16, 4, packing, 4, multiple=row_multiple(step.attention))
+            found = timed_steps(step, optimizer, batches, 2, 3)
+            flops = step_flops(config, weights, found["real"], found["pairs"])
+            mfu = flops / found["seconds"] / peak if peak else float("nan")
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            name = packing + (" --compile" if compiled else "")
+            rate = found["loss"] / found["seconds"]
+            print(
+                f"{name:24s}{found['seconds'] / 3:10.2f}{rate:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention}",
+                flush=True,
+            )
+            del step, optimizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=32, help="synthetic rows of the full lengths (default: 32, 70 MB)")
+    args = parser.parse_args(argv)
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made, table = make_table(folder / "full", args.rows)
+        benchmark_reading(made, table)
+        benchmark_counts(table)
+        benchmark_cpu_step(folder)
+        benchmark_gpu_step(folder, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
