@@ -40,7 +40,8 @@ def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Q
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=1 << 17, num_labels=3, tie_word_embeddings=False)
     with torch.device(device):
         model = Qwen2ForClassifier._from_config(config, attn_implementation=attention, dtype=dtype)
-    with torch.no_grad():  # at the usual initial scale a random head gives 1/3 for everything, and no difference would show
+    # At the usual initial scale a random head gives 1/3 for everything, and no difference would show.
+    with torch.no_grad():
         for layer in (0, 2):
             model.score[layer].weight.mul_(10)
     return model.eval()

@@ -9,7 +9,6 @@ over unchanged; the script checks that both models give the same logits. The val
 a random head: it is for trying things out, its values mean nothing until it is trained.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile

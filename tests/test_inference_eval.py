@@ -2,31 +2,32 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import kill_test
 import pytest
 import tiny
 import torch
 from conftest import ROOT, SHARED
 
 import inference_eval
-import kill_test
 from cli_utils import UserError
 from inference_args import build_parser, parse_args
 from search_utils import select
 
 # The command of the paper's release, as it stands.
-RELEASED_COMMAND = (
-    "--benchmark aime-24 --attention_impl flash_attention_2 --seed 1337 "
-    "--piref_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --use_sglang_server --sglang_port 30000 "
-    "--classifier_ckpt_path VGS-AI/DeepSeek-VM-1.5B --output_path inference_outputs.jsonl --search_type beam2 "
-    "--piref_gpu_util 0.5 --batch_size 32 --max_length 16384 --block_size 4096 --num_blocks 8 --temperature 0.6 "
-    "--top_p 0.95 --num_repetitions 1"
-).split()
+RELEASED_COMMAND = shlex.split("""
+    --benchmark aime-24 --attention_impl flash_attention_2 --seed 1337
+    --piref_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --use_sglang_server --sglang_port 30000
+    --classifier_ckpt_path VGS-AI/DeepSeek-VM-1.5B --output_path inference_outputs.jsonl --search_type beam2
+    --piref_gpu_util 0.5 --batch_size 32 --max_length 16384 --block_size 4096 --num_blocks 8 --temperature 0.6
+    --top_p 0.95 --num_repetitions 1
+""")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
 
     class Boxing:
         name, context_length, vocab_size = "boxing", 2048, 264
-        reply = [*tiny.tiny_tokenizer()("</think>so \\boxed{2}", add_special_tokens=False).input_ids, 256]
+        reply = (*tiny.tiny_tokenizer()("</think>so \\boxed{2}", add_special_tokens=False).input_ids, 256)
 
         async def generate(self, requests):
             return [self.block(request) for request in requests]
@@ -153,7 +154,7 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
 
             prompt = len(request.prompt_ids) - request.prompt_ids[::-1].index(198) - 1  # the newline after <think>
             done = len(request.prompt_ids) - prompt - 1
-            tokens = self.reply[done : done + request.max_new_tokens]
+            tokens = list(self.reply)[done : done + request.max_new_tokens]
             return Reply(tokens, "stop" if tokens[-1] == 256 else "length", len(request.prompt_ids))
 
         async def close(self): ...

@@ -166,9 +166,11 @@ def test_a_second_process_is_told(written):
         "f = LineFile(RunPaths.of(sys.argv[2]).tree); print(f.lock())"
     )
     root = os.path.dirname(os.path.dirname(__file__))
-    run = lambda: subprocess.run(
-        [sys.executable, "-c", code, root, str(written.results)], capture_output=True, text=True
-    )  # noqa: E731
+    command = [sys.executable, "-c", code, root, str(written.results)]
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True)
+
     assert run().stdout == "False\n"
     with pytest.raises(UserError, match="another process is writing"):
         RunFiles.open(written, meta())
