@@ -254,13 +254,13 @@ class Run:
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
         self.record: dict[str, float] = {}
-        self.begun, self.first = 0.0, plan.step
+        self.begun, self.clock, self.first = 0.0, 0.0, plan.step
         self.saved = plan.step if plan.checkpoint else -1
         self.progress = Progress(lambda: progress_line(self.record, args.num_steps, self.eta())) if main else None
 
     def loop(self, stop: StopSignal) -> int:
         args, world, done = self.args, self.world, self.plan.step
-        self.begun = time.perf_counter()
+        self.begun = self.clock = time.perf_counter()
         for batches in read_steps(args, self.plan.train, done, world):
             self.train_step(done, batches)
             done += 1
@@ -274,13 +274,13 @@ class Run:
                     f"stopped by {signal.Signals(signals).name} after step {done}, which is saved; the same command goes on"
                 )
                 return 0 if signals == signal.SIGTERM else 128 + signals
+            self.clock = time.perf_counter()  # a step's seconds include waiting for its data, not evaluating and saving
         self.say(f"done: {args.num_steps} steps; the value model is {self.plan.run_dir / 'latest'}")
         return 0
 
     def train_step(self, done: int, batches: list[MicroBatch]) -> None:
         """One optimizer step. `done`: steps before it. A loss or gradient that is not finite is a UserError, before the weights change."""
         args, world = self.args, self.world
-        begun = time.perf_counter()
         batches = self.step.in_step(batches)
         with torch.autograd.set_detect_anomaly(args.debug, check_nan=False):
             losses = self.step.backward(batches)
@@ -301,7 +301,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - self.clock
         self.record = {
             "step": done + 1, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
             "tokens_per_s": computed / seconds, "real_tokens_per_s": real / seconds, "loss_tokens_per_s": owned / seconds,

@@ -188,9 +188,9 @@ async def lock_step(bench: Bench) -> None:
 # Measure and show
 
 
-def measure(order, bench: Bench) -> dict[str, float]:
+async def measure(order, bench: Bench) -> dict[str, float]:
     begin = time.perf_counter()
-    asyncio.run(order(bench))
+    await order(bench)
     wall, times, count = time.perf_counter() - begin, bench.times, len(bench.prompts)
     engine = length(times.engine)
     return {
@@ -210,6 +210,23 @@ def measure(order, bench: Bench) -> dict[str, float]:
         "one search: waiting, s": times.waiting / count,
         "one search: own, s": (times.total - times.generating - times.scoring - times.waiting) / count,
     }
+
+
+async def compare(make_bench, args: argparse.Namespace, engine: Engine) -> dict[str, list[dict[str, float]]]:
+    """Measurements of each order, one a repeat."""
+    orders = {"lock-step": lock_step, "this search": this_search}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in orders}
+    try:
+        for order in orders.values():  # warm up
+            await measure(order, make_bench(2))
+        for repeat in range(args.repeats):
+            for name, order in orders.items():
+                results[name].append(await measure(order, make_bench(args.searches)))
+                seconds = results[name][-1]["wall-clock, s"]
+                print(f"{name}, run {repeat + 1}: {seconds:.2f} s", file=sys.stderr, flush=True)
+    finally:
+        await engine.close()
+    return results
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -298,14 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts = [tuple(rng.randrange(1, info.vocab_size) for _ in range(args.prompt)) for _ in range(searches)]
             return Bench(engine, model, config, prompts, int(args.value_cache_gb * 1e9))
 
-        results: dict[str, list[dict[str, float]]] = {"lock-step": [], "this search": []}
-        for repeat in range(args.repeats + 1):
-            for name, order in (("lock-step", lock_step), ("this search", this_search)):
-                run = measure(order, bench(args.searches if repeat else 2))  # the first, small one warms up
-                if repeat:
-                    results[name].append(run)
-                    print(f"{name}, run {repeat}: {run['wall-clock, s']:.2f} s", file=sys.stderr, flush=True)
-        asyncio.run(engine.close())
+        results = asyncio.run(compare(bench, args, engine))
     print(
         f"{args.searches} searches of {args.width} x {args.branch} candidates, {args.rounds} blocks of {args.block_size} tokens, "
         f"prompts of {args.prompt}; {kind} engine, {args.device}, {os.cpu_count()} cores; median of {args.repeats} runs\n"

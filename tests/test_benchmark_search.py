@@ -2,9 +2,9 @@
 
 import re
 
+import benchmark_search
 import pytest
 
-import benchmark_search
 from cli_utils import UserError
 
 
