@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from cli_utils import ArgumentParser, UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
-from collect_data import (
+from data_utils import PROMPT_FORMATS, check_prompt_format, format_prompt
+from device_utils import resolve_device
+from engine_utils import Engine, EngineError, Reply, Request, choose_engine, make_engine
+from eval_utils import Grader, extract_answer
+from inference_args import ENGINES
+from model_utils import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
+from progress_utils import Progress, format_count, format_seconds
+from training_lib.collection import (
     CUT_WEIGHTS,
     Journal,
     Output,
@@ -40,13 +47,6 @@ from collect_data import (
     load_problems,
     write_card,
 )
-from data_utils import PROMPT_FORMATS, check_prompt_format, format_prompt
-from device_utils import resolve_device
-from engine_utils import Engine, EngineError, Reply, Request, choose_engine, make_engine
-from eval_utils import Grader, extract_answer
-from inference_args import ENGINES
-from model_utils import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
-from progress_utils import Progress, format_count, format_seconds
 
 logger = logging.getLogger("collect_rollouts")
 

@@ -52,7 +52,7 @@ def load_benchmark(name: str, max_problems: int | None = None) -> list[Problem]:
         rows = _read_hub(known.repo)
         problems = _problems(rows, name, known.problem, known.answer)
     elif os.path.exists(name):
-        problems = _problems(_read_local(Path(name)), name, "problem", "answer")
+        problems = _problems(read_local(Path(name)), name, "problem", "answer")
     else:
         raise UserError(
             f"--benchmark {name!r} is neither a known benchmark ({', '.join(BENCHMARKS)}) "
@@ -89,7 +89,8 @@ def _read_hub(repo: str) -> Sequence[dict[str, Any]]:
     return _only_split(splits, repo)
 
 
-def _read_local(path: Path) -> Sequence[dict[str, Any]]:
+def read_local(path: Path) -> Sequence[dict[str, Any]]:
+    """Rows of a .jsonl/.json/.parquet file or a dataset folder. Raises UserError."""
     if path.is_dir():
         return _read_folder(path)
     if path.suffix not in FILE_KINDS:

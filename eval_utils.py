@@ -1,11 +1,11 @@
-"""Answers: extraction from a response, votes, and (handed on from grading_utils) grading. Pure Python, no torch."""
+"""Answers: extraction from a response, votes, and (handed on from eval_lib.grading) grading. Pure Python, no torch."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grading_utils import Grader, GradingError, as_integer, normalize_answer
+from eval_lib.grading import Grader, GradingError, as_integer, normalize_answer
 
 __all__ = [
     "Grader",

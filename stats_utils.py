@@ -1,6 +1,6 @@
 """The table of a search run: every vote at every pooled number of repetitions, with intervals and costs. No torch.
 
-Also hands on the statistics that it is made of (interval_utils, calibration_utils).
+Also hands on the statistics that it is made of (eval_lib.intervals, eval_lib.calibration).
 """
 
 import math
@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from calibration_utils import auc, auc_within, brier_score, expected_calibration_error, reliability_bins
-from eval_utils import as_integer, normalize_answer
-from interval_utils import (
+from eval_lib.calibration import auc, auc_within, brier_score, expected_calibration_error, reliability_bins
+from eval_lib.intervals import (
     Floats,
     clustered_interval,
     paired_difference,
@@ -22,6 +21,7 @@ from interval_utils import (
     repeat_noise_half_width,
     variance_warning,
 )
+from eval_utils import as_integer, normalize_answer
 
 __all__ = [
     "METRICS",

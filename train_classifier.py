@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_utils import UserError, enable_fast_transfers, run_script, set_up_logging
-from launch_utils import follow_parent
+from training_lib.launch import follow_parent
 
 if __name__ == "__main__":
     follow_parent()  # before the slow imports
@@ -39,19 +39,15 @@ enable_fast_transfers()  # before anything imports huggingface_hub
 import torch
 from torch.utils.data import DataLoader
 
-from batch_order import RankBatches, hold_out
-from checkpoint_utils import checkpoints, lock_run, read_trainer, restore, save_checkpoint
-from hub_push import HubPusher
 from model_utils import ModelInfo, inspect_model, resolve_model
-from packed_attention import choose_attention, row_multiple
-from packing_utils import MicroBatch
 from progress_utils import Progress
-from rollout_data import RolloutTable, load_rollouts
 from tracking_utils import Tracker, make_tracker
-from training_args import IDENTITY, ROUNDING, parse_args
-from training_eval import evaluate, format_evaluation
-from training_step import Step, load_model
-from training_utils import (
+from training_lib.arguments import IDENTITY, ROUNDING, parse_args
+from training_lib.batch_order import RankBatches, hold_out
+from training_lib.checkpoints import checkpoints, lock_run, read_trainer, restore, save_checkpoint
+from training_lib.evaluation import evaluate, format_evaluation
+from training_lib.hub_push import HubPusher
+from training_lib.loop import (
     MetricsLog,
     StopSignal,
     World,
@@ -64,6 +60,10 @@ from training_utils import (
     start_ranks,
     step_flops,
 )
+from training_lib.packed_attention import choose_attention, row_multiple
+from training_lib.packing import MicroBatch
+from training_lib.rollout_data import RolloutTable, load_rollouts
+from training_lib.step import Step, load_model
 
 logger = logging.getLogger("train_classifier")
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -43,6 +42,8 @@ def _sdpa_lower_right(module, query, key, value, attention_mask, dropout=0.0, sc
     q_length, k_length = query.shape[2], key.shape[2]
     if attention_mask is not None or q_length == k_length or q_length == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    from torch.nn.attention.bias import causal_lower_right  # not above: it loads the compiler, a second of start-up
+
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bias = causal_lower_right(q_length, k_length)

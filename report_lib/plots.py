@@ -142,7 +142,7 @@ def comparison_figure(analyses: Sequence[Analysis]) -> Figure | None:
         key, label = AXES[basis]
         for i, analysis in enumerate(analyses):
             for metric in ("wmaj", "maj") if analysis.run.search_type == "bon" else ("wmaj",):
-                style = RUN_LINES[i % len(RUN_LINES)]
+                style: tuple = RUN_LINES[i % len(RUN_LINES)]
                 style = (style[0], (0, (3, 1, 1, 1, 1, 1)), "x") if metric == "maj" else style
                 draw_metric(
                     axis, analysis.rows, key, metric, style, f"{printable(analysis.run.name)}: {METRICS[metric]}"

@@ -24,14 +24,14 @@ import datasets
 import torch
 from transformers import Qwen2Config
 
-from batch_order import RankBatches
 from classifier_lib import Qwen2ForClassifier
-from packed_attention import choose_attention, row_multiple
-from packing_utils import PACKINGS
-from rollout_data import load_rollouts
-from training_args import parse_args
-from training_step import Step, compile_layers
-from training_utils import World, make_optimizer, peak_flops, step_flops
+from training_lib.arguments import parse_args
+from training_lib.batch_order import RankBatches
+from training_lib.loop import World, make_optimizer, peak_flops, step_flops
+from training_lib.packed_attention import choose_attention, row_multiple
+from training_lib.packing import PACKINGS
+from training_lib.rollout_data import load_rollouts
+from training_lib.step import Step, compile_layers
 
 VOCAB = 151_936
 MAX_LENGTH = 16_384

@@ -17,8 +17,8 @@ from tiny import save_generator, tiny_tokenizer
 
 import collect_rollouts
 from cli_utils import UserError
-from collect_data import SCHEMA, cut_positions, draw_seed, labels_of, load_problems
-from rollout_data import load_rollouts
+from training_lib.collection import SCHEMA, cut_positions, draw_seed, labels_of, load_problems
+from training_lib.rollout_data import load_rollouts
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from collections import Counter
 
 import pytest
 
-import grading_utils
+from eval_lib import grading as grading_utils
 from eval_utils import (
     Grader,
     GradingError,
@@ -29,7 +29,7 @@ from eval_utils import (
     weighted_vote,
 )
 
-ROOT = os.path.dirname(os.path.abspath(grading_utils.__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(grading_utils.__file__)))
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +413,7 @@ def mean_worker(tmp_path, monkeypatch):
     program = f"""
         import ctypes, os, sys, time
         sys.path.insert(0, {ROOT!r})
-        import grading_worker
+        from eval_lib import grading_worker
         from math_verify.errors import TimeoutException
 
         def equal(gold, answer):

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import collect_rollouts
 import inference_args
 import report
-import training_args
 from cli_utils import UserError
 from data_utils import format_prompt, load_benchmark
 from eval_utils import extract_answer
@@ -36,6 +35,7 @@ from examples.miniature.task import (
     noisy_trace,
 )
 from examples.miniature.tokenizer import build_tokenizer
+from training_lib import arguments as training_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Problem(40, (2, 9, 9, 7, 4, 9))

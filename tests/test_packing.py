@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from classifier_lib import bradley_terry_loss, rollout_loss
-from packed_attention import FLEX, dense_mask, flex_mask, model_inputs
-from packing_utils import (
+from training_lib.packed_attention import FLEX, dense_mask, flex_mask, model_inputs
+from training_lib.packing import (
     Trace,
     block_lists,
     bucket_size,

@@ -8,9 +8,9 @@ import pytest
 from rollouts import random_rows, write_rows
 from torch.utils.data import DataLoader
 
-from batch_order import RankBatches, balanced_shares, epoch_pairs, epoch_rollouts, hold_out, mix, shuffled
 from cli_utils import UserError
-from rollout_data import load_rollouts
+from training_lib.batch_order import RankBatches, balanced_shares, epoch_pairs, epoch_rollouts, hold_out, mix, shuffled
+from training_lib.rollout_data import load_rollouts
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_a_fault_beyond_the_rollouts_in_use_is_no_fault(tmp_path):
 
 
 def test_ids_of_a_large_data_set_are_checked_as_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("rollout_data.IDS_CHECKED_AT_START", 0)
+    monkeypatch.setattr("training_lib.rollout_data.IDS_CHECKED_AT_START", 0)
     write_rows(tmp_path, FAULTS["id too large"][0])
     table = load(tmp_path)
     with pytest.raises(UserError, match=r"row 11, column roll_outs_ids\[1\]: token id 8"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eval_lib.intervals import student_t_quantile, student_t_tail
 from eval_utils import best_of_n, majority_vote, weighted_vote
-from interval_utils import student_t_quantile, student_t_tail
 from stats_utils import (
     auc,
     auc_within,

@@ -14,12 +14,12 @@ from rollouts import losses, random_rows, run_script, write_rows
 from tiny import save_generator, save_value_model, tiny_config
 
 import train_classifier
-from checkpoint_utils import checkpoints
 from classifier_lib import Qwen2ForClassifier
 from cli_utils import UserError
-from training_args import parse_args
-from training_eval import _rollout_metrics
-from training_utils import learning_rate, step_flops
+from training_lib.arguments import parse_args
+from training_lib.checkpoints import checkpoints
+from training_lib.evaluation import _rollout_metrics
+from training_lib.loop import learning_rate, step_flops
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_a_run_goes_on_only_as_the_same_run(inputs, tmp_path, monkeypatch, caplo
 
 
 def test_a_second_process_is_told(inputs, tmp_path, monkeypatch):
-    import checkpoint_utils
+    from training_lib import checkpoints as checkpoint_utils
 
     with checkpoint_utils.lock_run(tmp_path / "runs/run"):
         monkeypatch.setattr(checkpoint_utils.lock_run, "__defaults__", (0.3,))

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import hub_push
 from cli_utils import UserError
-from training_utils import StopSignal
+from training_lib import hub_push
+from training_lib.loop import StopSignal
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 

@@ -9,8 +9,8 @@ from rollouts import write_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train_classifier
-from calibration_utils import expected_calibration_error
 from classifier_lib import Qwen2ForClassifier
+from eval_lib.calibration import expected_calibration_error
 
 # A walk of 11 fair steps succeeds where it ends above 0. All walks are equally long: a roll-out's tokens weigh
 # 1 / length, so where length and success go together the loss's optimum is a length-weighted share, not a probability.

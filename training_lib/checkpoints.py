@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cli_utils import UserError
-from training_utils import World
+from training_lib.loop import World
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                    "added_tokens.json", "chat_template.jinja")  # fmt: skip

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cli_utils import UserError
-from data_utils import FILE_KINDS, _read_local
-from rollout_data import open_dataset
+from data_utils import FILE_KINDS, read_local
+from training_lib.rollout_data import open_dataset
 
 WORK = ".collect"  # journals and settings; hidden, so that a data loader does not take them for data
 IDS = pa.list_(pa.list_(pa.int32()))
@@ -45,7 +45,7 @@ def load_problems(path: str, split: str, max_problems: int | None) -> list[Sourc
     local = Path(path)
     if local.is_file() and local.suffix not in FILE_KINDS:
         raise UserError(f"--problems {path} must end in {', '.join(FILE_KINDS)}, or be a folder or a hub name")
-    rows: Iterable[dict[str, Any]] = _read_local(local) if local.is_file() else open_dataset(path, split)
+    rows: Iterable[dict[str, Any]] = read_local(local) if local.is_file() else open_dataset(path, split)
     found: list[SourceProblem] = []
     for number, row in enumerate(rows):
         if max_problems is not None and number == max_problems:

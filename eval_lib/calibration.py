@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from interval_utils import clustered_interval
+from eval_lib.intervals import clustered_interval
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:

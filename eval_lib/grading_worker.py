@@ -1,4 +1,4 @@
-"""The program of a grading worker: it answers `grading_utils` about pairs of answers, with math-verify.
+"""The program of a grading worker: it answers `eval_lib.grading` about pairs of answers, with math-verify.
 
 A process of its own because math-verify's timeouts use signals, because a hard expression can hang or exhaust memory in
 C code, and because a search must not wait for it. It imports nothing of this project.

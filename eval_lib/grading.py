@@ -1,6 +1,6 @@
 """Grading of mathematical answers, and classes of equal answers. Pure Python, no torch.
 
-Equality is math-verify's (https://github.com/huggingface/Math-Verify), asked of worker processes (grading_worker.py).
+Equality is math-verify's (https://github.com/huggingface/Math-Verify), asked of worker processes (eval_lib/grading_worker.py).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from grading_worker import MATH_MARK
+from eval_lib.grading_worker import MATH_MARK
 
 logger = logging.getLogger(__name__)
 

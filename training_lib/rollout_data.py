@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from cli_utils import UserError, hub_errors
-from packing_utils import Trace
+from training_lib.packing import Trace
 
 logger = logging.getLogger(__name__)
 

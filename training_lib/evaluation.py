@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from batch_order import RankBatches
-from calibration_utils import auc, auc_within, brier_score, expected_calibration_error
 from classifier_lib import LABEL_CORRECT, success_probs
 from cli_utils import UserError
+from eval_lib.calibration import auc, auc_within, brier_score, expected_calibration_error
+from training_lib.batch_order import RankBatches
 
 POSITIONS = (0, 25, 50, 75, 100)  # percent of the roll-out
 SLICE = 8  # micro batches' worth of roll-outs that are read at a time

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cli_utils import UserError
-from packing_utils import MicroBatch, lay_out
-from rollout_data import RolloutTable
+from training_lib.packing import MicroBatch, lay_out
+from training_lib.rollout_data import RolloutTable
 
 _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
 

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from packing_utils import MicroBatch, block_lists
+from training_lib.packing import MicroBatch, block_lists
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_utils import ArgumentParser, UserError
-from packing_utils import PACKINGS
+from training_lib.packing import PACKINGS
 
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
