@@ -202,7 +202,7 @@ class TransformersEngine:
         for _, future in self._waiting:
             future.cancel()
         self._waiting.clear()
-        if self._drain_task is not None:
+        if self._drain_task is not None and not self._drain_task.done():
             await asyncio.gather(self._drain_task, return_exceptions=True)
         self._thread.shutdown(wait=True)
 

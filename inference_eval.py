@@ -393,6 +393,12 @@ def run_all(args: argparse.Namespace, plan: Plan, files: RunFiles, grader: Grade
     if plan.device == plan.value_device == "cpu":
         limit_cpu_threads()
     engine = make_engine(plan.engine, plan.generator, device=plan.device, args=args)
+    longest = max(map(len, plan.prompts)) + args.max_length
+    if longest > engine.context_length:  # SGLang's KV pool may hold less than the model's positions
+        raise UserError(
+            f"the longest prompt and --max_length {args.max_length} make {longest} tokens, and the {engine.name} engine takes "
+            f"{engine.context_length}; give a smaller --max_length, or SGLang more memory (--piref_gpu_util)"
+        )
     scorer = load_scorer(args, plan)
     files.meta["engine"] = engine.describe()
     run = Run(args, plan, files, engine, scorer, grader)

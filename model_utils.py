@@ -150,14 +150,12 @@ def load_tokenizer(path: Path, flag: str) -> Any:
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
-    """All end-of-sequence ids: the generation config's, the config's where there is none, and the tokenizer's."""
+    """All end-of-sequence ids: the generation config's, the config's (SGLang stops at both), and the tokenizer's."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             eos = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
             found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-            if found:
-                break
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:

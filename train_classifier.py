@@ -390,9 +390,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         raise
     finally:
-        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None and torch.distributed.get_world_size() == 1:
             torch.distributed.destroy_process_group()
 
 
+def run_rank() -> None:
+    """Run, and as one rank of several leave without the interpreter's teardown, in which gloo's threads now and then
+    abort the process ("terminate called without an active exception"). Everything has been written and closed by then.
+    """
+    try:
+        run_script(main)
+    except SystemExit as end:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            if not end.code:
+                torch.distributed.barrier()  # the first to go would take away the store that the others still use
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_rank()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The real SGLang engine, its HTTP server and sglang-router in a virtual environment for a machine without a GPU:
 #   bash scripts/install_sglang_cpu.sh FOLDER
-# For tests only (1.9 GB, about two minutes). Once it is there, a second call returns at once.
+# For tests only (2.2 GB, two to five minutes). Once it is there, a second call returns at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${1:?usage: bash scripts/install_sglang_cpu.sh FOLDER}

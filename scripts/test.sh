@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what the tests need, then check the code and run every test: bash scripts/test.sh [pytest arguments]
 #   VENV=folder         virtual environment (default .venv); SGLANG_VENV=folder, the one with SGLang (default .venv-sglang)
-#   NO_SGLANG=1         leave out the tests on the real SGLang engine and its 1.7 GB installation
+#   NO_SGLANG=1         leave out the tests on the real SGLang engine and its 2.2 GB installation
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
@@ -20,5 +20,5 @@ fi
 
 if [ -z "${NO_SGLANG:-}" ]; then
   bash scripts/install_sglang_cpu.sh "$SGLANG_VENV"
-  "$SGLANG_VENV/bin/python" -m pytest tests/test_sglang_engine.py
+  "$SGLANG_VENV/bin/python" -m pytest tests/test_sglang_engine.py tests/test_sglang_runs.py
 fi

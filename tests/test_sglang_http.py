@@ -277,7 +277,8 @@ def scripted(*answers):
         (200, {"output_ids": None, "meta_info": {"finish_reason": {"type": "length"}, "prompt_tokens": 1}}),
     ],
 )
-def test_what_may_pass_is_tried_again(model, servers, answer):
+def test_what_may_pass_is_tried_again(model, servers, monkeypatch, answer):
+    monkeypatch.setattr(sglang_server, "BACKOFF_S", 0.01)
     server = servers(script=scripted(answer, answer))
     requests = some_requests(1)
     assert with_engine(model, [server], lambda e: e.generate(requests)) == expected(requests)
@@ -296,6 +297,15 @@ def test_a_starting_server_is_waited_for(model, servers):
     server = servers(script=scripted((503, "starting")))
     requests = some_requests(1)
     assert with_engine(model, [server], lambda e: e.generate(requests)) == expected(requests)
+
+
+def test_a_router_that_is_well_but_has_no_servers_is_given_up_in_time(model, servers):
+    server = servers(script=lambda body: (503, {"error": {"message": "No available workers"}}))
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=r"out of reach for 2 s .*No available workers"):
+        with_engine(model, [server], lambda e: e.generate(some_requests(3)), reconnect_timeout_s=2.0)
+    assert time.monotonic() - begin < 5
+    assert len(server.bodies) < 30, "it was asked again and again without a pause"
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
