@@ -388,9 +388,13 @@ def readme_block(text: str) -> str:
 
 
 def test_the_readmes_commands_for_ones_own_generator(checkout):
-    shown = bash(readme_block("<!-- after the quickstart -->"), checkout)
-    assert "weighted" in shown
+    marker = "<!-- after the quickstart -->\n```bash\n"
+    blocks = [part.split("```", 1)[0] for part in (ROOT / "README.md").read_text(encoding="utf-8").split(marker)[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert "weighted" in bash(block, checkout)
     assert (checkout / "my_report" / "report.html").is_file()
+    assert (checkout / "my_comparison" / "report.html").is_file()
     assert (checkout / "runs" / "mine" / "latest" / "model.safetensors").is_file()
 
 
