@@ -381,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("classifier_lib").setLevel(logging.ERROR)  # what it says of the model, rank 0 says
     try:
         args = parse_args(argv, __doc__)
         return train(args, start_ranks(args.device, args.fsdp))

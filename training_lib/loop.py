@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,11 @@ def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:
         return fully_shard(model)
     if world.size > 1:
         devices = [world.device.index] if world.device.type == "cuda" else None
-        # The only buffers are the rotary frequencies, which never change.
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.13 deprecates the flag, earlier ones do not know its successor.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            # The only buffers are the rotary frequencies, which never change.
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     return model
 
 
