@@ -27,7 +27,11 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(0.6 * torch.cuda.mem_get_info(device)[0])
-    return int(0.25 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts the page cache as free, which it is
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        return int(0.25 * 1024 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:"))
+    return int(0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def limit_cpu_threads(shares: int = 2) -> None:

@@ -47,6 +47,7 @@ from model_utils import (
     check_generator,
     check_positions,
     check_token_ids,
+    check_value_cache,
     check_value_model,
     inspect_model,
     load_tokenizer,
@@ -120,17 +121,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = SearchConfig(width, branch, block_size, args.max_length, args.selection, args.seed)
     return Plan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device, value_device,
                 value_dtype)  # fmt: skip
-
-
-def check_value_cache(cache_gb: float | str, info: ModelInfo, dtype: str, trace: int) -> None:
-    """The cache must hold one whole trace and a working copy of it."""
-    per_token = 2 * info.num_hidden_layers * info.num_key_value_heads * info.head_dim * (2 if dtype == "bf16" else 4)
-    needed = 2 * trace * per_token / 1e9
-    if cache_gb != "auto" and float(cache_gb) < needed:
-        raise UserError(
-            f"--value_cache_gb {cache_gb} cannot hold one trace of {trace} tokens and a working copy; give at least "
-            f"{needed:.3g}"
-        )
 
 
 def make_meta(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:

@@ -221,3 +221,14 @@ def check_positions(generator: ModelInfo, value: ModelInfo, longest_prompt: int,
                 f"{generator.max_position_embeddings}, value model {value.max_position_embeddings}); give --max_length "
                 f"{info.max_position_embeddings - longest_prompt} at most"
             )
+
+
+def check_value_cache(cache_gb: float | str, info: ModelInfo, dtype: str, trace: int) -> None:
+    """The cache must hold one whole trace and a working copy of it."""
+    per_token = 2 * info.num_hidden_layers * info.num_key_value_heads * info.head_dim * (2 if dtype == "bf16" else 4)
+    needed = 2 * trace * per_token / 1e9
+    if cache_gb != "auto" and float(cache_gb) < needed:
+        raise UserError(
+            f"--value_cache_gb {cache_gb} cannot hold one trace of {trace} tokens and a working copy; give at least "
+            f"{needed:.3g}"
+        )
