@@ -1,6 +1,8 @@
 """Shared by all tests: no network, one thread, and the optional folder of third-party data."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,3 +26,19 @@ def shared():
         return path
 
     return find
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB (needs root and mount)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("needs the mount command")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -301,6 +301,37 @@ def test_signals_flush_and_say_how_to_go_on(inputs, tmp_path, number):
     assert journal.read_bytes().endswith(b"\n")
 
 
+def test_a_second_process_on_one_output_is_told_and_harms_nothing(inputs, tmp_path):
+    output, reference = tmp_path / "out.jsonl", tmp_path / "reference.jsonl"
+    kill_test.run_to_end(kill_test.command("simulated", inputs, reference))
+    cmd = kill_test.command("simulated", inputs, output)
+    first = subprocess.Popen(cmd, env=kill_test.environment() | {"SIM_SECONDS": "0.2"}, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "out.tree.jsonl"
+    while first.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.01)
+    second = subprocess.run(cmd, env=kill_test.environment(), capture_output=True, text=True)
+    assert first.wait() == 0
+    assert second.returncode == 2
+    assert "error: another process is writing to" in second.stderr
+    kill_test.compare(output, reference, 0.0)
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_goes_on(inputs, tmp_path, small_disk):
+    output, reference = small_disk / "out.jsonl", tmp_path / "reference.jsonl"
+    kill_test.run_to_end(kill_test.command("simulated", inputs, reference))
+    (small_disk / "filler").write_bytes(b"x" * 230_000)  # room for the meta file and a few rounds
+    cmd = kill_test.command("simulated", inputs, output)
+    full = subprocess.run(cmd, env=kill_test.environment(), capture_output=True, text=True)
+    assert full.returncode == 1
+    line = full.stderr.strip().splitlines()[-1]
+    assert "No space left on device" in line
+    assert "the same command goes on" in line
+    assert "Traceback" not in full.stderr
+    (small_disk / "filler").unlink()
+    kill_test.run_to_end(cmd)
+    kill_test.compare(output, reference, 0.0)
+
+
 @pytest.mark.parametrize(("engine", "times"), [("simulated", 2), ("transformers", 1)])
 def test_killed_at_random_moments_nothing_is_lost_or_done_twice(engine, times, tmp_path):
     assert kill_test.kill_trials(times, engine, problems=3, seed=os.getpid(), folder=tmp_path) == 0

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -220,22 +219,6 @@ def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch
     assert (tmp_path / "x.jsonl").read_text() == '{"a":1}\n'
     file.append({"c": 3})
     assert (tmp_path / "x.jsonl").read_text() == '{"a":1}\n{"c":3}\n'
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB (needs root and mount)."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("needs the mount command")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_with_one_line_and_the_same_command_goes_on(small_disk):
