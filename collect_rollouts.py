@@ -32,7 +32,7 @@ from data_utils import PROMPT_FORMATS, check_prompt_format, format_prompt
 from device_utils import resolve_device
 from engine_utils import Engine, EngineError, Reply, Request, choose_engine, make_engine
 from eval_utils import Grader, extract_answer
-from inference_args import ENGINES
+from inference_args import ATTENTIONS, ENGINES
 from model_utils import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
 from progress_utils import Progress, format_count, format_seconds
 from training_lib.collection import (
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch_size", type=int, default=256, help="problems at once")
     flag("--engine", choices=ENGINES, default="auto", help="auto: sglang where installed, else transformers")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--attention_impl", default="auto", help="of the transformers engine; auto takes the fastest installed")
+    flag("--attention_impl", choices=ATTENTIONS, default="auto", help="of the transformers engine; auto: the fastest installed")
     flag("--piref_gpu_util", type=float, default=0.85, help="SGLang's mem_fraction_static: share of the GPU's memory")
     flag("--sglang_port", type=int, default=30000, help="of the server on this machine, where no --sglang_url is given")
     flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")

@@ -8,6 +8,7 @@ from data_utils import PROMPT_FORMATS
 from search_utils import SELECTIONS, parse_search_type
 
 ENGINES = ("auto", "sglang", "sglang-server", "transformers")
+ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 TRACKERS = ("neptune", "trackio", "none")
 
 
@@ -43,7 +44,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name")
     flag("--engine", choices=ENGINES, default="auto", help="auto: sglang where installed, else transformers")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--attention_impl", default="flash_attention_2",
+    flag("--attention_impl", choices=ATTENTIONS, default="flash_attention_2",
          help="of the value model and the transformers engine; auto takes the fastest installed")
     flag("--piref_gpu_util", type=float, default=0.5,
          help="SGLang's mem_fraction_static: share of the GPU's memory for the generator")

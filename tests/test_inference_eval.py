@@ -210,6 +210,7 @@ BAD_FLAGS = [
     ({"num_repetitions": 0}, "--num_repetitions 0 must be at least 1"),
     ({"seed": "x"}, "argument --seed: invalid int value: 'x'"),
     ({"engine": "vllm"}, "argument --engine: invalid choice: 'vllm'"),
+    ({"attention_impl": "flsh"}, "argument --attention_impl: invalid choice: 'flsh'"),
     ({"see": 3}, "unknown argument --see; did you mean --seed?"),
     ({"value_cache_gb": "lots"}, "--value_cache_gb 'lots' must be auto or a number"),
     ({"value_cache_gb": 1e-6}, "--value_cache_gb 1e-06 cannot hold one trace of .* give at least 7.78e-05"),
