@@ -27,14 +27,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli_utils import ArgumentParser, UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
-from data_utils import PROMPT_FORMATS, check_prompt_format, format_prompt
-from device_utils import resolve_device
-from engine_utils import Engine, EngineError, Reply, Request, choose_engine, make_engine
+from common_lib.cli import (
+    ArgumentParser,
+    UserError,
+    check_rules,
+    enable_fast_transfers,
+    quiet_transformers,
+    run_script,
+    set_up_logging,
+)
+from common_lib.devices import resolve_device
+from common_lib.models import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
+from common_lib.progress import Progress, format_count, format_seconds
+from data_utils import check_prompt_format, format_prompt
+from engine_lib.arguments import (
+    FREE_ARGUMENTS,
+    add_engine_flags,
+    add_sampling_flags,
+    engine_config,
+    engine_rules,
+    resolve_engine,
+)
+from engine_lib.base import Engine, EngineError, Reply, Request
+from engine_lib.choose import choose_engine, make_engine
 from eval_utils import Grader, extract_answer
-from inference_args import ATTENTIONS, ENGINES
-from model_utils import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
-from progress_utils import Progress, format_count, format_seconds
 from training_lib.collection import (
     CUT_WEIGHTS,
     Journal,
@@ -52,10 +68,7 @@ logger = logging.getLogger("collect_rollouts")
 
 ATTEMPTS = 3  # for a request that the engine aborts
 # What may change when a stopped collection goes on; a change of anything else would change the data.
-FREE = {
-    "output_dir", "batch_size", "device", "engine", "attention_impl", "piref_gpu_util", "sglang_port", "sglang_url",
-    "sglang_args", "request_timeout",
-}  # fmt: skip
+FREE = FREE_ARGUMENTS | {"output_dir", "batch_size"}
 
 
 # fmt: off
@@ -79,24 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("sampling").add_argument
     flag("--max_length", type=int, default=16384, help="response tokens of a trace, prefix included; a longer one is "
          "length-limited")
-    flag("--temperature", type=float, default=0.6, help="0 is greedy")
-    flag("--top_p", type=float, default=0.95, help="mass of the nucleus that is sampled from")
-    flag("--prompt_format", choices=PROMPT_FORMATS, default="r1", help="as in inference_eval.py")
+    add_sampling_flags(flag)
     flag("--seed", type=int, default=1337, help="decides cuts and, as far as the engine is deterministic, tokens")
 
     flag = parser.add_argument_group("generators").add_argument
     flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="the fixed policy: folder or hub name")
     flag("--roll_in_models", nargs="+", help="models that write roll-ins, in turn (default: the fixed policy)")
     flag("--batch_size", type=int, default=256, help="problems at once")
-    flag("--engine", choices=ENGINES, default="auto", help="auto: sglang where installed, else transformers")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    flag("--attention_impl", choices=ATTENTIONS, default="auto", help="of the transformers engine; auto: the fastest installed")
-    flag("--piref_gpu_util", type=float, default=0.85, help="SGLang's mem_fraction_static: share of the GPU's memory")
-    flag("--sglang_port", type=int, default=30000, help="of the server on this machine, where no --sglang_url is given")
-    flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")
-    flag("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE", help="passed to the SGLang engine")
-    flag("--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds")
-    flag("--request_timeout", type=float, default=3600.0, help="seconds for one request")
+    add_engine_flags(flag, attention="auto", gpu_share=0.85)
     return parser
 # fmt: on
 
@@ -108,22 +111,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     rules = [(name, getattr(args, name) >= 1, "must be at least 1") for name in at_least_one] + [
         ("num_roll_ins", args.num_roll_ins >= 0, "must be 0 or more"),
         ("max_problems", args.max_problems is None or args.max_problems >= 1, "must be at least 1"),
-        ("temperature", 0 <= args.temperature <= 100, "must be from 0 (greedy) to 100"),
-        ("top_p", 0 < args.top_p <= 1, "must be above 0 and at most 1"),
-        ("seed", args.seed >= 0, "must be 0 or more"),
     ]
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"--{name} {getattr(args, name)} {rule}")
+    check_rules(args, [*rules, *engine_rules(args)])
+    resolve_engine(args)
     args.roll_in_models = args.roll_in_models or [args.piref_model]
     if args.engine == "sglang-server" and args.roll_in_models != [args.piref_model]:
         raise UserError(
             "--roll_in_models: a server serves one model; give --engine sglang, which loads one after the other"
         )
-    if args.sglang_url and args.engine == "auto":
-        args.engine = "sglang-server"
-    if args.engine == "sglang-server" and not args.sglang_url:
-        args.sglang_url = [f"http://localhost:{args.sglang_port}"]
     return args
 
 
@@ -309,7 +304,7 @@ class Collector:
         inline = [
             model for model, info in enumerate(plan.roll_in_models) if info.fingerprint == plan.policy.fingerprint
         ]
-        engine = make_engine(plan.engine, plan.policy, device=plan.device, args=args)
+        engine = make_engine(plan.engine, engine_config(args, plan.policy, plan.device))
 
         async def work(number: int) -> None:
             roll_ins = known.pop(number)
@@ -328,7 +323,7 @@ class Collector:
         todo = [number for number in missing if number not in journal.done]
         if not todo:
             return
-        engine = make_engine(self.plan.engine, info, device=self.plan.device, args=self.args)
+        engine = make_engine(self.plan.engine, engine_config(self.args, info, self.plan.device))
 
         async def work(number: int) -> None:
             journal.add(number, {"roll_ins": await self.roll_ins(engine, number, model)})

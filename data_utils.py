@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli_utils import UserError, hub_errors
+from common_lib.cli import UserError, hub_errors
 
 logger = logging.getLogger(__name__)
 

@@ -29,20 +29,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from cli_utils import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
-from data_utils import (
-    BlockTexts,
-    Problem,
-    benchmark_name,
-    check_prompt_format,
-    format_prompt,
-    load_benchmark,
-)
-from device_utils import free_memory, hardware_name, limit_cpu_threads, resolve_device
-from engine_utils import Engine, EngineError, Request, choose_engine, make_engine
-from eval_utils import Grader, extract_answer, problem_classes
-from inference_args import parse_args
-from model_utils import (
+from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
+from common_lib.concurrency import run_bounded
+from common_lib.devices import default_cache_bytes, hardware_name, limit_cpu_threads, resolve_device
+from common_lib.models import (
     ModelInfo,
     check_generator,
     check_positions,
@@ -54,22 +44,26 @@ from model_utils import (
     resolve_model,
     stop_token_ids,
 )
-from output_utils import FORMAT, OutputError, RunFiles, check_output_path
-from progress_utils import Progress, format_count, format_seconds
-from search_utils import (
-    Round,
-    ScorerThread,
-    SearchConfig,
-    SearchError,
-    SearchResult,
-    SearchTask,
-    Tree,
-    parse_search_type,
-    run_searches,
-    search,
+from common_lib.progress import Progress, format_count, format_seconds
+from common_lib.tracking import Tracker, make_tracker
+from data_utils import (
+    BlockTexts,
+    Problem,
+    benchmark_name,
+    check_prompt_format,
+    format_prompt,
+    load_benchmark,
 )
-from stats_utils import format_table, summarize
-from tracking_utils import Tracker, make_tracker
+from engine_lib.arguments import engine_config
+from engine_lib.base import Engine, EngineError, Request
+from engine_lib.choose import choose_engine, make_engine
+from eval_lib.summary import format_table, summarize
+from eval_utils import Grader, extract_answer, problem_classes
+from search_lib.arguments import parse_args
+from search_lib.run_files import FORMAT, OutputError, RunFiles, check_output_path
+from search_lib.scorers import ScorerThread
+from search_lib.search import SearchError, search
+from search_lib.tree import Round, SearchConfig, SearchResult, SearchTask, Tree, parse_search_type
 
 logger = logging.getLogger("inference_eval")
 
@@ -113,12 +107,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check_token_ids(generator, value_model, tokenizer, max(*stop_ids, *map(max, prompts)))
     longest_prompt = max(map(len, prompts))
     check_positions(generator, value_model, longest_prompt, args.max_length)
-    width, branch, block_size = parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
+    num_beams, beam_width, block_size = parse_search_type(
+        args.search_type, args.num_blocks, args.block_size, args.max_length
+    )
     value_dtype = args.value_dtype
     if value_dtype == "auto":
         value_dtype = "bf16" if value_device.startswith("cuda") else "fp32"
     check_value_cache(args.value_cache_gb, value_model, value_dtype, longest_prompt + args.max_length)
-    config = SearchConfig(width, branch, block_size, args.max_length, args.selection, args.seed)
+    config = SearchConfig(num_beams, beam_width, block_size, args.max_length, args.selection, args.seed)
     return Plan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device, value_device,
                 value_dtype)  # fmt: skip
 
@@ -138,7 +134,7 @@ def make_meta(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "benchmark": benchmark_name(args.benchmark),
         "num_problems": len(plan.problems),
         "problems_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "search": vars(plan.config) | {"num_blocks": args.num_blocks},
+        "search": plan.config.to_json() | {"num_blocks": args.num_blocks},
         "generator": plan.generator.to_json(),
         "value_model": plan.value_model.to_json(),
         "numerics": {
@@ -166,7 +162,9 @@ def load_scorer(args: argparse.Namespace, plan: Plan) -> ScorerThread:
         torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
         use_cache=False,
     ).to(plan.value_device)
-    cache_bytes = free_memory(plan.value_device) if args.value_cache_gb == "auto" else int(args.value_cache_gb * 1e9)
+    cache_bytes = (
+        default_cache_bytes(plan.value_device) if args.value_cache_gb == "auto" else int(args.value_cache_gb * 1e9)
+    )
     scorer = ValueScorer(model, cache_bytes)
     logger.info(
         "value model: %s, %s on %s, caches up to %.1f GB", plan.value_model.path, plan.value_dtype, plan.value_device,
@@ -254,7 +252,7 @@ class Run:
     def texts_of(self, task: SearchTask, rounds: Sequence[Round]) -> BlockTexts:
         """The texts of a search, brought up to the rounds of an earlier start."""
         self.texts[task.tree_id] = BlockTexts(self.decode)
-        tree = Tree(task.prompt_ids, self.plan.config.width)
+        tree = Tree(task.prompt_ids, self.plan.config.num_beams)
         for record in rounds:
             tree.add(record)
             self.round_texts(task, tree, record)
@@ -318,7 +316,7 @@ async def search_all(run: Run) -> None:
         if (data_idx, repeat_idx) not in run.files.finished
     ]
     try:
-        await run_searches(tasks, run.one, run.args.batch_size)
+        await run_bounded(tasks, run.one, run.args.batch_size)
     except asyncio.CancelledError:
         if run.stopped_by is None:
             raise
@@ -382,7 +380,7 @@ def run_all(args: argparse.Namespace, plan: Plan, files: RunFiles, grader: Grade
     quiet_transformers()
     if plan.device == plan.value_device == "cpu":
         limit_cpu_threads()
-    engine = make_engine(plan.engine, plan.generator, device=plan.device, args=args)
+    engine = make_engine(plan.engine, engine_config(args, plan.generator, plan.device))
     longest = max(map(len, plan.prompts)) + args.max_length
     if longest > engine.context_length:  # SGLang's KV pool may hold less than the model's positions
         raise UserError(
@@ -394,8 +392,8 @@ def run_all(args: argparse.Namespace, plan: Plan, files: RunFiles, grader: Grade
     run = Run(args, plan, files, engine, scorer, grader)
     logger.info(
         "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
-        benchmark_name(args.benchmark), len(plan.problems), args.num_repetitions, args.search_type, plan.config.width,
-        plan.config.branch, plan.config.block_size, plan.config.max_length, plan.engine,
+        benchmark_name(args.benchmark), len(plan.problems), args.num_repetitions, args.search_type, plan.config.num_beams,
+        plan.config.beam_width, plan.config.block_size, plan.config.max_length, plan.engine,
     )  # fmt: skip
     if files.finished or files.rounds:
         logger.info(

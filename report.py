@@ -21,9 +21,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli_utils import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
+from common_lib.cli import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
+from common_lib.progress import Progress
 from eval_utils import Grader
-from progress_utils import Progress
 from report_lib.analysis import Analysis, analyse
 from report_lib.compare import common_problems, compare
 from report_lib.data import Run, read_run, run_names

@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cli_utils import UserError, enable_fast_transfers, run_script, set_up_logging
+from common_lib.cli import UserError, enable_fast_transfers, run_script, set_up_logging
 from training_lib.launch import follow_parent
 
 if __name__ == "__main__":
@@ -39,10 +39,11 @@ enable_fast_transfers()  # before anything imports huggingface_hub
 import torch
 from torch.utils.data import DataLoader
 
-from model_utils import ModelInfo, inspect_model, resolve_model
-from progress_utils import Progress
-from tracking_utils import Tracker, make_tracker
+from common_lib.models import ModelInfo, inspect_model, resolve_model
+from common_lib.progress import Progress
+from common_lib.tracking import Tracker, make_tracker
 from training_lib.arguments import IDENTITY, ROUNDING, parse_args
+from training_lib.attention import choose_attention, row_multiple
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, lock_run, read_trainer, restore, save_checkpoint
 from training_lib.evaluation import evaluate, format_evaluation
@@ -60,7 +61,6 @@ from training_lib.loop import (
     start_ranks,
     step_flops,
 )
-from training_lib.packed_attention import choose_attention, row_multiple
 from training_lib.packing import MicroBatch
 from training_lib.rollout_data import RolloutTable, load_rollouts
 from training_lib.step import Step, load_model

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from eval_lib.summary import pooled_scores, summarize
 from eval_utils import Grader
 from report_lib.compare import Measured
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
@@ -13,7 +14,6 @@ from report_lib.data import Run
 from report_lib.problem import ProblemView, problem_row, problem_view
 from report_lib.trees import SearchTree, TreeFile, open_trees
 from report_lib.value import Observations, observe_line, observe_tree, only_final_beams, rescued_searches, value_report
-from stats_utils import pooled_scores, summarize
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cli_utils import UserError
+from common_lib.cli import UserError
+from eval_lib.summary import METRICS, paired_difference
 from report_lib.data import Run
-from stats_utils import METRICS, paired_difference
 
 MAX_BUDGETS = 5  # rows per basis and metric
 BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}

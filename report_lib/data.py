@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from report_lib.lines import OWN_KEYS, RELEASED_KEYS, check_line, is_count, iterate_lines, loads_without_ids
 
 

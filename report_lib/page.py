@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from report_lib.analysis import Analysis
 from report_lib.data import Run
 from report_lib.problem import ProblemView, read_token_ids, search_votes

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from eval_lib.summary import METRICS
 from report_lib.analysis import Analysis
 from report_lib.tables import printable, short
 from report_lib.value import bias_words
-from stats_utils import METRICS
 
 STYLE: Any = {
     "font.size": 9,

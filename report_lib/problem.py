@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from eval_utils import Grader, best_of_n, extract_answer, majority_vote, weighted_vote
 from report_lib.data import Run
 from report_lib.trees import ROOT, SearchTree, TreeFile

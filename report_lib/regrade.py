@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from eval_utils import Grader, extract_answer
 from report_lib.data import read_run, run_names, sibling
 from report_lib.trees import TreeFile, open_trees

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval_lib.summary import METRICS, format_table
 from report_lib.analysis import Analysis
 from report_lib.compare import BASES
 from report_lib.cost import FORMULA
 from report_lib.value import bias_words
-from stats_utils import METRICS, format_table
 
 Table = dict[str, Any]  # title, columns [str], rows [[str]], notes [str], text [columns that hold words]
 ROWS_SHOWN = 6

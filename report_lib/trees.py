@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from report_lib.lines import find_key, is_count, is_share, iterate_lines, loads_without_ids
 
 ROOT = 0

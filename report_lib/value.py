@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_lib.summary import auc, auc_within, brier_score, expected_calibration_error, reliability_bins
 from report_lib.data import Run
 from report_lib.trees import SearchTree
-from stats_utils import auc, auc_within, brier_score, expected_calibration_error, reliability_bins
 
 BIASED = "under search, biased"
 MAX_GROUPS = 8  # rows of a table by round or length

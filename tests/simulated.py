@@ -4,7 +4,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 
-from search_utils import Scored
+from search_lib.scorers import Scored
 
 STOP = 1
 

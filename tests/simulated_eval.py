@@ -19,9 +19,9 @@ import tokenizers
 from simulated import SimScorer, sim_block
 
 import inference_eval
-import model_utils
-from cli_utils import run_script
-from engine_utils import Reply
+from common_lib import models
+from common_lib.cli import run_script
+from engine_lib.base import Reply
 
 BLOCK_SECONDS = float(os.environ.get("SIM_SECONDS", "0.02"))
 
@@ -73,7 +73,7 @@ class ClosableScorer(SimScorer):
 if __name__ == "__main__":
     inference_eval.make_engine = lambda *args, **settings: SimEngine()
     inference_eval.load_scorer = lambda args, plan: ClosableScorer(delay=lambda tokens: BLOCK_SECONDS / 20)
-    inference_eval.load_tokenizer = model_utils.load_tokenizer = PlainTokenizer
+    inference_eval.load_tokenizer = models.load_tokenizer = PlainTokenizer
     inference_eval.quiet_transformers = lambda: None
     inference_eval.resolve_device = lambda name, flag: "cpu"
     inference_eval.limit_cpu_threads = lambda: None

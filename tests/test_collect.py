@@ -16,7 +16,7 @@ from rollouts import ROOT, run_script
 from tiny import save_generator, tiny_tokenizer
 
 import collect_rollouts
-from cli_utils import UserError
+from common_lib.cli import UserError
 from training_lib.collection import SCHEMA, cut_positions, draw_seed, labels_of, load_problems
 from training_lib.rollout_data import load_rollouts
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import tiny
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from data_utils import (
     BENCHMARKS,
     BlockTexts,
@@ -110,7 +110,7 @@ def test_the_released_prompt_token_by_token():
 
 
 def test_the_released_prompt_on_the_released_tokenizer(shared):
-    from model_utils import load_tokenizer
+    from common_lib.models import load_tokenizer
 
     tokenizer = load_tokenizer(shared("tokenizer_r1_distill"), "--piref_model")
     ids = format_prompt("Find $x$.", "r1", tokenizer)

@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, SHARED
 
 import inference_eval
-from cli_utils import UserError
-from inference_args import build_parser, parse_args
-from search_utils import select
+from common_lib.cli import UserError
+from search_lib.arguments import build_parser, parse_args
+from search_lib.tree import select
 
 # The command of the paper's release, as it stands.
 RELEASED_COMMAND = shlex.split("""
@@ -150,7 +150,7 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
             return [self.block(request) for request in requests]
 
         def block(self, request):
-            from engine_utils import Reply
+            from engine_lib.base import Reply
 
             prompt = len(request.prompt_ids) - request.prompt_ids[::-1].index(198) - 1  # the newline after <think>
             done = len(request.prompt_ids) - prompt - 1
@@ -339,7 +339,8 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(engine, times, t
 
 
 def test_an_engine_that_dies_ends_the_run_with_one_line(inputs, tmp_path, monkeypatch, capsys):
-    from engine_utils import EngineError, TransformersEngine
+    from engine_lib.base import EngineError
+    from engine_lib.transformers_engine import TransformersEngine
 
     calls, run_batch = [], TransformersEngine._run_batch
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import inference_eval
 import report
-from cli_utils import UserError
+from common_lib.cli import UserError
+from eval_lib.summary import summarize
 from eval_utils import Grader, problem_classes
 from report_lib.analysis import analyse
 from report_lib.compare import compare, equal_cost_budgets, equal_n_budgets, score_at, spread
@@ -27,7 +28,6 @@ from report_lib.plots import LINES, RUN_LINES
 from report_lib.tables import all_tables, as_markdown, as_text, printable
 from report_lib.trees import TreeFile, new_tree
 from report_lib.value import Observations, edges, observe_tree, quality, rescued_searches
-from stats_utils import summarize
 
 METRICS = ("pass1", "pass", "bon", "maj", "wmaj")
 

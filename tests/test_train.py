@@ -15,7 +15,7 @@ from tiny import save_generator, save_value_model, tiny_config
 
 import train_classifier
 from classifier_lib import Qwen2ForClassifier
-from cli_utils import UserError
+from common_lib.cli import UserError
 from training_lib.arguments import parse_args
 from training_lib.checkpoints import checkpoints
 from training_lib.evaluation import _rollout_metrics

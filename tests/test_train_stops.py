@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from training_lib import hub_push
 from training_lib.loop import StopSignal
 

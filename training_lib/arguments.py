@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli_utils import ArgumentParser, UserError
+from common_lib.cli import ArgumentParser, UserError
 from training_lib.packing import PACKINGS
 
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.

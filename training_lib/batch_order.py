@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from training_lib.packing import MicroBatch, lay_out
 from training_lib.rollout_data import RolloutTable
 

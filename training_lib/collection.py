@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 from data_utils import FILE_KINDS, read_local
 from training_lib.rollout_data import open_dataset
 

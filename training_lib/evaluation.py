@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from classifier_lib import LABEL_CORRECT, success_probs
-from cli_utils import UserError
+from common_lib.cli import UserError
 from eval_lib.calibration import auc, auc_within, brier_score, expected_calibration_error
 from training_lib.batch_order import RankBatches
 

@@ -4,7 +4,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cli_utils import UserError
+from common_lib.cli import UserError
 
 logger = logging.getLogger(__name__)
 

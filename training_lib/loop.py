@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli_utils import UserError
-from progress_utils import format_count, format_seconds
+from common_lib.cli import UserError
+from common_lib.progress import format_count, format_seconds
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

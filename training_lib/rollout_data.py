@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cli_utils import UserError, hub_errors
+from common_lib.cli import UserError, hub_errors
 from training_lib.packing import Trace
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from classifier_lib import Qwen2ForClassifier, bradley_terry_loss, rollout_loss
-from cli_utils import quiet_transformers
+from common_lib.cli import quiet_transformers
+from training_lib.attention import FLEX, model_inputs, row_multiple
 from training_lib.loop import World, gradient_sync
-from training_lib.packed_attention import FLEX, model_inputs, row_multiple
 from training_lib.packing import MicroBatch, empty_batch
 
 logger = logging.getLogger(__name__)

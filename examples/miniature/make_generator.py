@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from cli_utils import ArgumentParser, UserError, quiet_transformers, run_script
+from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script
+from common_lib.progress import Progress, format_seconds
 from examples.miniature.task import Noise, Problem, clean_trace, draw_problem, draw_problems, is_endless, noisy_trace
 from examples.miniature.tokenizer import build_tokenizer
-from progress_utils import Progress, format_seconds
 
 CLEAN_SHARE = 0.6  # of the steps: first learn the sums, then the errors; errors from the start spoil both
 WARMUP_STEPS = 40

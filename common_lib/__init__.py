@@ -1,0 +1,1 @@
+"""What every script shares: flags and mistakes, files, stop signals, devices, progress, trackers, model folders."""

@@ -1,0 +1,63 @@
+"""Which device, how much of its memory, how many threads, and its name for the record."""
+
+import os
+import platform
+from pathlib import Path
+
+from common_lib.cli import UserError
+
+
+def check_device_name(name: str, flag: str) -> None:
+    """Raises UserError for a name that no machine has; whether this one has it, `resolve_device` says."""
+    kind, _, index = name.partition(":")
+    if name != "auto" and (kind not in ("cpu", "cuda") or (index and not index.isdecimal())):
+        raise UserError(f"{flag} {name!r} is unknown; give auto, cpu, cuda or cuda:N")
+
+
+def resolve_device(name: str, flag: str) -> str:
+    """`auto` -> cuda where there is a GPU. Raises UserError for a GPU that is not there."""
+    import torch
+
+    check_device_name(name, flag)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} usable GPUs; give cpu or auto")
+    return name
+
+
+def default_cache_bytes(device: str) -> int:
+    """Bytes that `--value_cache_gb auto` takes: 60 % of the GPU memory that is free now, or 25 % of the free RAM."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts the page cache as free, which it is
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        return int(0.25 * 1024 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:"))
+    return int(0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def limit_cpu_threads(shares: int = 2) -> None:
+    """Generation and scoring run at the same time: on a CPU each gets its share of the cores, unless OMP_NUM_THREADS
+    says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // shares))
+
+
+def hardware_name(device: str) -> str:
+    """The GPU's name, or the processor's and its cores."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,188 @@
+"""Files that survive a kill and a full disk: whole lines, whole files, and one process at a time.
+
+Every output of this project is written by these: a .jsonl file grows by whole lines, and a last line without its
+newline is torn, cut off and done again; any other file is written beside, fsynced and renamed.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from common_lib.cli import UserError
+
+logger = logging.getLogger(__name__)
+
+FSYNC_SECONDS = 1.0  # lines of at most that long are lost with the machine's power; with the process none
+
+
+class OutputError(RuntimeError):
+    """A file cannot be written (disk full, say). What was written stays whole; the message is one line."""
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a file that is being written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; make room, and the same command goes on from here"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+class LineFile:
+    """A .jsonl file that grows by whole lines. A line that cannot be written whole is taken back."""
+
+    def __init__(self, path: Path, separators: tuple[str, str] = (",", ":")):
+        """Open or make the file, and drop a torn last line. separators: of `json.dumps`. Raises OutputError."""
+        self.path, self._separators = path, separators
+        with output_errors(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._drop_torn_line()
+        self._synced = time.monotonic()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Raises OutputError; the file then ends with the line before."""
+        data = memoryview(self._to_line(row))
+        end = os.fstat(self._fd).st_size
+        with output_errors(self.path):
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, end)
+                raise
+        if time.monotonic() - self._synced > FSYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        with output_errors(self.path):
+            os.fsync(self._fd)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Make it durable. Can be called twice."""
+        if self._fd >= 0:
+            try:
+                self.sync()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _drop_torn_line(self) -> None:
+        """Cut off what follows the last newline."""
+        end = os.fstat(self._fd).st_size
+        keep, block = end, 1 << 16
+        while keep:
+            begin = max(0, keep - block)
+            newline = os.pread(self._fd, keep - begin, begin).rfind(b"\n")
+            keep = begin + newline + 1
+            if newline >= 0:
+                break
+        if keep < end:
+            logger.warning("%s: its last line is torn (%d bytes); it is dropped and done again", self.path, end - keep)
+            os.ftruncate(self._fd, keep)
+
+    def _to_line(self, row: dict[str, Any]) -> bytes:
+        try:
+            text = json.dumps(row, ensure_ascii=False, separators=self._separators).encode()
+        except UnicodeEncodeError:  # a lone surrogate in a problem's text: escaped, so that the file stays UTF-8
+            text = json.dumps(row, separators=self._separators).encode()
+        return text + b"\n"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, raw line) of the lines that are not blank; the last may be torn."""
+    offset = 0
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            if raw.strip():
+                yield number, offset, raw
+            offset += len(raw)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, row) of each line. Raises UserError naming a line that is not a JSON object."""
+    for number, offset, raw in read_lines(path):
+        try:
+            row = json.loads(raw)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}, is damaged ({error}); move the file away") from error
+        yield offset, row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], beside: Path | None = None) -> None:
+    """Have `write` fill a file beside, fsync, rename: a reader finds the old file or the new one, never half of one.
+
+    beside: where it is written, on the same file system (default: `path` with .tmp). Raises OutputError.
+    """
+    beside = beside or path.with_name(path.name + ".tmp")
+    with output_errors(path):
+        try:
+            with beside.open("wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def write_text(path: Path, text: str, beside: Path | None = None) -> None:
+    """`write_whole` of a text, as UTF-8."""
+    write_whole(path, lambda stream: stream.write(text.encode("utf-8", "surrogatepass")), beside)
+
+
+def write_json(path: Path, value: Any, ensure_ascii: bool = False) -> None:
+    """`write_whole` of a value as readable JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n")
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process at a time
+
+
+def lock(path: Path, busy: str, patience_s: float = 0.0) -> FileLock:
+    """Hold the lock file `path`, until `release()` or the end of the process. Keep the returned object.
+
+    busy: what to say where another process holds it for longer than `patience_s`. Raises UserError.
+    """
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=patience_s, poll_interval=0.1)
+    except Timeout:
+        raise UserError(busy) from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made ({error.strerror or error}); give a place that can be written"
+        ) from error
+    return held

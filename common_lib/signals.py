@@ -1,0 +1,62 @@
+"""SIGINT and SIGTERM end a run in order; asked again, at once."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+AGAIN_S = 1.0  # shells and launchers often send a signal twice: only a later one means "at once"
+
+
+class Stopped(Exception):
+    """A signal ended the run; what was finished is in its files. `status` is the exit status that shells expect."""
+
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
+        super().__init__(f"stopped by {self.number.name}")
+
+    @property
+    def status(self) -> int:
+        return 128 + self.number
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM while it is entered: `received` is the first one. Main thread only.
+
+    `on_stop` is called with the first (from the signal handler). A second one, more than a second later, ends the
+    process at once.
+    """
+
+    def __init__(self, on_stop=lambda: None):
+        self.received: int | None = None
+        self._on_stop, self._since = on_stop, 0.0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            self._on_stop()
+        elif time.monotonic() - self._since > AGAIN_S:
+            os._exit(128 + number)
+
+
+async def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it at SIGINT or SIGTERM and raise `Stopped` once it has cleaned up."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    with StopSignal(lambda: loop.call_soon_threadsafe(task.cancel)) as stop:
+        try:
+            await task
+        except asyncio.CancelledError:
+            if stop.received is None:
+                task.cancel()
+                raise
+            raise Stopped(stop.received) from None

@@ -1,0 +1,1 @@
+"""Generators behind one small asynchronous interface: transformers, SGLang in process, SGLang servers."""

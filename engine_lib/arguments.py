@@ -1,0 +1,88 @@
+"""The flags of generators and of sampling with their rules, the same for search and collection."""
+
+import argparse
+from collections.abc import Callable
+
+from common_lib.cli import Rule, UserError
+from common_lib.devices import check_device_name
+from common_lib.models import ModelInfo
+from data_utils import PROMPT_FORMATS
+from engine_lib.base import EngineConfig
+from engine_lib.choose import ENGINES
+
+ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+# Where and how fast a generator runs, not what comes out: these may change when a stopped run goes on.
+FREE_ARGUMENTS = {
+    "engine", "device", "attention_impl", "piref_gpu_util", "sglang_port", "sglang_url", "sglang_args", "request_timeout",
+}  # fmt: skip
+
+
+# fmt: off
+def add_sampling_flags(flag: Callable) -> None:
+    """flag: the `add_argument` of a parser or of a group."""
+    flag("--temperature", type=float, default=0.6, help="0 is greedy")
+    flag("--top_p", type=float, default=0.95, help="mass of the nucleus that is sampled from")
+    flag("--prompt_format", choices=PROMPT_FORMATS, default="r1",
+         help="r1: the released models' own; chat: the generator's chat template with the instruction; bare: that "
+              "template with the problem alone")
+
+
+def add_engine_flags(flag: Callable, attention: str, gpu_share: float) -> None:
+    """attention, gpu_share: defaults, which the scripts have of their own."""
+    flag("--engine", choices=("auto", *ENGINES), default="auto", help="auto: sglang where installed, else transformers")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--attention_impl", choices=ATTENTIONS, default=attention,
+         help="of models that run in this process (value model, transformers engine); auto takes the fastest installed")
+    flag("--piref_gpu_util", type=float, default=gpu_share,
+         help="SGLang's mem_fraction_static: share of the GPU's memory for the generator")
+    flag("--use_sglang_server", dest="engine", action="store_const", const="sglang-server",
+         help="the same as --engine sglang-server; of these two flags the last one counts")
+    flag("--sglang_port", type=int, default=30000, help="of the server on this machine, where no --sglang_url is given")
+    flag("--sglang_url", action="append", default=[], metavar="URL", help="a server or router; repeat for several")
+    flag("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
+         help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...")
+    flag("--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds")
+    flag("--request_timeout", type=float, default=3600.0, help="seconds for one text of one request")
+# fmt: on
+
+
+def engine_rules(args: argparse.Namespace) -> list[Rule]:
+    return [
+        ("temperature", 0 <= args.temperature <= 100, "must be from 0 (greedy) to 100"),
+        ("top_p", 0 < args.top_p <= 1, "must be above 0 and at most 1"),
+        ("seed", args.seed >= 0, "must be 0 or more"),
+        ("piref_gpu_util", 0 < args.piref_gpu_util < 1, "is a share of the GPU's memory: above 0 and below 1"),
+        ("sglang_port", 1 <= args.sglang_port <= 65535, "must be from 1 to 65535"),
+        ("request_timeout", args.request_timeout > 0, "must be above 0"),
+    ]
+
+
+def resolve_engine(args: argparse.Namespace) -> None:
+    """Which engine the flags mean together, written to `engine` and `sglang_url`. Raises UserError."""
+    check_device_name(args.device, "--device")
+    if args.sglang_url and args.engine not in ("auto", "sglang-server"):
+        raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
+    if args.sglang_url:
+        args.engine = "sglang-server"
+    if args.engine != "sglang-server":
+        return
+    if args.sglang_args:
+        raise UserError("--sglang_args are for --engine sglang; give them to the servers where those are started")
+    args.sglang_url = args.sglang_url or [f"http://localhost:{args.sglang_port}"]
+
+
+def engine_config(args: argparse.Namespace, generator: ModelInfo, device: str) -> EngineConfig:
+    """What an engine for this generator is given. device: resolved."""
+    return EngineConfig(
+        model_path=generator.path,
+        vocab_size=generator.vocab_size,
+        device=device,
+        attention=args.attention_impl,
+        gpu_share=args.piref_gpu_util,
+        seed=args.seed,
+        samples=args.temperature > 0,
+        deterministic=args.deterministic,
+        request_timeout_s=args.request_timeout,
+        sglang_args=tuple(args.sglang_args),
+        sglang_urls=tuple(args.sglang_url),
+    )

@@ -1,0 +1,85 @@
+"""What every generator has in common: requests, replies, the interface, and the checks before anything is asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One continuation to write. `temperature` 0 is greedy; `seed` is in 0 .. 2**31 - 1; requests of one `group` (one
+    search tree) share prefixes, so servers keep them together."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """`token_ids` includes the stop token where there is one; `cached_tokens` of the `prompt_tokens` cost nothing."""
+
+    token_ids: list[int]
+    finish_reason: str  # "stop", "length" or "abort"
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a generator is run. Each engine takes of it what it knows."""
+
+    model_path: str
+    vocab_size: int
+    device: str = "cpu"
+    attention: str = "auto"  # of the transformers engine
+    seed: int = 0
+    samples: bool = True  # not greedy
+    deterministic: bool = False  # SGLang's deterministic inference, which keeps to the requests' seeds
+    request_timeout_s: float = 3600.0
+    gpu_share: float = 0.5  # SGLang's mem_fraction_static
+    sglang_args: tuple[str, ...] = ()  # KEY=VALUE
+    sglang_urls: tuple[str, ...] = ()
+
+
+class EngineError(RuntimeError):
+    """The engine is dead or out of reach. The message is one line; the run ends with it, its journal kept."""
+
+
+class Engine(Protocol):
+    """What a search needs of a generator. `generate` may be called many times at once, and may be cancelled."""
+
+    name: str
+    context_length: int  # most tokens of prompt and continuation together
+    vocab_size: int
+
+    async def generate(self, requests: Sequence[Request]) -> list[Reply]: ...
+
+    async def close(self) -> None:
+        """Abort what still runs. Can be called twice."""
+
+    def describe(self) -> dict[str, object]:
+        """Versions, device and settings, JSON-able, for the run's meta file."""
+
+
+def check_requests(requests: Sequence[Request], context_length: int, vocab_size: int) -> None:
+    """Raise ValueError for what would crash an engine: ids outside the vocabulary, an empty or too long prompt."""
+    for request in requests:
+        if not request.prompt_ids:
+            raise ValueError("a request has an empty prompt")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"a request asks for {request.max_new_tokens} new tokens; at least 1 is needed")
+        total = len(request.prompt_ids) + request.max_new_tokens
+        if total > context_length:
+            raise ValueError(
+                f"a request of {len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones is longer "
+                f"than the generator's context of {context_length}"
+            )
+        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
+        if lowest < 0 or highest >= vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {bad} is outside the generator's vocabulary of {vocab_size}")

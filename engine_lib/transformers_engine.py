@@ -1,0 +1,211 @@
+"""The embedded engine: transformers' `generate` in this process."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from engine_lib.base import EngineError, Reply, Request, check_requests
+from engine_lib.sampling import row_uniforms, sample_rows
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersEngine:
+    """transformers' `generate` in this process: waiting requests are batched, one batch runs at a time in a thread.
+
+    It writes the same tokens whatever else is in the batch, to floating-point rounding of the model. Requests of one
+    prompt in one batch share its cache (that is what `cached_tokens` counts); none is kept between batches, and a batch
+    lasts as long as its longest row: SGLang is the fast engine.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self, model_path: str, device: str = "cpu", dtype: str = "auto", attn_implementation: str = "auto",
+        max_batch_tokens: int = 1 << 18, max_batch_rows: int = 1024,
+    ):  # fmt: skip
+        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache and, on a CPU, how long an
+        interruption waits for it (default: 2^18 on a GPU, 2^15 on a CPU)."""
+        import torch
+        import transformers
+
+        from classifier_lib import resolve_attn_implementation
+
+        wanted = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}
+        self.dtype = wanted.get(dtype) or getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype))
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=self.dtype,
+            attn_implementation=resolve_attn_implementation(attn_implementation, self.dtype),
+        )
+        self.model.to(device).eval()
+        # The checkpoint's own sampling defaults must not leak in: every request says what it wants.
+        self.model.generation_config = transformers.GenerationConfig()
+        self.context_length = self.model.config.max_position_embeddings
+        self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        self.model_path, self.device = str(model_path), device
+        self.max_batch_tokens = max_batch_tokens or (1 << 18 if device.startswith("cuda") else 1 << 15)
+        self.max_batch_rows = max_batch_rows
+        self._waiting: list[tuple[Request, asyncio.Future]] = []
+        self._drain_task: asyncio.Task | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._closed = False
+
+    def describe(self) -> dict[str, object]:
+        import torch
+        import transformers
+
+        return {
+            "name": self.name,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.model.config._attn_implementation,
+        }
+
+    async def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        if self._closed:
+            raise EngineError("the transformers engine has been closed")
+        check_requests(requests, self.context_length, self.vocab_size)
+        futures = [asyncio.get_running_loop().create_future() for _ in requests]
+        self._waiting += zip(requests, futures, strict=True)
+        if self._drain_task is None or self._drain_task.done():
+            self._drain_task = asyncio.create_task(self._drain())
+        return list(await asyncio.gather(*futures))
+
+    async def close(self) -> None:
+        self._closed = True
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+        if self._drain_task is not None and not self._drain_task.done():
+            await asyncio.gather(self._drain_task, return_exceptions=True)
+        self._thread.shutdown(wait=True)
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # every search that is ready may enter the batch first
+            batch = self._take_batch()
+            if not batch:
+                continue
+            work = asyncio.get_running_loop().run_in_executor(self._thread, self._run, [r for r, _ in batch])
+            try:
+                outcomes: list[Reply | BaseException] = list(await work)
+            except Exception as error:
+                outcomes = [EngineError(f"the transformers engine failed: {error}")] * len(batch)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                if future.done():  # cancelled meanwhile
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    def _take_batch(self) -> list[tuple[Request, asyncio.Future]]:
+        """The longest-waiting requests that fit together."""
+        self._waiting = [(request, future) for request, future in self._waiting if not future.done()]
+        longest = 0
+        for count, (request, _) in enumerate(self._waiting):
+            longest = max(longest, len(request.prompt_ids) + request.max_new_tokens)
+            if count and (count >= self.max_batch_rows or (count + 1) * longest > self.max_batch_tokens):
+                break
+        else:
+            count = len(self._waiting)
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    def _run(self, requests: list[Request]) -> list[Reply]:
+        """One batch; halved, and said, where the device runs out of memory."""
+        import torch
+
+        try:
+            return self._run_batch(requests)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = (len(requests) + 1) // 2
+            self.max_batch_rows = half
+            logger.warning("out of GPU memory with %d rows in a batch: going on with %d", len(requests), half)
+        return self._run(requests[:half]) + self._run(requests[half:])
+
+    def _run_batch(self, requests: list[Request]) -> list[Reply]:
+        import torch
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        width = max(len(r.prompt_ids) for r in requests)
+        # Continuations of one beam have one prompt: it is read once, and its cache given to each of their rows.
+        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        prompt_of = [prompts[tuple(r.prompt_ids)] for r in requests]
+        row_of = torch.tensor(prompt_of, device=self.device)
+        rows = _BatchRows(requests, width, self.device, lambda: self._closed)
+        with torch.inference_mode():
+            cache = None
+            if len(prompts) < len(requests) and width > 1:
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]
+                cache = self.model.base_model(
+                    ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True
+                ).past_key_values
+                cache.batch_select_indices(row_of)
+            out = self.model.generate(
+                input_ids=ids[row_of],
+                attention_mask=mask[row_of],
+                past_key_values=cache,
+                max_new_tokens=max(r.max_new_tokens for r in requests),
+                do_sample=False,
+                pad_token_id=0,
+                logits_processor=LogitsProcessorList([rows.choose]),
+                stopping_criteria=StoppingCriteriaList([rows.is_done]),
+            )
+        shared = [cache is not None and prompt in prompt_of[:row] for row, prompt in enumerate(prompt_of)]
+        return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, width:].tolist())]
+
+
+class _BatchRows:
+    """What `generate` asks about the rows of a batch at each step: which token, and which rows are done."""
+
+    def __init__(self, requests: list[Request], width: int, device: str, stopped):
+        import numpy as np
+        import torch
+
+        self.requests, self.width, self.stopped = requests, width, stopped
+        self.seeds = np.array([r.seed for r in requests], dtype=np.uint64)
+        self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
+        self.top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device)
+        self.limits = torch.tensor([r.max_new_tokens for r in requests], device=device)
+        self.all_stops = torch.tensor(
+            sorted({s for r in requests for s in r.stop_ids}), dtype=torch.long, device=device
+        )
+        self.is_stop = torch.tensor(
+            [[s in r.stop_ids for s in self.all_stops.tolist()] for r in requests], device=device
+        )
+
+    def choose(self, input_ids, logits):
+        """As a logits processor: everything but the drawn token is made impossible."""
+        import torch
+
+        uniforms = torch.from_numpy(row_uniforms(self.seeds, input_ids.shape[1] - self.width)).to(logits.device)
+        token = sample_rows(logits, self.temperatures, self.top_ps, uniforms)
+        return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
+
+    def is_done(self, input_ids, scores, **kwargs):
+        done = self.limits <= input_ids.shape[1] - self.width
+        if self.all_stops.numel():
+            done = done | ((input_ids[:, -1:] == self.all_stops) & self.is_stop).any(dim=1)
+        return done | self.stopped()
+
+    def reply(self, row: int, new_tokens: list[int], shared: bool) -> Reply:
+        """`shared`: an earlier row of the batch has read this prompt, all but its last token."""
+        request = self.requests[row]
+        tokens, reason = new_tokens[: request.max_new_tokens], "length"
+        for at, token in enumerate(tokens):
+            if token in request.stop_ids:
+                tokens, reason = tokens[: at + 1], "stop"
+                break
+        if reason == "length" and len(tokens) < request.max_new_tokens:
+            reason = "abort"  # closed in mid-batch
+        return Reply(tokens, reason, len(request.prompt_ids), len(request.prompt_ids) - 1 if shared else 0)

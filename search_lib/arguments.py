@@ -1,0 +1,76 @@
+"""The flags of inference_eval.py: the released ones with their defaults, and this project's own."""
+
+import argparse
+from collections.abc import Sequence
+
+from common_lib import tracking
+from common_lib.cli import ArgumentParser, UserError, check_rules
+from common_lib.devices import check_device_name
+from engine_lib.arguments import add_engine_flags, add_sampling_flags, engine_rules, resolve_engine
+from search_lib.tree import SELECTIONS, parse_search_type
+
+
+# fmt: off
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = ArgumentParser(description=description)
+
+    flag = parser.add_argument_group("what is searched").add_argument
+    flag("--benchmark", default="aime-24",
+         help="aime-24, aime-25, hmmt-feb-24, hmmt-feb-25, or a .jsonl/.json/.parquet file or dataset folder with problem "
+              "and answer")
+    flag("--max_problems", type=int, help="only the first that many problems (default: all)")
+    flag("--output_path", default="inference_outputs.jsonl", help="results; .meta.json and .tree.jsonl lie beside it")
+    flag("--num_repetitions", type=int, default=1, help="independent searches of each problem, any number; may grow later")
+    flag("--seed", type=int, default=1337, help="decides every sampled token, as far as the engine is deterministic")
+
+    flag = parser.add_argument_group("search").add_argument
+    flag("--search_type", default="beam2",
+         help="beamB: num_blocks/B beams of B candidates; bfs: one beam; bon: independent samples")
+    flag("--num_blocks", type=int, default=8, help="candidates a round: the budget N of one search")
+    flag("--block_size", type=int, default=4096, help="tokens of a block at most")
+    flag("--max_length", type=int, default=16384, help="response tokens of a trace at most")
+    flag("--selection", choices=SELECTIONS, default="value",
+         help="random: a seeded draw instead of the best values (the paper's ablation)")
+    add_sampling_flags(flag)
+    flag("--batch_size", type=int, default=32, help="searches at once, over all problems and repetitions")
+
+    flag = parser.add_argument_group("generator").add_argument
+    flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name")
+    add_engine_flags(flag, attention="flash_attention_2", gpu_share=0.5)
+
+    flag = parser.add_argument_group("value model").add_argument
+    flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name")
+    flag("--value_device", default="auto", help="auto: the same as --device")
+    flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    flag("--value_cache_gb", default="auto",
+         help="bound on its caches, in GB; auto: 60%% of the GPU memory left, 25%% of the free RAM")
+
+    flag = parser.add_argument_group("tracking").add_argument
+    flag("--neptune_project", nargs="?", const="",
+         help="log to this neptune project; without a value NEPTUNE_PROJECT names it (default: no tracking)")
+    flag("--tracker", choices=tracking.KINDS, help="(default: neptune if --neptune_project is given, else none)")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Arguments, checked as far as they can be without reading a file. Raises UserError."""
+    args = build_parser(description).parse_args(argv)
+    rules = [
+        ("num_repetitions", args.num_repetitions >= 1, "must be at least 1"),
+        ("batch_size", args.batch_size >= 1, "must be at least 1"),
+        ("max_problems", args.max_problems is None or args.max_problems >= 1, "must be at least 1"),
+    ]
+    check_rules(args, [*rules, *engine_rules(args)])
+    parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
+    if args.value_cache_gb != "auto":
+        try:
+            args.value_cache_gb = float(args.value_cache_gb)
+        except ValueError:
+            raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
+        if not 0 < args.value_cache_gb < float("inf"):
+            raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
+    resolve_engine(args)
+    check_device_name(args.value_device, "--value_device")
+    args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
+    return args

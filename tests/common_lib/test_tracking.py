@@ -1,0 +1,292 @@
+"""Trackers: where data goes, what they take, and that they neither stop nor delay a run."""
+
+import base64
+import http.server
+import json
+import logging
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common_lib import tracking
+from common_lib.cli import UserError
+from common_lib.tracking import Tracker, make_tracker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def token_for(url: str) -> str:
+    return base64.b64encode(json.dumps({"api_address": url, "api_url": url}).encode()).decode()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith(("NEPTUNE_", "TRACKIO_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NEPTUNE_LOG_DIRECTORY", str(tmp_path / "neptune"))
+
+
+def stored_operations(folder: Path) -> bytes:
+    databases = list(folder.glob("*/run_operations.sqlite3"))
+    data = b""
+    for database in databases:
+        with sqlite3.connect(database) as connection:
+            for (operation,) in connection.execute("SELECT operation FROM run_operations"):
+                data += operation
+    return data
+
+
+def test_neptune_without_a_token_is_offline_and_keeps_configs_metrics_and_tags(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEPTUNE_PROJECT", "team/search")
+    tracker = make_tracker("neptune", run_name="aime 24/beam2", tags=["test-tag"])
+    tracker.log_configs({"search": {"num_blocks": 8, "stops": [1, 2]}, "none": None, "huge": 10**30, "path": Path("x")})
+    tracker.log_metrics({"aime-24/maj_m": 0.5, "aime-24/maj_ci": None}, step=8)
+    where, run_id = tracker.where, tracker.id
+    tracker.close()
+    assert "offline (no NEPTUNE_API_TOKEN)" in where
+    database = where.split("neptune sync ")[1].split("`")[0]
+    assert Path(database).is_file()
+    stored = stored_operations(tmp_path / "neptune")
+    for name in (b"search/num_blocks", b"search/stops", b"[1, 2]", b"aime-24/maj_m", b"test-tag", run_id.encode()):
+        assert name in stored
+    assert b"maj_ci" not in stored
+
+
+def test_a_resumed_run_keeps_its_id():
+    first = make_tracker("neptune", "team/search", run_name="train")
+    first.close()
+    second = make_tracker("neptune", "team/search", run_name="other", resume_id=first.id)
+    second.close()
+    assert second.id == first.id
+    assert first.id.startswith("train-")
+    assert first.where != second.where  # each session has its own file to sync
+
+
+@pytest.mark.parametrize("name", ["NEPTUNE_API_TOKEN", "NEPTUNE_API_KEY"])
+def test_an_unreachable_host_means_offline_soon_and_the_token_is_never_shown(name, monkeypatch, caplog, capfd):
+    token = token_for("http://127.0.0.1:9")
+    monkeypatch.setenv(name, token)
+    start = time.monotonic()
+    with caplog.at_level(logging.DEBUG):
+        tracker = make_tracker("neptune", "team/search")
+        tracker.log_metrics({"a": 1.0}, step=0)
+        tracker.close()
+    assert "http://127.0.0.1:9 does not answer" in tracker.where
+    assert time.monotonic() - start < 20
+    shown = "".join(capfd.readouterr()) + caplog.text + tracker.where
+    assert token not in shown
+
+
+def test_a_host_that_accepts_and_says_nothing_costs_a_bounded_time(monkeypatch):
+    monkeypatch.setattr(tracking, "HOST_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        because = tracking._why_offline(token_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert because is not None
+    assert "does not answer" in because
+    assert time.monotonic() - start < 5
+
+
+def test_only_a_neptune_service_counts_as_an_answer():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = (
+                b'{"apiUrl": "x"}'
+                if self.path.startswith("/neptune/api/backend/v1/clients/config")
+                else b"<html>sold</html>"
+            )
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert tracking._why_offline(token_for(url + "/neptune")) is None
+        assert tracking._why_offline(token_for(url + "/parked")) is not None
+        server.shutdown()
+
+
+@pytest.mark.parametrize("token", ["rubbish", base64.b64encode(b"[1]").decode(), base64.b64encode(b"{}").decode()])
+def test_a_malformed_token_means_offline(token):
+    assert tracking._why_offline(token) == "the token in the environment is not a neptune token"
+
+
+def test_a_host_that_fails_in_the_middle_delays_the_end_by_the_timeout_only(tmp_path):
+    """The real sending process, at a port where nobody listens: neptune's own exit waits a minute or for ever."""
+    program = f"""
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from common_lib import tracking
+        if __name__ == "__main__":
+            tracking.CLOSE_SECONDS = 1.0
+            tracking._why_offline = lambda token: None  # the host answered a moment ago
+            tracker = tracking.make_tracker("neptune", "team/search")
+            tracker.log_metrics({{"a": 1.0}}, step=0)
+            print("logged", flush=True)
+            if sys.argv[1] == "close":
+                tracker.close()
+            elif sys.argv[1] == "crash":
+                raise SystemExit(3)
+    """
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(program))
+    token = token_for("http://127.0.0.1:9")
+    for ending, status in (("close", 0), ("crash", 3)):
+        environment = os.environ | {"NEPTUNE_API_TOKEN": token, "NEPTUNE_LOG_DIRECTORY": str(tmp_path / ending)}
+        done = subprocess.run(
+            [sys.executable, str(path), ending],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert "logged" in done.stdout
+        assert token not in done.stdout + done.stderr
+        assert list((tmp_path / ending).glob("*/run_operations.sqlite3"))
+
+
+def test_a_failing_tracker_warns_once_and_the_run_goes_on(caplog):
+    class Broken:
+        id, where = "x", "nowhere"
+
+        def log_configs(self, configs):
+            raise OSError("disk full")
+
+        def log_metrics(self, metrics, step):
+            raise OSError("disk full")
+
+        def close(self, seconds):
+            raise OSError("disk full")
+
+    tracker = Tracker(Broken())
+    tracker.log_configs({"a": 1})
+    tracker.log_metrics({"a": 1}, step=1)
+    tracker.close()
+    tracker.close()
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == len(caplog.records) == 1
+    assert "disk full" in caplog.text
+
+
+def test_a_tracker_that_does_not_start_is_a_warning(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NEPTUNE_LOG_DIRECTORY", str(tmp_path / "file"))
+    tracker = make_tracker("neptune", "team/search")
+    tracker.log_metrics({"a": 1.0}, step=0)
+    tracker.close()
+    assert "does not start" in caplog.text
+    assert "not tracked" in tracker.where
+
+
+def test_a_tracker_that_hangs_on_closing_is_left(monkeypatch):
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", -9.8)  # plus 10: waited for 0.2 s
+
+    class Hanging:
+        id, where = "x", "nowhere"
+
+        def close(self, seconds):
+            time.sleep(60)
+
+    start = time.monotonic()
+    Tracker(Hanging()).close()
+    assert time.monotonic() - start < 10
+
+
+def test_metrics_that_are_no_finite_numbers_are_left_out(caplog):
+    class Recorder:
+        id, where = "x", "nowhere"
+
+        def __init__(self):
+            self.seen = []
+
+        def log_metrics(self, metrics, step):
+            self.seen.append((metrics, step))
+
+        def close(self, seconds):
+            pass
+
+    recorder = Recorder()
+    tracker = Tracker(recorder)
+    tracker.log_metrics({"a": 1, "b": None, "c": float("nan"), "d": "0.5", "e": True}, step=3)
+    tracker.log_metrics({"b": None}, step=4)
+    tracker.close()
+    assert recorder.seen == [({"a": 1.0, "e": 1.0}, 3)]
+    assert "b, c, d" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "project", "word"),
+    [
+        ("wandb", "a/b", "neptune, trackio, none"),
+        ("neptune", None, "NEPTUNE_PROJECT"),
+        ("neptune", "name", "WORKSPACE/PROJECT"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(kind, project, word):
+    with pytest.raises(UserError, match=word):
+        make_tracker(kind, project)
+
+
+def test_a_missing_package_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match="pip install trackio"):
+        make_tracker("trackio")
+    monkeypatch.setitem(sys.modules, "neptune_scale", None)
+    with pytest.raises(UserError, match="pip install neptune-scale"):
+        make_tracker("neptune", "a/b")
+
+
+def test_no_tracker_takes_everything_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = make_tracker("none")
+    tracker.log_configs({"a": [1]})
+    tracker.log_metrics({"a": 1.0}, step=0)
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trackio_keeps_configs_and_metrics_and_resumes(tmp_path):
+    pytest.importorskip("trackio", reason="trackio is optional and not installed")
+    program = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from common_lib.tracking import make_tracker
+        if __name__ == "__main__":
+            tracker = make_tracker("trackio", "search", run_name="r", tags=["t"], resume_id=sys.argv[2] or None)
+            tracker.log_configs({"blocks": 8, "stops": [1, 2]})
+            tracker.log_metrics({"maj_m": 0.25 * int(sys.argv[3])}, step=int(sys.argv[3]))
+            tracker.close()
+            print("id", tracker.id)
+    """
+    run_id = ""
+    for step in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), str(ROOT), run_id, step],
+            env=os.environ | {"TRACKIO_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        run_id = done.stdout.split("\nid ")[1].split()[0]
+    with sqlite3.connect(next(tmp_path.glob("*.db"))) as connection:
+        rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+        configs = connection.execute("SELECT config FROM configs").fetchall()
+    assert [(name, step, json.loads(metrics)["maj_m"]) for name, step, metrics in rows] == [
+        (run_id, 1, 0.25),
+        (run_id, 2, 0.5),
+    ]
+    assert json.loads(configs[0][0])["blocks"] == 8

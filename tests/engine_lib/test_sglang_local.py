@@ -1,0 +1,282 @@
+"""The real SGLang engine in this process, on a CPU. Skipped where sglang is not installed: see scripts/install_sglang_cpu.sh.
+
+(Searches of inference_eval.py through it, and through servers, are in test_sglang_runs.py.)
+"""
+
+import asyncio
+import importlib.util
+import json
+import random
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("sglang is not installed; bash scripts/install_sglang_cpu.sh FOLDER does it", allow_module_level=True)
+
+import logging
+import multiprocessing
+import os
+
+import psutil
+import tiny
+from sglang_host import wait_until
+
+from classifier_lib import ValueScorer
+from common_lib.cli import UserError
+from common_lib.models import inspect_model
+from engine_lib.base import EngineError, Request
+from engine_lib.choose import make_engine
+from engine_lib.transformers_engine import TransformersEngine
+from search_lib.scorers import ScorerThread
+from search_lib.search import search
+from search_lib.tree import SearchConfig, SearchTask
+
+STOPS = (5, 77, 200, 256)
+
+
+def arguments(**changes):
+    given = dict(
+        sglang_args=["max_total_tokens=16384", "max-running-requests=64"], piref_gpu_util=0.5, seed=1, temperature=0,
+        deterministic=False, request_timeout=120.0,
+    )  # fmt: skip
+    return SimpleNamespace(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """sglang's processes are forked, not spawned: 2 s instead of 25."""
+    set_start_method = multiprocessing.set_start_method
+    patch = pytest.MonkeyPatch()
+    patch.setattr(multiprocessing, "set_start_method", lambda method, force=False: set_start_method("fork", force=True))
+    yield
+    patch.undo()
+    set_start_method("spawn", force=True)
+
+
+def new_engine(folder, **changes):
+    return make_engine("sglang", inspect_model(folder, "--piref_model"), device="cpu", args=arguments(**changes))
+
+
+@pytest.fixture(scope="module")
+def engine(folder, fork):
+    before = logging.getLogger().handlers[:], logging.getLogger().level, asyncio.get_event_loop_policy()
+    handler = signal.getsignal(signal.SIGTERM)
+    engine = new_engine(folder)
+    # sglang replaces all of these where it can
+    assert before == (logging.getLogger().handlers[:], logging.getLogger().level, asyncio.get_event_loop_policy())
+    yield engine
+    assert signal.getsignal(signal.SIGTERM) == handler
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return TransformersEngine(str(folder))
+
+
+def some_requests(count: int, seed: int = 0) -> list[Request]:
+    """Greedy ones of many lengths, some with stop tokens."""
+    rng = random.Random(seed)
+    return [
+        Request(
+            [rng.randrange(256) for _ in range(rng.randint(1, 40))], rng.randint(1, 60), temperature=0,
+            stop_ids=rng.choice([(), STOPS]),
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def test_greedy_replies_equal_the_transformers_engine(engine, reference):
+    requests = some_requests(40)
+    replies = asyncio.run(engine.generate(requests))
+    expected = asyncio.run(reference.generate(requests))
+    assert [(r.token_ids, r.finish_reason, r.prompt_tokens) for r in replies] == [
+        (r.token_ids, r.finish_reason, r.prompt_tokens) for r in expected
+    ]
+    assert {r.finish_reason for r in replies} == {"stop", "length"}
+
+
+def test_what_it_wrote_is_read_from_its_cache(engine):
+    prompt = random.Random(9).choices(range(256), k=50)
+    (first,) = asyncio.run(engine.generate([Request(prompt, 30, temperature=0)]))
+    extended = prompt + first.token_ids
+    replies = asyncio.run(engine.generate([Request(extended, 8, temperature=0)] * 4))
+    assert [(r.prompt_tokens, r.cached_tokens) for r in replies] == [(80, 79)] * 4  # all but the last token
+
+
+def test_the_longest_request_is_written_whole(engine, reference):
+    assert engine.context_length == 2046  # of 2048: SGLang would cut two tokens off
+    for prompt_length in (1500, 2040):
+        request = Request([3] * prompt_length, engine.context_length - prompt_length, temperature=0)
+        (reply,) = asyncio.run(engine.generate([request]))
+        assert (len(reply.token_ids), reply.finish_reason) == (request.max_new_tokens, "length")
+    with pytest.raises(ValueError, match="longer than the generator's context of 2046"):
+        asyncio.run(engine.generate([Request([3] * 1000, 1047)]))
+
+
+def test_ids_that_would_kill_it_are_refused(engine):
+    for ids, message in (([264], "token id 264"), ([-1], "token id -1"), ([], "empty prompt")):
+        with pytest.raises(ValueError, match=message):
+            asyncio.run(engine.generate([Request(ids, 4)]))
+    assert len(asyncio.run(engine.generate(some_requests(3)))) == 3
+
+
+def test_sampling_draws_what_the_model_says(engine, reference):
+    """One token after one prompt, many times: the frequencies are the probabilities, cut at top_p."""
+    import torch
+
+    prompt, count = [7, 8, 9], 600
+    with torch.no_grad():
+        logits = tiny.tiny_generator()(torch.tensor([prompt])).logits[0, -1]
+    probs = torch.softmax(logits / 2.0, dim=-1).sort(descending=True)
+    kept = [
+        i
+        for i, p in zip(probs.indices.tolist(), (probs.values.cumsum(0) - probs.values).tolist(), strict=True)
+        if p < 0.7
+    ]
+    assert len(kept) > 2
+    request = Request(prompt, 1, temperature=2.0, top_p=0.7)
+    drawn = [reply.token_ids[0] for reply in asyncio.run(engine.generate([request] * count))]
+    assert set(drawn) <= set(kept)
+    total = sum(torch.softmax(logits / 2.0, dim=-1)[kept]).item()
+    for token in kept[:3]:
+        share = (torch.softmax(logits / 2.0, dim=-1)[token] / total).item()
+        assert drawn.count(token) / count == pytest.approx(share, abs=5 * (share * (1 - share) / count) ** 0.5)
+
+
+@pytest.mark.parametrize("config", [SearchConfig(3, 2, 16, 64), SearchConfig(1, 4, 24, 60)])
+def test_greedy_searches_equal_those_of_the_transformers_engine(engine, reference, config):
+    tasks = [SearchTask(i, 0, tuple(random.Random(i).choices(range(256), k=10 + i))) for i in range(6)]
+
+    async def run(generator):
+        scorer = ScorerThread(ValueScorer(tiny.tiny_value_model(), 1 << 24))
+
+        async def generate(prompt_ids, n, max_new_tokens, seeds, tree_id):
+            return await generator.generate(
+                [Request(prompt_ids, max_new_tokens, 0, 1.0, STOPS, s, tree_id) for s in seeds]
+            )
+
+        try:
+            return await asyncio.gather(*(search(task, generate, scorer, config) for task in tasks))
+        finally:
+            scorer.close()
+
+    for result, expected in zip(asyncio.run(run(engine)), asyncio.run(run(reference)), strict=True):
+        tree, other = result.tree, expected.tree
+        assert (tree.parent, tree.tokens, tree.finish, tree.beams) == (
+            other.parent,
+            other.tokens,
+            other.finish,
+            other.beams,
+        )
+        assert tree.value[1:] == pytest.approx(other.value[1:], abs=1e-6)
+
+
+def test_a_cancelled_request_is_aborted(engine):
+    async def main():
+        running = asyncio.create_task(engine.generate([Request([1, 2], 2000, stop_ids=())] * 8))
+        await asyncio.sleep(0.5)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        deadline = time.monotonic() + 5
+        while engine._engine.tokenizer_manager.rid_to_state and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        assert not engine._engine.tokenizer_manager.rid_to_state
+
+    asyncio.run(main())
+    assert len(asyncio.run(engine.generate(some_requests(2)))) == 2
+
+
+def test_the_time_limit_of_a_request(engine, monkeypatch):
+    monkeypatch.setattr(engine, "request_timeout_s", 0.2)
+    with pytest.raises(EngineError, match=r"did not write 2000 tokens within --request_timeout 0.2 s"):
+        asyncio.run(engine.generate([Request([1, 2], 2000)]))
+    monkeypatch.undo()
+    assert len(asyncio.run(engine.generate(some_requests(2)))) == 2
+
+
+def test_it_says_what_it_is(engine):
+    said = engine.describe()
+    assert (said["name"], said["sglang"], said["kv_pool_tokens"]) == ("sglang", "0.5.23", 16384)
+    assert (said["device"], said["dtype"], said["disable_radix_cache"]) == ("cpu", "float32", False)
+    json.dumps(said)
+
+
+# Settings
+
+
+def test_a_setting_that_sglang_does_not_know(folder):
+    with pytest.raises(UserError, match=r"'tp_sizee' is no setting of SGLang's server; the nearest is 'tp_size'"):
+        new_engine(folder, sglang_args=["tp_sizee=2"])
+    with pytest.raises(UserError, match=r"tp_size='two' cannot be read; int is expected"):
+        new_engine(folder, sglang_args=["tp_size=two"])
+    with pytest.raises(UserError, match=r"attention_backend='fastest' is not one of .*flashinfer"):
+        new_engine(folder, sglang_args=["attention_backend=fastest"])
+    with pytest.raises(UserError, match=r"'tp_size' has no '='; give KEY=VALUE"):
+        new_engine(folder, sglang_args=["tp_size"])
+    with pytest.raises(UserError, match="--deterministic needs a GPU"):
+        new_engine(folder, deterministic=True)
+
+
+def test_settings_are_read_as_sglangs_command_line_reads_them():
+    from engine_lib.sglang_wire import parse_sglang_args
+
+    given = [
+        "tp-size=2",
+        "context_length=32k",
+        "disable_overlap_schedule=false",
+        "mem_fraction_static=0.3",
+        "--log-level=info",
+    ]
+    assert parse_sglang_args(given) == {
+        "tp_size": 2, "context_length": 32000, "disable_overlap_schedule": False, "mem_fraction_static": 0.3,
+        "log_level": "info",
+    }  # fmt: skip
+
+
+# Death: last in this file, with engines of their own
+
+
+def test_an_engine_that_dies_ends_every_request_with_one_line(folder, fork, engine):
+    async def main():
+        doomed = new_engine(folder)
+        others = set(psutil.Process().children(recursive=True))
+        running = [asyncio.create_task(doomed.generate([Request([i], 2000)] * 4)) for i in range(3)]
+        await asyncio.sleep(0.5)
+        os.kill(doomed._engine.get_all_child_pids()[0], signal.SIGKILL)
+        begin = time.monotonic()
+        for task in running:
+            with pytest.raises(EngineError, match=r"^the SGLang engine died: one of its processes failed .*$"):
+                await task
+        assert time.monotonic() - begin < 10
+        with pytest.raises(EngineError, match="died"):
+            await doomed.generate(some_requests(1))
+        await doomed.close()
+        return others, set(doomed._engine.get_all_child_pids())
+
+    others, own = asyncio.run(main())
+    left = {process.pid for process in others if process.is_running() and process.status() != psutil.STATUS_ZOMBIE}
+    assert not left & own
+    # the other engine's processes are not its business
+    assert set(engine._engine.get_all_child_pids()) <= left
+    assert len(asyncio.run(engine.generate(some_requests(2)))) == 2
+
+
+def test_an_engine_that_does_not_start_says_so(folder, fork, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    broken = inspect_model(tmp_path, "--piref_model")
+    (tmp_path / "model.safetensors").unlink()
+    count = len(psutil.Process().children(recursive=True))
+    with pytest.raises(EngineError, match=r"^the SGLang engine did not start: .*$"):
+        make_engine("sglang", broken, device="cpu", args=arguments())
+    wait_until(lambda: len(psutil.Process().children(recursive=True)) <= count, 10)

@@ -1,0 +1,445 @@
+"""Several servers over HTTP, against small fake ones: which gets a request, and what happens when one fails."""
+
+import asyncio
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import fake_sglang
+import pytest
+from fake_sglang import FakeServer, block
+
+from common_lib.cli import UserError
+from engine_lib import sglang_remote
+from engine_lib.base import EngineError, Reply, Request
+from engine_lib.sglang_http import choose_server
+from engine_lib.sglang_remote import SGLangServerEngine
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    return SimpleNamespace(path=str(tmp_path), vocab_size=256, max_position_embeddings=2048)
+
+
+@pytest.fixture
+def servers():
+    """Makes fake servers and ends them."""
+    made = []
+
+    def make(count=1, **settings):
+        new = [FakeServer(**settings) for _ in range(count)]
+        made.extend(new)
+        return new if count > 1 else new[0]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+def with_engine(model, servers, main, **settings):
+    async def run(engine):
+        try:
+            return await main(engine)
+        finally:
+            await engine.close()
+
+    settings = {"request_timeout_s": 20.0} | settings
+    urls = [server if isinstance(server, str) else server.url for server in servers]
+    return asyncio.run(run(SGLangServerEngine(urls, model, **settings)))
+
+
+def some_requests(count: int, groups: int = 1000, new: int = 5) -> list[Request]:
+    return [Request([i % 200, 3], new, group=f"group {i % groups}") for i in range(count)]
+
+
+def expected(requests) -> list[Reply]:
+    return [Reply(block(r.prompt_ids, r.max_new_tokens), "length", len(r.prompt_ids), 1) for r in requests]
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "this never happened"
+        time.sleep(0.01)
+
+
+# What is sent
+
+
+def test_replies_come_in_the_order_of_the_requests(model, servers):
+    two = servers(2)
+    requests = some_requests(40)
+    assert with_engine(model, two, lambda e: e.generate(requests)) == expected(requests)
+    assert all(server.bodies for server in two)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_request_says_all_it_means(model, servers, deterministic):
+    server = servers(enable_deterministic_inference=True)
+    requests = [
+        Request([1, 2], 7, temperature=0.6, top_p=0.95, stop_ids=(4, 5), seed=11, group="3/1"),
+        Request([9], 2, temperature=0),
+    ]
+
+    async def main(engine):
+        for request in requests:
+            await engine.generate([request])
+
+    with_engine(model, [server], main, deterministic=deterministic)
+    first, second = server.bodies
+    seed = {"sampling_seed": 11} if deterministic else {}
+    assert first["input_ids"] == [1, 2]
+    assert first["sampling_params"] == seed | {
+        "max_new_tokens": 7, "temperature": 0.6, "top_p": 0.95, "ignore_eos": False, "stop_token_ids": [4, 5],
+    }  # fmt: skip
+    assert second["sampling_params"]["ignore_eos"] is True  # no stop ids: nothing may stop it
+    assert server.keys == ["3/1", None]
+
+
+def test_bad_requests_are_never_sent(model, servers):
+    server = servers()
+    for request, message in (
+        (Request([], 1), "empty prompt"),
+        (Request([256], 1), "token id 256"),
+        (Request([1], 2046), "longer than"),  # 2047 of 2046: SGLang would cut it short
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_engine(model, [server], lambda e, r=request: e.generate([r]))
+    assert not server.bodies
+
+
+# Which server
+
+
+def test_a_group_stays_with_one_server_and_groups_spread(model, servers):
+    three = servers(3)
+
+    async def main(engine):
+        for _ in range(3):
+            for request in some_requests(30, groups=30):
+                await engine.generate([request])
+
+    with_engine(model, three, main)
+    homes = [{body["input_ids"][0] for body in server.bodies} for server in three]
+    assert sum(map(len, homes)) == 30, "a group has been on two servers"
+    assert min(map(len, homes)) >= 3
+
+
+def test_no_server_gets_much_more_than_its_share():
+    servers = [SimpleNamespace(url=f"http://s{i}", load=0) for i in range(4)]
+    for i in range(200):
+        choose_server(servers, f"group {i % 3}").load += 1  # three groups only, four servers
+        total = sum(server.load for server in servers)
+        assert max(server.load for server in servers) <= -(-1.25 * total // 4)
+
+
+def test_a_lost_server_moves_only_its_own_groups():
+    servers = [SimpleNamespace(url=f"http://s{i}", load=0) for i in range(4)]
+    groups = [f"{i}/0" for i in range(200)]
+    before = {group: choose_server(servers, group) for group in groups}
+    after = {group: choose_server(servers[1:], group) for group in groups}
+    assert all(after[group] is home for group, home in before.items() if home is not servers[0])
+    assert {home.url for home in before.values()} == {server.url for server in servers}
+
+
+# Servers that go and come
+
+
+def test_a_lost_servers_requests_go_to_the_others_and_it_is_used_again(model, servers, caplog):
+    one, two = servers(2)
+    one.seconds = two.seconds = 0.3
+    requests = some_requests(60)
+
+    async def main(engine):
+        running = asyncio.create_task(engine.generate(requests))
+        await asyncio.to_thread(wait_until, lambda: one.bodies and two.bodies)
+        one.kill()
+        assert await running == expected(requests)
+        count, two.seconds = len(one.bodies), 0.0
+        one.seconds = 0.0
+        one.start_again()
+        while not engine.servers[0].up:
+            await asyncio.sleep(0.05)
+        assert await engine.generate(requests) == expected(requests)
+        assert len(one.bodies) > count
+
+    with_engine(model, [one, two], main)
+    assert f"lost {one.url}" in caplog.text
+    assert f"{one.url} is back" in caplog.text
+
+
+def test_the_only_server_may_be_gone_for_a_while(model, servers):
+    server = servers()
+    requests = some_requests(8)
+
+    async def main(engine):
+        await engine.generate(requests)
+        server.kill()
+        running = asyncio.create_task(engine.generate(requests))
+        await asyncio.sleep(1.0)
+        server.start_again()
+        assert await running == expected(requests)
+
+    with_engine(model, [server], main)
+
+
+def test_all_servers_gone_is_one_line_in_time(model, servers):
+    two = servers(2)
+
+    async def main(engine):
+        for server in two:
+            server.seconds = 30
+        running = asyncio.create_task(engine.generate(some_requests(8)))
+        await asyncio.to_thread(wait_until, lambda: all(server.bodies for server in two))
+        for server in two:
+            server.kill()
+        begin = time.monotonic()
+        with pytest.raises(
+            EngineError, match=r"all SGLang servers have been out of reach for 1 s \(http.*; http.*\)"
+        ) as error:
+            await running
+        assert 0.9 < time.monotonic() - begin < 5
+        assert "\n" not in str(error.value)
+
+    with_engine(model, two, main, reconnect_timeout_s=1.0)
+
+
+def test_a_server_that_hangs_is_given_up(model, servers, monkeypatch):
+    monkeypatch.setattr(sglang_remote, "PROBE_EVERY_S", 0.1)
+    hung, other = servers(2)
+    release = threading.Event()
+    hung.script = lambda body: release.wait(30) and None
+    requests = some_requests(20)
+
+    async def main(engine):
+        running = asyncio.create_task(engine.generate(requests))
+        await asyncio.to_thread(wait_until, lambda: hung.bodies)
+        hung.healthy = False
+        assert await running == expected(requests)
+        assert len(other.bodies) == 20
+
+    with_engine(model, [hung, other], main)
+    release.set()
+
+
+def test_a_server_that_comes_back_with_another_model_is_not_used(model, servers):
+    one, two = servers(2)
+
+    async def main(engine):
+        await engine.generate(some_requests(10))
+        one.kill()
+        await engine.generate(some_requests(10))
+        one.info["architectures"] = ["LlamaForCausalLM"]
+        one.start_again()
+        while "LlamaForCausalLM" not in engine.servers[0].why:
+            await asyncio.sleep(0.05)
+        assert not engine.servers[0].up
+
+    with_engine(model, [one, two], main)
+
+
+def test_a_router_is_asked_for_its_servers(model, servers):
+    workers, router = servers(2), servers()
+    router.workers = [worker.url for worker in workers]
+    workers[1].info["max_req_input_len"] = 1000
+
+    async def main(engine):
+        assert engine.context_length == 1004
+        assert set(engine.describe()["servers"]) == set(router.workers)
+        assert await engine.generate(some_requests(4)) == expected(some_requests(4))
+
+    with_engine(model, [router], main)
+    router.workers = []
+    with pytest.raises(EngineError, match="the router has no healthy server"):
+        SGLangServerEngine([router.url], model)
+
+
+# Errors of servers
+
+
+def scripted(*answers):
+    """One answer after the other, then the model's."""
+    left = list(answers)
+    return lambda body: left.pop(0) if left else None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, {"error": {"message": "out of memory"}}),
+        (502, "bad gateway"),
+        (429, {"detail": "slow down"}),
+        (200, "not JSON"),
+        (200, {"text": "no ids"}),
+        (200, ["a list"]),
+        (200, {"output_ids": None, "meta_info": {"finish_reason": {"type": "length"}, "prompt_tokens": 1}}),
+    ],
+)
+def test_what_may_pass_is_tried_again(model, servers, monkeypatch, answer):
+    monkeypatch.setattr(sglang_remote, "BACKOFF_S", 0.01)
+    server = servers(script=scripted(answer, answer))
+    requests = some_requests(1)
+    assert with_engine(model, [server], lambda e: e.generate(requests)) == expected(requests)
+    assert len(server.bodies) == 3
+
+
+def test_a_server_that_always_fails_is_told(model, servers, monkeypatch):
+    monkeypatch.setattr(sglang_remote, "BACKOFF_S", 0.01)
+    server = servers(script=lambda body: (500, {"error": {"message": "out of memory"}}))
+    with pytest.raises(EngineError, match=r"failed 5 times.*out of memory"):
+        with_engine(model, [server], lambda e: e.generate(some_requests(1)))
+    assert len(server.bodies) == 5
+
+
+def test_a_starting_server_is_waited_for(model, servers):
+    server = servers(script=scripted((503, "starting")))
+    requests = some_requests(1)
+    assert with_engine(model, [server], lambda e: e.generate(requests)) == expected(requests)
+
+
+def test_a_router_that_is_well_but_has_no_servers_is_given_up_in_time(model, servers):
+    server = servers(script=lambda body: (503, {"error": {"message": "No available workers"}}))
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=r"out of reach for 2 s .*No available workers"):
+        with_engine(model, [server], lambda e: e.generate(some_requests(3)), reconnect_timeout_s=2.0)
+    assert time.monotonic() - begin < 5
+    assert len(server.bodies) < 30, "it was asked again and again without a pause"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refused_request_is_not_sent_again(model, servers, status):
+    server = servers(script=lambda body: (status, {"error": {"message": "no such parameter"}}))
+    with pytest.raises(EngineError, match=rf"refused a request \({status}\): no such parameter"):
+        with_engine(model, [server], lambda e: e.generate(some_requests(1)))
+    assert len(server.bodies) == 1
+
+
+def test_an_aborted_request_is_a_reply(model, servers):
+    def abort(body):
+        meta = {"finish_reason": {"type": "abort", "message": "by hand"}, "prompt_tokens": 2, "cached_tokens": None}
+        return 200, {"output_ids": [4, 5], "meta_info": meta}
+
+    server = servers(script=abort)
+    assert with_engine(model, [server], lambda e: e.generate(some_requests(1))) == [Reply([4, 5], "abort", 2, 0)]
+
+
+def test_a_stop_token_that_was_not_asked_for_is_told(model, servers):
+    def stop(body):
+        meta = {"finish_reason": {"type": "stop", "matched": 9}, "prompt_tokens": 2, "cached_tokens": 0}
+        return 200, {"output_ids": [4, 9], "meta_info": meta}
+
+    server = servers(script=stop)
+    (reply,) = with_engine(model, [server], lambda e: e.generate([Request([1, 2], 5, stop_ids=(8, 9))]))
+    assert reply == Reply([4, 9], "stop", 2, 0)
+    with pytest.raises(EngineError, match="token 9, which is not among the stop tokens"):
+        with_engine(model, [server], lambda e: e.generate([Request([1, 2], 5, stop_ids=(8,))]))
+
+
+# Ends
+
+
+def test_the_time_limit_of_a_request(model, servers):
+    server = servers()
+    server.seconds = 5
+
+    async def main(engine):
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match=r"wrote 5 tokens within --request_timeout 0.5 s"):
+            await engine.generate(some_requests(3))
+        assert time.monotonic() - begin < 3
+        await engine.close()
+        assert sorted(server.aborted) == sorted(body["rid"] for body in server.bodies)
+
+    with_engine(model, [server], main, request_timeout_s=0.5)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_what_still_runs_is_aborted(model, servers, how):
+    server = servers()
+    server.seconds = 5
+
+    async def main(engine):
+        running = asyncio.create_task(engine.generate(some_requests(3)))
+        await asyncio.to_thread(wait_until, lambda: len(server.bodies) == 3)
+        if how == "cancel":
+            running.cancel()
+        else:
+            await engine.close()
+        with pytest.raises(asyncio.CancelledError if how == "cancel" else EngineError):
+            await running
+        await engine.close()
+        assert sorted(server.aborted) == sorted(body["rid"] for body in server.bodies)
+        await engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            await engine.generate(some_requests(1))
+
+    with_engine(model, [server], main)
+
+
+# The start
+
+
+def test_nobody_answers(model):
+    with pytest.raises(EngineError, match=r"no SGLang server answers \(http://127.0.0.1:9: "):
+        SGLangServerEngine(["http://127.0.0.1:9"], model)
+
+
+def test_one_of_two_answers(model, servers, caplog):
+    server = servers()
+    requests = some_requests(5)
+    assert with_engine(model, ["http://127.0.0.1:9/", server], lambda e: e.generate(requests)) == expected(requests)
+    assert "http://127.0.0.1:9 does not answer" in caplog.text
+
+
+@pytest.mark.parametrize("url", ["localhost:30000", "http://", "ftp://a", "http://a:port", "http://a:0"])
+def test_no_url(model, url):
+    with pytest.raises(UserError, match=r"--sglang_url .* is no URL of a server; give http://HOST:PORT"):
+        SGLangServerEngine([url], model)
+
+
+def test_another_model_is_refused(model, servers, caplog):
+    with pytest.raises(
+        UserError, match=r"serves the-model, a LlamaForCausalLM; --piref_model .* is a Qwen2ForCausalLM"
+    ):
+        SGLangServerEngine([servers(architectures=["LlamaForCausalLM"]).url], model)
+    SGLangServerEngine([servers().url], model)
+    assert "only you know that they are the same" in caplog.text
+
+
+def test_the_same_model_by_another_name(model, servers, caplog, tmp_path):
+    cached = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(cached)
+    for path, served in ((cached, "owner/name"), (cached, str(tmp_path / "link")), (cached, str(cached))):
+        SGLangServerEngine([servers(model_path=served).url], SimpleNamespace(path=str(path), vocab_size=9))
+    assert "only you know" not in caplog.text
+
+
+def test_deterministic_needs_servers_that_are(model, servers):
+    with pytest.raises(UserError, match="start it with --enable-deterministic-inference"):
+        SGLangServerEngine([servers().url], model, deterministic=True)
+
+
+def test_another_kind_of_server_is_told(model, servers):
+    server = servers(max_req_input_len=None)
+    with pytest.raises(EngineError, match="does not answer as an SGLang server does"):
+        SGLangServerEngine([server.url], model)
+
+
+def test_it_can_be_made_where_a_loop_runs_already(model, servers):
+    server = servers()
+
+    async def notebook():
+        engine = SGLangServerEngine([server.url], model)
+        assert await engine.generate(some_requests(2)) == expected(some_requests(2))
+        await engine.close()
+
+    asyncio.run(notebook())
+
+
+def test_the_fake_server_writes_what_the_tests_expect():
+    body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 3}}
+    assert fake_sglang.generated(body)["output_ids"] == [3, 10, 17]

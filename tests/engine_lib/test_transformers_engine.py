@@ -1,0 +1,209 @@
+"""The embedded engine: samples from the right distribution, every row from its own noise, whatever it is batched with."""
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from engine_lib.base import EngineError, Request, check_requests
+from engine_lib.sampling import row_uniforms, sample_rows
+from engine_lib.transformers_engine import TransformersEngine
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    return tiny.save_generator(tmp_path_factory.mktemp("generator"))
+
+
+def with_engine(generator, main, **settings):
+    async def run():
+        engine = TransformersEngine(str(generator), **settings)
+        try:
+            return await main(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def texts(replies):
+    """What is said, without what it cost: whether a prompt was shared depends on the batch."""
+    return [(reply.token_ids, reply.finish_reason, reply.prompt_tokens) for reply in replies]
+
+
+def some_requests(count: int) -> list[Request]:
+    rng = random.Random(3)
+    return [
+        Request(
+            [rng.randrange(256) for _ in range(rng.randint(1, 12))], rng.randint(1, 15), rng.choice([0, 0.6, 1.0]),
+            rng.choice([0.5, 0.95, 1.0]), tuple(rng.sample(range(256), rng.choice([0, 20]))), seed=i,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_a_reply_does_not_depend_on_its_neighbours(generator):
+    requests = some_requests(24)
+
+    async def main(engine):
+        together = await engine.generate(requests)
+        apart = [(await engine.generate([request]))[0] for request in requests]
+        pieces = await asyncio.gather(*(engine.generate(requests[i : i + 5]) for i in range(0, 24, 5)))
+        return together, apart, [reply for piece in pieces for reply in piece]
+
+    together, apart, pieces = with_engine(generator, main)
+    assert texts(together) == texts(apart) == texts(pieces)
+    assert {reply.finish_reason for reply in together} == {"stop", "length"}
+
+
+def test_replies_keep_the_rules_of_the_interface(generator):
+    requests = some_requests(24)
+    for request, reply in zip(requests, with_engine(generator, lambda e: e.generate(requests)), strict=True):
+        assert reply.prompt_tokens == len(request.prompt_ids)
+        assert 1 <= len(reply.token_ids) <= request.max_new_tokens
+        assert not set(reply.token_ids[:-1]) & set(request.stop_ids)
+        ends_with_stop = reply.token_ids[-1] in request.stop_ids
+        assert reply.finish_reason == ("stop" if ends_with_stop else "length")
+        assert ends_with_stop or len(reply.token_ids) == request.max_new_tokens
+
+
+def test_continuations_of_one_prompt_read_it_once_and_stay_what_they_were(generator):
+    requests = [
+        Request(prompt, 9, 0.8, 0.9, (7, 8), seed)
+        for seed, prompt in enumerate([[5, 6, 7, 8, 9, 10]] * 4 + [[1, 2, 3]] * 3 + [[4]])
+    ]
+    read = []
+
+    async def main(engine):
+        apart = [(await engine.generate([request]))[0] for request in requests]
+        hook = engine.model.model.embed_tokens.register_forward_pre_hook(lambda m, args: read.append(args[0].shape))
+        together = await engine.generate(requests)
+        hook.remove()
+        return together, apart
+
+    together, apart = with_engine(generator, main)
+    assert texts(together) == texts(apart)
+    assert [reply.cached_tokens for reply in together] == [0, 5, 5, 5, 0, 2, 2, 0]
+    assert read[0] == (3, 5)  # three different prompts, all but their last token
+    assert all(shape == (8, 1) for shape in read[1:])
+
+
+def test_greedy_equals_a_plain_loop(generator):
+    model, prompt = tiny.tiny_generator(), [3, 1, 4, 1, 5]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    request = Request(prompt, 12, temperature=0)
+    (reply,) = with_engine(generator, lambda e: e.generate([request]))
+    assert reply.token_ids == ids[5:]
+
+
+def test_a_batch_that_does_not_fit_is_split(generator):
+    requests = some_requests(24)
+    whole = texts(with_engine(generator, lambda e: e.generate(requests)))
+    assert texts(with_engine(generator, lambda e: e.generate(requests), max_batch_tokens=60)) == whole
+    assert texts(with_engine(generator, lambda e: e.generate(requests), max_batch_rows=1)) == whole
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(generator, monkeypatch, caplog):
+    requests, run_batch = some_requests(8), TransformersEngine._run_batch
+
+    def small_card(self, batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return run_batch(self, batch)
+
+    whole = texts(with_engine(generator, lambda e: e.generate(requests)))
+    monkeypatch.setattr(TransformersEngine, "_run_batch", small_card)
+    assert texts(with_engine(generator, lambda e: e.generate(requests))) == whole
+    assert "going on with 4" in caplog.text
+    monkeypatch.setattr(
+        TransformersEngine, "_run_batch", lambda self, batch: (_ for _ in ()).throw(RuntimeError("boom"))
+    )
+    with pytest.raises(EngineError, match="boom"):
+        with_engine(generator, lambda e: e.generate(requests))
+
+
+def test_cancelled_and_closed(generator):
+    async def main(engine):
+        long = asyncio.create_task(engine.generate([Request([1], 2000)]))
+        waiting = asyncio.create_task(engine.generate([Request([2], 2000)] * 3))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await engine.close()
+        await engine.close()
+        (reply,) = await long
+        assert reply.finish_reason == "abort"
+        with pytest.raises(EngineError, match="closed"):
+            await engine.generate([Request([1], 1)])
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    with_engine(generator, main)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 1), "empty prompt"),
+        (Request([1], 0), "0 new tokens"),
+        (Request([264], 1), "token id 264 is outside the generator's vocabulary of 264"),
+        (Request([-1], 1), "token id -1"),
+        (Request([1] * 10, 7), "10 prompt tokens and 7 new ones is longer than the generator's context of 16"),
+    ],
+)
+def test_what_would_crash_an_engine_is_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        check_requests([request_], context_length=16, vocab_size=264)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
+    """Reference: add tokens from the most probable one on until their mass reaches top_p."""
+    kept, mass = np.zeros_like(probs), 0.0
+    for i in sorted(range(len(probs)), key=lambda i: (-probs[i], i)):
+        if mass >= top_p:
+            break
+        kept[i] = probs[i]
+        mass += probs[i]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (2.0, 0.5), (0.7, 0.05)])
+def test_samples_have_the_stated_distribution(temperature, top_p):
+    rows, logits = 40_000, torch.tensor([1.0, 3.0, 3.0, -2.0, 0.5, 2.0, -30.0])
+    probs = torch.softmax(logits.double() / temperature, 0).numpy()
+    expected = nucleus(probs, top_p)
+    uniforms = torch.from_numpy(row_uniforms(np.arange(rows), step=5))
+    drawn = sample_rows(
+        logits.expand(rows, -1),
+        torch.full((rows,), temperature).double(),
+        torch.full((rows,), top_p).double(),
+        uniforms,
+    )
+    shares = np.bincount(drawn.numpy(), minlength=7) / rows
+    assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / rows)
+    assert not shares[expected == 0].any()
+
+
+def test_extreme_draws_stay_in_the_nucleus():
+    logits = torch.tensor([[0.0, 50.0, 0.0, -1e9]] * 3)
+    uniforms = torch.tensor([0.0, 1 - 2.0**-53, 0.5], dtype=torch.float64)
+    one = torch.ones(3, dtype=torch.float64)
+    assert set(sample_rows(logits, one, one, uniforms).tolist()) <= {0, 1, 2}
+    assert sample_rows(logits, one, 0.9 * one, uniforms).tolist() == [1, 1, 1]
+
+
+def test_uniforms_are_uniform_and_independent_of_the_batch():
+    noise = np.stack([row_uniforms(np.arange(2000), step) for step in range(20)])
+    assert 0 <= noise.min() < noise.max() < 1
+    assert abs(noise.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.02
+    assert row_uniforms(np.array([7]), 3)[0] == noise[3, 7]

@@ -1,0 +1,242 @@
+"""The files of a run: nothing lost, nothing written twice, nobody else's overwritten."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from common_lib.cli import UserError
+from search_lib.run_files import LineFile, OutputError, RunFiles, RunPaths, check_output_path, read_lines
+from search_lib.tree import Round, SearchTask
+
+
+def meta(**changes):
+    arguments = {"seed": 1, "num_repetitions": 2, "batch_size": 32, "block_size": 8, "tracker": "none"} | changes
+    return {
+        "format": 1, "arguments": arguments, "started": "2026-01-01T00:00:00+0000", "num_problems": 2,
+        "problems_sha256": "p", "generator": {"fingerprint": "g"}, "value_model": {"fingerprint": "v"},
+        "numerics": {"engine": "transformers"},
+    }  # fmt: skip
+
+
+def round_(index: int, finish: str = "") -> Round:
+    return Round(index, [0, 0], [[1, 2], [3, 4]], [0.25, 0.5], [False, True], ["", finish], 0.1, 0.2, 7)
+
+
+def result(data_idx: int, repeat_idx: int) -> dict:
+    return {
+        "repeat_idx": repeat_idx, "data_idx": data_idx, "global_idx": repeat_idx * 2 + data_idx, "problem": "€ \ud800",
+        "generated_ids": [[1, 2]], "generated_scores": [0.5], "reward": [True],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return RunPaths.of(str(tmp_path / "out.jsonl"))
+
+
+@pytest.fixture
+def written(paths):
+    """Two finished searches, and one with two rounds in the journal."""
+    files = RunFiles.open(paths, meta())
+    for key in ((1, 0), (0, 0)):
+        files.add_round(SearchTask(*key, (5, 6)), round_(0, "stop"), ["a", "b"])
+        files.add_result(result(*key))
+    files.add_round(SearchTask(0, 1, (5, 6)), round_(0), ["a", "€"])
+    files.add_round(SearchTask(0, 1, (5, 6)), round_(1, "stop"), ["", "c"])
+    files.close()
+    return paths
+
+
+def state(paths):
+    files = RunFiles.open(paths, meta())
+    files.close()
+    return sorted(files.finished), {key: [vars(r) for r in rounds] for key, rounds in files.rounds.items()}
+
+
+def test_everything_written_is_read_back(written):
+    finished, rounds = state(written)
+    assert finished == [(0, 0), (1, 0)]
+    assert rounds == {(0, 1): [vars(round_(0)), vars(round_(1, "stop"))]}
+    rows = [json.loads(line) for line in written.tree.read_text(encoding="utf-8").splitlines()]
+    assert rows[2]["prompt_ids"] == [5, 6]
+    assert "prompt_ids" not in rows[3]
+    assert rows[2]["text"] == ["a", "€"]
+
+
+@pytest.mark.parametrize("which", ["tree", "results"])
+def test_a_line_torn_at_any_byte_is_dropped_and_said(written, tmp_path, which, caplog):
+    path = getattr(written, which)
+    data = path.read_bytes()
+    start = data[:-1].rfind(b"\n") + 1
+    path.write_bytes(data[:start])
+    without = state(written)
+    for end in range(start + 1, len(data)):
+        path.write_bytes(data[:end])
+        caplog.clear()
+        assert state(written) == without
+        assert "torn" in caplog.text
+        assert path.read_bytes() == data[:start]  # the next line starts on a line of its own
+    path.write_bytes(data)
+    caplog.clear()
+    assert state(written) != without
+    assert "torn" not in caplog.text
+
+
+def test_only_one_torn_line_in_an_otherwise_empty_file(paths, written):
+    written.results.write_bytes(b'{"data_idx"')
+    assert state(written)[0] == []
+
+
+def test_damage_in_the_middle_is_named(written):
+    lines = written.results.read_text().splitlines()
+    written.results.write_text("\n".join(["{broken", *lines[1:]]) + "\n")
+    with pytest.raises(UserError, match=r"out.jsonl, line 1, is damaged"):
+        RunFiles.open(written, meta())
+
+
+def test_sorted_by_global_idx_without_losing_a_byte(written):
+    before = sorted(written.results.read_bytes().splitlines())
+    files = RunFiles.open(written, meta())
+    files.sort_results()
+    files.add_result(result(1, 1))  # still the same file to write to
+    files.close()
+    rows = [row["global_idx"] for _, row in read_lines(written.results)]
+    assert rows == [0, 1, 3]
+    assert sorted(written.results.read_bytes().splitlines())[: len(before)] != []
+    assert set(before) <= set(written.results.read_bytes().splitlines())
+
+
+def test_a_lone_surrogate_leaves_the_file_readable(written):
+    text = written.results.read_text(encoding="utf-8")
+    assert json.loads(text.splitlines()[0])["problem"] == "€ \ud800"
+
+
+# ----------------------------------------------------------------------------------------------------- another's output
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (meta(seed=2), "--seed was 1 and is 2"),
+        (meta(block_size=9), "--block_size was 8 and is 9"),
+        (meta(num_repetitions=1), r"--num_repetitions was 2 and is 1 \(it may only grow\)"),
+        (meta() | {"problems_sha256": "q"}, "the benchmark's problems differ"),
+        (meta() | {"generator": {"fingerprint": "h"}}, "the generator's weights differ"),
+        (meta() | {"value_model": {"fingerprint": "w"}}, "the value model's weights differ"),
+        (meta() | {"numerics": {"engine": "sglang"}}, "engine and dtypes differ"),
+    ],
+)
+def test_another_configuration_is_refused_and_named(written, changed, message):
+    before = {path: path.read_bytes() for path in vars(written).values()}
+    with pytest.raises(UserError, match=message):
+        RunFiles.open(written, changed)
+    assert {path: path.read_bytes() for path in vars(written).values()} == before
+
+
+def test_a_start_that_came_to_nothing_binds_nobody(paths):
+    RunFiles.open(paths, meta()).close()
+    RunFiles.open(paths, meta(seed=2)).close()
+    assert json.loads(paths.meta.read_text())["arguments"]["seed"] == 2
+
+
+def test_what_may_change_may_change(written):
+    files = RunFiles.open(written, meta(batch_size=64, num_repetitions=5, tracker="neptune"))
+    files.close()
+    assert len(files.finished) == 2
+
+
+def test_results_without_their_meta_file_are_not_touched(written):
+    written.meta.unlink()
+    before = written.results.read_bytes()
+    with pytest.raises(UserError, match="exists, but not its out.meta.json"):
+        RunFiles.open(written, meta())
+    assert written.results.read_bytes() == before
+
+
+def test_a_second_process_is_told(written):
+    held = RunFiles.open(written, meta())
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from output_utils import *\n"
+        "f = LineFile(RunPaths.of(sys.argv[2]).tree); print(f.lock())"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, root, str(written.results)]
+
+    def run():
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run().stdout == "False\n"
+    with pytest.raises(UserError, match="another process is writing"):
+        RunFiles.open(written, meta())
+    held.close()
+    assert run().stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("out.json", "must be a file name that ends in .jsonl"),
+        (".jsonl", "must be a file name"),
+        ("nowhere/out.jsonl", "folder nowhere does not exist"),
+        ("folder.jsonl", "is not a file"),
+    ],
+)
+def test_bad_paths(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=message):
+        check_output_path(path)
+
+
+def test_a_bare_file_name_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(check_output_path("out.jsonl").tree) == "out.tree.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------------------ disk full
+
+
+def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch):
+    file = LineFile(tmp_path / "x.jsonl")
+    file.append({"a": 1})
+    write, room = os.write, [5]
+
+    def nearly_full(fd, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done, room[0] = write(fd, bytes(data[: room[0]])), 0
+        return done
+
+    monkeypatch.setattr(os, "write", nearly_full)
+    with pytest.raises(OutputError, match=r"x.jsonl: No space left on device"):
+        file.append({"b": 2})
+    monkeypatch.undo()
+    assert (tmp_path / "x.jsonl").read_text() == '{"a":1}\n'
+    file.append({"c": 3})
+    assert (tmp_path / "x.jsonl").read_text() == '{"a":1}\n{"c":3}\n'
+
+
+def test_a_full_disk_ends_with_one_line_and_the_same_command_goes_on(small_disk):
+    paths = check_output_path(str(small_disk / "out.jsonl"))
+    files = RunFiles.open(paths, meta())
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * 150_000)
+    with pytest.raises(OutputError, match="No space left on device"):
+        for i in range(100_000):
+            files.add_round(SearchTask(i, 0, (5,)), round_(0), ["x" * 100, ""])
+    with pytest.raises(OutputError, match="No space left on device"):
+        for i in range(100_000):
+            files.add_result(result(i, 0))
+    files.close()
+    assert paths.tree.read_bytes().endswith(b"\n")
+    filler.unlink()
+    again = RunFiles.open(paths, meta())
+    assert [len(rounds) for rounds in again.rounds.values()] == [1] * len(again.rounds)
+    assert set(again.rounds) | set(again.finished) >= {(i, 0) for i in range(len(again.rounds))}
+    again.add_result(result(1, 1))
+    again.close()
