@@ -93,12 +93,12 @@ class Round:
     value: list[float]
     kept: list[bool]
     finish: list[str]  # "stop", "length" (max_length reached), or "" (goes on if kept)
-    seconds: float = 0.0  # wall-clock, waiting included; 0 in journals of earlier versions
     seconds_generate: float = 0.0
     seconds_score: float = 0.0
     tokens_scored: int = 0
     tokens_reread: int = 0
     tokens_cached: int = 0
+    seconds: float = 0.0  # wall-clock, waiting included; 0 in journals of earlier versions
 
 
 class Tree:

@@ -131,7 +131,10 @@ def test_request_seeds_depend_on_all_six_numbers_and_fit_31_bits():
 
 
 def trees(results) -> dict:
-    return {r.task: ([vars(record) | {"seconds": 0, "seconds_generate": 0} for record in r.tree.rounds], r.beams) for r in results}
+    return {
+        r.task: ([vars(record) | {"seconds": 0, "seconds_generate": 0} for record in r.tree.rounds], r.beams)
+        for r in results
+    }
 
 
 @pytest.mark.parametrize("search_type", ["beam2", "bfs", "bon"])
