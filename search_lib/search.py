@@ -40,7 +40,8 @@ async def search(
     Seconds are those of the event loop's clock. Raises SearchError where the generator keeps failing or the value model
     gives no number.
     """
-    given, tree = _Given(task, generate, scorer, config, retry), Tree(task.prompt_ids, config.num_beams)
+    tree = Tree(task.prompt_ids, config.num_beams)
+    new_rounds = _Rounds(task, tree, generate, scorer, config, retry)
     for record in rounds:
         tree.add(record)
     clock = asyncio.get_running_loop().time
@@ -49,7 +50,7 @@ async def search(
         scorer.start(task.tree_id, tree.prompt_ids, tree.history())
     try:
         while tree.open_slots:
-            record = await _one_round(given, tree)
+            record = await new_rounds.make()
             record.seconds = clock() - since
             since += record.seconds
             tree.add(record)
@@ -63,73 +64,74 @@ async def search(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What one search is given."""
+class _Rounds:
+    """Makes the rounds of one search, each from the tree as it stands."""
 
     task: SearchTask
+    tree: Tree
     generate: Generate
     scorer: Scorer
     config: SearchConfig
     retry: RetryPolicy
 
-    def error(self, index: int, what: object) -> SearchError:
-        return SearchError(f"round {index} of problem {self.task.data_idx}, repetition {self.task.repeat_idx}: {what}")
+    async def make(self) -> Round:
+        """Every open beam is extended; all candidates are scored; as many as there were open beams are kept."""
+        tree, config, slots = self.tree, self.config, self.tree.open_slots
+        length = len(tree.response(tree.beams[slots[0]]))  # open beams are equally long
+        limit = min(config.block_size, config.max_length - length)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        written = await gather_all(self._extend(slot, limit) for slot in slots)
+        seconds_generate = clock() - begin
+        replies = [reply for beam in written for reply in beam]
+        parent = [tree.beams[slot] for slot in slots for _ in range(config.beam_width)]
+        tokens = [list(reply.token_ids) for reply in replies]
+        full = "length" if length + limit == config.max_length else ""
+        finish = ["stop" if reply.finish_reason == "stop" else full for reply in replies]
+        scored = await self._score(list(zip(parent, tokens, strict=True)), [bool(reason) for reason in finish])
+        return Round(
+            round=len(tree.rounds),
+            parent=parent,
+            tokens=tokens,
+            value=scored.values,
+            kept=select(scored.values, len(slots), config, self.task, len(tree.rounds)),
+            finish=finish,
+            seconds_generate=seconds_generate,
+            seconds_score=scored.seconds,
+            tokens_scored=scored.tokens_scored,
+            tokens_reread=scored.tokens_reread,
+            tokens_cached=sum(reply.cached_tokens for reply in replies),
+        )
 
+    async def _extend(self, slot: int, limit: int) -> list[Reply]:
+        """`beam_width` continuations of one beam, of at most `limit` tokens."""
+        task, tree = self.task, self.tree
+        key = self.config.seed, task.data_idx, task.repeat_idx, len(tree.rounds), slot
+        prompt = tree.prompt_ids + tree.response(tree.beams[slot])
 
-async def _one_round(given: _Given, tree: Tree) -> Round:
-    """Every open beam is extended; all candidates are scored; as many as there were open beams are kept."""
-    config, slots, index = given.config, tree.open_slots, len(tree.rounds)
-    length = len(tree.response(tree.beams[slots[0]]))  # open beams are equally long
-    limit = min(config.block_size, config.max_length - length)
-    clock = asyncio.get_running_loop().time
-    begin = clock()
-    written = await gather_all(_extend(given, tree, slot, limit) for slot in slots)
-    seconds_generate = clock() - begin
-    replies = [reply for beam in written for reply in beam]
-    parent = [tree.beams[slot] for slot in slots for _ in range(config.beam_width)]
-    tokens = [list(reply.token_ids) for reply in replies]
-    full = "length" if length + limit == config.max_length else ""
-    finish = ["stop" if reply.finish_reason == "stop" else full for reply in replies]
-    scored = await _score(given, index, list(zip(parent, tokens, strict=True)), [bool(reason) for reason in finish])
-    return Round(
-        round=index,
-        parent=parent,
-        tokens=tokens,
-        value=scored.values,
-        kept=select(scored.values, len(slots), config, given.task, index),
-        finish=finish,
-        seconds_generate=seconds_generate,
-        seconds_score=scored.seconds,
-        tokens_scored=scored.tokens_scored,
-        tokens_reread=scored.tokens_reread,
-        tokens_cached=sum(reply.cached_tokens for reply in replies),
-    )
+        async def ask(candidates: list[int]) -> Sequence[Reply]:
+            seeds = [request_seed(*key, candidate) for candidate in candidates]
+            return await self.generate(prompt, len(candidates), limit, seeds, task.tree_id)
 
+        try:
+            return await ask_until_whole(ask, [limit] * self.config.beam_width, self.retry)
+        except RequestsFailed as error:
+            raise self._error(error) from error
 
-async def _extend(given: _Given, tree: Tree, slot: int, limit: int) -> list[Reply]:
-    """`beam_width` continuations of one beam, of at most `limit` tokens."""
-    task, index, prompt = given.task, len(tree.rounds), tree.prompt_ids + tree.response(tree.beams[slot])
+    async def _score(self, items: list[tuple[int, list[int]]], finished: list[bool]) -> Scored:
+        """Values of a round's candidates, (parent, tokens) each; all of them are numbers."""
+        try:
+            scored = await self.scorer.score(self.task.tree_id, items, finished)
+        except ValueError as error:  # an id outside the value model's vocabulary, a cache that cannot hold one trace
+            raise self._error(f"it cannot be scored: {error}") from error
+        for value in scored.values:
+            if not math.isfinite(value):
+                raise self._error(f"the value model gave {value}")
+        return scored
 
-    async def ask(candidates: list[int]) -> Sequence[Reply]:
-        seeds = [request_seed(given.config.seed, task.data_idx, task.repeat_idx, index, slot, c) for c in candidates]
-        return await given.generate(prompt, len(candidates), limit, seeds, task.tree_id)
-
-    try:
-        return await ask_until_whole(ask, [limit] * given.config.beam_width, given.retry)
-    except RequestsFailed as error:
-        raise given.error(index, error) from error
-
-
-async def _score(given: _Given, index: int, items: list[tuple[int, list[int]]], finished: list[bool]) -> Scored:
-    """Values of a round's candidates, (parent, tokens) each; all of them are numbers."""
-    try:
-        scored = await given.scorer.score(given.task.tree_id, items, finished)
-    except ValueError as error:  # an id outside the value model's vocabulary, a cache that cannot hold one trace
-        raise given.error(index, f"it cannot be scored: {error}") from error
-    for value in scored.values:
-        if not math.isfinite(value):
-            raise given.error(index, f"the value model gave {value}")
-    return scored
+    def _error(self, what: object) -> SearchError:
+        where = f"round {len(self.tree.rounds)} of problem {self.task.data_idx}, repetition {self.task.repeat_idx}"
+        return SearchError(f"{where}: {what}")
 
 
 def select(values: Sequence[float], count: int, config: SearchConfig, task: SearchTask, round_idx: int) -> list[bool]:

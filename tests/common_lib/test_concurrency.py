@@ -31,9 +31,12 @@ def test_one_error_cancels_the_others_and_waits_for_them():
         await asyncio.sleep(0)
         raise ValueError("no")
 
-    with pytest.raises(ValueError, match="no"):
-        asyncio.run(gather_all([waits("a"), fails(), waits("b")]))
-    assert sorted(cleaned) == ["a", "b"]
+    async def main():
+        with pytest.raises(ValueError, match="no"):
+            await gather_all([waits("a"), fails(), waits("b")])
+        assert sorted(cleaned) == ["a", "b"]
+
+    asyncio.run(main())
 
 
 def test_a_cancelled_gather_cancels_all_and_waits_for_them():
@@ -47,7 +50,7 @@ def test_a_cancelled_gather_cancels_all_and_waits_for_them():
             cleaned.append(True)
 
     async def main():
-        task = asyncio.create_task(gather_all(waits() for _ in range(3)))
+        task = asyncio.create_task(gather_all([waits(), waits(), waits()]))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await cancel_all([task])
@@ -89,10 +92,13 @@ def test_the_first_error_ends_all_and_nothing_more_begins():
         finally:
             ended.append(item)
 
-    with pytest.raises(ValueError, match="no"):
-        asyncio.run(run_bounded(range(10), work, 3))
-    assert begun == [0, 1, 2]
-    assert sorted(ended) == [0, 1, 2]
+    async def main():
+        with pytest.raises(ValueError, match="no"):
+            await run_bounded(range(10), work, 3)
+        assert begun == [0, 1, 2]
+        assert sorted(ended) == [0, 1, 2]
+
+    asyncio.run(main())
 
 
 def test_nothing_to_do():
