@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,27 +188,3 @@ def check_prompt_format(prompt_format: str, tokenizer: Any) -> None:
                 "--prompt_format r1 uses %s, which the generator's tokenizer does not know: it reads them as plain "
                 "text (--prompt_format chat uses its own template)", ", ".join(missing)
             )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text of a growing tree
-
-
-class BlockTexts:
-    """Text of the blocks of one tree, such that the texts along a path add up to the text of the response.
-
-    A block may end in mid-character: the bytes of that character then belong to the block that completes it.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode = decode
-        self._done = {0: ""}  # node -> text from the prompt's end to the node's end
-
-    def add(self, node: int, parent: int, response_ids: list[int], last: bool) -> str:
-        """Text of a node whose tokens end `response_ids`; `last`: nothing follows, so broken bytes are shown."""
-        text = self._decode(response_ids)
-        if not last:
-            text = text.rstrip("�")
-        before = self._done[parent]
-        self._done[node] = text
-        return text[len(before) :] if text.startswith(before) else text

@@ -28,6 +28,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task]) -> None:
 
 async def run_bounded(items: Sequence[Item], work: Callable[[Item], Coroutine[Any, Any, None]], limit: int) -> None:
     """`await work(item)` for each, at most `limit` at once, the earlier ones first. The first error ends all."""
+    assert limit >= 1
     queue = iter(items)
 
     async def worker() -> None:

@@ -182,7 +182,9 @@ def check_value_model(info: ModelInfo) -> None:
         raise UserError(f"--classifier_ckpt_path {info.path} has a head of {info.num_labels} labels; 3 or 1 are known")
 
 
-def check_token_ids(generator: ModelInfo, value: ModelInfo, tokenizer: Any, largest_id: int) -> None:
+def check_token_ids(
+    generator: ModelInfo, value: ModelInfo, tokenizer: Any, largest_id: int, load=load_tokenizer
+) -> None:
     """Generator and value model must mean the same by a token id. Raises UserError with the first differences."""
     largest = max(largest_id, *tokenizer.get_vocab().values())
     if largest >= value.vocab_size:
@@ -198,7 +200,7 @@ def check_token_ids(generator: ModelInfo, value: ModelInfo, tokenizer: Any, larg
             value.path, largest, generator.vocab_size, value.vocab_size,
         )  # fmt: skip
         return
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(folder, "--classifier_ckpt_path").get_vocab()
+    ours, theirs = tokenizer.get_vocab(), load(folder, "--classifier_ckpt_path").get_vocab()
     different = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
     if different:
         shown = "; ".join(

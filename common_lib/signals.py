@@ -1,13 +1,13 @@
-"""SIGINT and SIGTERM end a run in order; asked again, at once."""
+"""SIGINT and SIGTERM end a run in order; Ctrl-C again, at once."""
 
 import asyncio
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-AGAIN_S = 1.0  # shells and launchers often send a signal twice: only a later one means "at once"
+AGAIN_S = 2.0  # shells and launchers often send a signal twice: only a later Ctrl-C means "at once"
 
 
 class Stopped(Exception):
@@ -22,16 +22,28 @@ class Stopped(Exception):
         return 128 + self.number
 
 
+async def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it at SIGINT or SIGTERM and raise `Stopped` once it has cleaned up."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    with StopSignal(lambda: loop.call_soon_threadsafe(task.cancel)) as stop:
+        try:
+            await task
+        except asyncio.CancelledError:
+            if stop.received is None:  # it was cancelled by whoever called
+                raise
+            raise Stopped(stop.received) from None
+
+
 class StopSignal:
     """Notes SIGINT and SIGTERM while it is entered: `received` is the first one. Main thread only.
 
-    `on_stop` is called with the first (from the signal handler). A second one, more than a second later, ends the
-    process at once.
+    `on_stop` is called with the first, from its handler. A Ctrl-C more than `again_s` seconds later ends the process at
+    once; a second SIGTERM never does, as torchrun passes on the one that its whole process group has had already.
     """
 
-    def __init__(self, on_stop=lambda: None):
+    def __init__(self, on_stop: Callable[[], object] = lambda: None, again_s: float = AGAIN_S):
         self.received: int | None = None
-        self._on_stop, self._since = on_stop, 0.0
+        self._on_stop, self._again_s, self._since = on_stop, again_s, 0.0
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -45,18 +57,6 @@ class StopSignal:
         if self.received is None:
             self.received, self._since = number, time.monotonic()
             self._on_stop()
-        elif time.monotonic() - self._since > AGAIN_S:
+        elif number == signal.SIGINT and time.monotonic() - self._since > self._again_s:
+            os.write(2, b"interrupted\n")  # the handler may have come in the middle of a print
             os._exit(128 + number)
-
-
-async def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end, or cancel it at SIGINT or SIGTERM and raise `Stopped` once it has cleaned up."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    with StopSignal(lambda: loop.call_soon_threadsafe(task.cancel)) as stop:
-        try:
-            await task
-        except asyncio.CancelledError:
-            if stop.received is None:
-                task.cancel()
-                raise
-            raise Stopped(stop.received) from None

@@ -10,6 +10,29 @@ from engine_lib.arguments import add_engine_flags, add_sampling_flags, engine_ru
 from search_lib.tree import SELECTIONS, parse_search_type
 
 
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Arguments, checked as far as they can be without reading a file. Raises UserError."""
+    args = build_parser(description).parse_args(argv)
+    rules = [
+        ("num_repetitions", args.num_repetitions >= 1, "must be at least 1"),
+        ("batch_size", args.batch_size >= 1, "must be at least 1"),
+        ("max_problems", args.max_problems is None or args.max_problems >= 1, "must be at least 1"),
+    ]
+    check_rules(args, [*rules, *engine_rules(args)])
+    parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
+    if args.value_cache_gb != "auto":
+        try:
+            args.value_cache_gb = float(args.value_cache_gb)
+        except ValueError:
+            raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
+        if not 0 < args.value_cache_gb < float("inf"):
+            raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
+    resolve_engine(args)
+    check_device_name(args.value_device, "--value_device")
+    args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
+    return args
+
+
 # fmt: off
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = ArgumentParser(description=description)
@@ -51,26 +74,3 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--tracker", choices=tracking.KINDS, help="(default: neptune if --neptune_project is given, else none)")
     return parser
 # fmt: on
-
-
-def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Arguments, checked as far as they can be without reading a file. Raises UserError."""
-    args = build_parser(description).parse_args(argv)
-    rules = [
-        ("num_repetitions", args.num_repetitions >= 1, "must be at least 1"),
-        ("batch_size", args.batch_size >= 1, "must be at least 1"),
-        ("max_problems", args.max_problems is None or args.max_problems >= 1, "must be at least 1"),
-    ]
-    check_rules(args, [*rules, *engine_rules(args)])
-    parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
-    if args.value_cache_gb != "auto":
-        try:
-            args.value_cache_gb = float(args.value_cache_gb)
-        except ValueError:
-            raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
-        if not 0 < args.value_cache_gb < float("inf"):
-            raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
-    resolve_engine(args)
-    check_device_name(args.value_device, "--value_device")
-    args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
-    return args

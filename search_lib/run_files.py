@@ -125,7 +125,7 @@ class RunFiles:
             rounds = self.rounds.setdefault(key, [])
             if row["round"] != len(rounds):
                 raise UserError(f"{self.paths.tree} is damaged: problem {key[0]}, repetition {key[1]} lacks a round")
-            rounds.append(Round(**{name: row[name] for name in Round.__dataclass_fields__}))
+            rounds.append(Round(**{name: row[name] for name in Round.__dataclass_fields__ if name in row}))
 
     def add_round(self, task: SearchTask, record: Round, texts: list[str]) -> None:
         row = {"data_idx": task.data_idx, "repeat_idx": task.repeat_idx} | vars(record) | {"text": texts}

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+Block = tuple[int, Sequence[int]]  # number of the parent node, tokens
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,9 @@ class Scored:
 class Scorer(Protocol):
     """The asynchronous side of a scorer; `start`, `keep` and `release` take effect in the order they are called in."""
 
-    def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[tuple[int, Sequence[int]]]) -> None: ...
+    def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None: ...
 
-    async def score(
-        self, tree_id: str, items: Sequence[tuple[int, Sequence[int]]], finished: Sequence[bool]
-    ) -> Scored: ...
+    async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored: ...
 
     def keep(self, tree_id: str, nodes: Iterable[int]) -> None: ...
 
@@ -38,33 +38,29 @@ class ScorerThread:
     def __init__(self, scorer: Any):
         self._scorer = scorer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
-        self.busy_seconds = 0.0
 
-    def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[tuple[int, Sequence[int]]]) -> None:
-        self._pool.submit(self._scorer.start, tree_id, prompt_ids, list(history)).add_done_callback(_raise_if_failed)
+    def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
+        self._call(self._scorer.start, tree_id, prompt_ids, list(history))
+
+    async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
+        return await self._call(self._score, tree_id, items, finished)
 
     def keep(self, tree_id: str, nodes: Iterable[int]) -> None:
-        self._pool.submit(self._scorer.keep, tree_id, list(nodes)).add_done_callback(_raise_if_failed)
+        self._call(self._scorer.keep, tree_id, list(nodes))
 
     def release(self, tree_id: str) -> None:
-        self._pool.submit(self._scorer.release, tree_id)
-
-    async def score(self, tree_id: str, items: Sequence[tuple[int, Sequence[int]]], finished: Sequence[bool]) -> Scored:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._score, tree_id, items, finished)
+        self._call(self._scorer.release, tree_id)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _score(self, tree_id: str, items: Sequence[tuple[int, Sequence[int]]], finished: Sequence[bool]) -> Scored:
+    def _call(self, function: Callable[..., Any], *arguments: object) -> asyncio.Future:
+        """In the thread, after the earlier ones. Of a failed `start` or `keep` asyncio logs the traceback."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def _score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
         usage = self._scorer.tree_usage(tree_id)
         scored, reread, begin = usage.tokens_scored, usage.tokens_reread, time.perf_counter()
         values = self._scorer.score(tree_id, items, finished)
         seconds = time.perf_counter() - begin
-        self.busy_seconds += seconds
         return Scored(values, seconds, usage.tokens_scored - scored, usage.tokens_reread - reread)
-
-
-def _raise_if_failed(future) -> None:
-    """A failed `start` or `keep` shows in the next `score`; this only keeps its traceback from being lost."""
-    if not future.cancelled() and future.exception() is not None:
-        raise future.exception()

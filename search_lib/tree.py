@@ -98,6 +98,7 @@ class Round:
     tokens_scored: int = 0
     tokens_reread: int = 0
     tokens_cached: int = 0
+    seconds: float = 0.0  # wall-clock, waiting included; 0 in journals of earlier versions
 
 
 class Tree:

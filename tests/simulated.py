@@ -2,28 +2,21 @@
 
 import asyncio
 import random
-from dataclasses import dataclass
+import selectors
 
+from engine_lib.base import Reply
 from search_lib.scorers import Scored
 
 STOP = 1
 
 
-@dataclass(frozen=True)
-class SimReply:
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
-
-def sim_block(prompt_ids, seed: int, limit: int, stop_share: float = 0.15) -> SimReply:
+def sim_block(prompt_ids, seed: int, limit: int, stop_share: float = 0.15, stop: int = STOP) -> Reply:
     """A block that depends on prompt and seed alone; some stop early."""
     rng = random.Random(hash((tuple(prompt_ids), seed)))
     if rng.random() < stop_share:
         length = rng.randint(1, limit)
-        return SimReply([rng.randint(2, 99) for _ in range(length - 1)] + [STOP], "stop", len(prompt_ids))
-    return SimReply([rng.randint(2, 99) for _ in range(limit)], "length", len(prompt_ids))
+        return Reply([*(rng.randint(2, 99) for _ in range(length - 1)), stop], "stop", len(prompt_ids))
+    return Reply([rng.randint(2, 99) for _ in range(limit)], "length", len(prompt_ids))
 
 
 def sim_value(path) -> float:
@@ -32,7 +25,7 @@ def sim_value(path) -> float:
 
 
 class SimScorer:
-    """The asynchronous scorer of search_utils, computed at once or after `delay(tokens)` seconds, one at a time."""
+    """A `search_lib.scorers.Scorer` that answers at once or after `delay(tokens)` seconds, one call at a time."""
 
     def __init__(self, delay=None):
         self.trees, self.delay = {}, delay
@@ -56,6 +49,9 @@ class SimScorer:
     def release(self, tree_id):
         self.trees.pop(tree_id, None)
 
+    def close(self):
+        assert not self.trees
+
     async def score(self, tree_id, items, finished):
         tokens = sum(len(new) for _, new in items)
         seconds = self.delay(tokens) if self.delay else 0.0
@@ -67,15 +63,36 @@ class SimScorer:
 
 
 def simple_generate(stop_share: float = 0.15, shuffle: random.Random | None = None, fail=lambda seed: False):
-    """generate() of search_utils; with `shuffle`, replies come after a random number of turns of the event loop."""
+    """`generate` of a search; with `shuffle`, replies come after a random number of turns of the event loop."""
 
     async def generate(prompt_ids, n, max_new_tokens, seeds, tree_id):
         for _ in range(shuffle.randint(0, 5) if shuffle else 0):
             await asyncio.sleep(0)
         assert len(seeds) == n
         return [
-            SimReply([], "abort") if fail(seed) else sim_block(prompt_ids, seed, max_new_tokens, stop_share)
+            Reply([], "abort", 0) if fail(seed) else sim_block(prompt_ids, seed, max_new_tokens, stop_share)
             for seed in seeds
         ]
 
     return generate
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer instead of waiting for it."""
+
+    def __init__(self):
+        super().__init__(selectors.SelectSelector())
+        self._now = 0.0
+        select_now = self._selector.select
+        self._selector.select = lambda timeout: self._skip(timeout) or select_now(0)
+
+    def _skip(self, timeout):
+        self._now += timeout or 0.0
+
+    def time(self):
+        return self._now
+
+
+def run_virtual(main):
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)

@@ -19,9 +19,7 @@ import tokenizers
 from simulated import SimScorer, sim_block
 
 import inference_eval
-from common_lib import models
 from common_lib.cli import run_script
-from engine_lib.base import Reply
 
 BLOCK_SECONDS = float(os.environ.get("SIM_SECONDS", "0.02"))
 
@@ -39,9 +37,7 @@ class SimEngine:
 
     async def one(self, request):
         await asyncio.sleep(random.expovariate(1 / BLOCK_SECONDS))
-        block = sim_block(request.prompt_ids, request.seed, request.max_new_tokens)
-        tokens = [*block.token_ids[:-1], request.stop_ids[0]] if block.finish_reason == "stop" else block.token_ids
-        return Reply(tokens, block.finish_reason, len(request.prompt_ids))
+        return sim_block(request.prompt_ids, request.seed, request.max_new_tokens, stop=request.stop_ids[0])
 
     async def close(self):
         pass
@@ -65,16 +61,11 @@ class PlainTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-class ClosableScorer(SimScorer):
-    def close(self):
-        pass
-
+LOADERS = inference_eval.Loaders(
+    engine=lambda args, plan: SimEngine(),
+    scorer=lambda args, plan: SimScorer(delay=lambda tokens: BLOCK_SECONDS / 20),
+    tokenizer=PlainTokenizer,
+)
 
 if __name__ == "__main__":
-    inference_eval.make_engine = lambda *args, **settings: SimEngine()
-    inference_eval.load_scorer = lambda args, plan: ClosableScorer(delay=lambda tokens: BLOCK_SECONDS / 20)
-    inference_eval.load_tokenizer = models.load_tokenizer = PlainTokenizer
-    inference_eval.quiet_transformers = lambda: None
-    inference_eval.resolve_device = lambda name, flag: "cpu"
-    inference_eval.limit_cpu_threads = lambda: None
-    run_script(inference_eval.main)
+    run_script(lambda argv: inference_eval.main([*sys.argv[1:], "--device", "cpu"], LOADERS))

@@ -9,7 +9,6 @@ import tiny
 from common_lib.cli import UserError
 from data_utils import (
     BENCHMARKS,
-    BlockTexts,
     Problem,
     benchmark_name,
     check_prompt_format,
@@ -140,16 +139,3 @@ def test_unknown_special_tokens_are_said(caplog):
 
     check_prompt_format("r1", Other())
     assert "reads them as plain text" in caplog.text
-
-
-def test_texts_of_blocks_add_up_even_where_a_character_is_split():
-    tokenizer = tiny.tiny_tokenizer()
-    texts = BlockTexts(lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    ids = tokenizer("a€b 漢字 .", add_special_tokens=False).input_ids
-    for size in (1, 2, 3, 5):
-        parts, parent = [], 0
-        for number, at in enumerate(range(0, len(ids), size), 1):
-            parts.append(texts.add(number, parent, ids[: at + size], last=at + size >= len(ids)))
-            parent = number
-        assert "".join(parts) == "a€b 漢字 ."
-    assert texts.add(99, 0, ids[:2], last=True) == "a�"  # cut off in mid-character for good

@@ -17,8 +17,18 @@ from conftest import ROOT, SHARED
 
 import inference_eval
 from common_lib.cli import UserError
+from engine_lib.base import Reply
+from inference_eval import Loaders
 from search_lib.arguments import build_parser, parse_args
-from search_lib.tree import select
+from search_lib.search import select
+from search_lib.tree import SearchConfig
+
+
+def no_model(args, plan):
+    pytest.fail("a model was loaded")
+
+
+NO_MODELS = Loaders(engine=no_model, scorer=no_model)
 
 # The command of the paper's release, as it stands.
 RELEASED_COMMAND = shlex.split("""
@@ -90,14 +100,14 @@ def test_the_journal_replayed_through_a_plain_forward_pass(inputs, tmp_path):
             with torch.no_grad():
                 expected = model(torch.tensor([nodes[-1]])).success_probs[0, -1].item()
             assert value == pytest.approx(expected, abs=1e-5)
-        assert row["kept"] == select(row["value"], sum(row["kept"]), inference_eval.SearchConfig(4, 2, 8, 64), None, 0)
+        assert row["kept"] == select(row["value"], sum(row["kept"]), SearchConfig(4, 2, 8, 64), None, 0)
     for row in rows_of(output):
         prompt, *nodes = trees[row["data_idx"], row["repeat_idx"]]
         assert all(prompt + ids in nodes for ids in row["generated_ids"])
     assert any(row["tokens_reread"] for row in rows_of(output))
 
 
-def test_more_repetitions_later_and_nothing_done_again(inputs, tmp_path, monkeypatch, capsys):
+def test_more_repetitions_later_and_nothing_done_again(inputs, tmp_path):
     output = tmp_path / "out.jsonl"
     inference_eval.main(flags(inputs, output, num_repetitions=1))
     first = output.read_bytes()
@@ -106,9 +116,8 @@ def test_more_repetitions_later_and_nothing_done_again(inputs, tmp_path, monkeyp
     whole = tmp_path / "whole.jsonl"
     inference_eval.main(flags(inputs, whole))
     kill_test.compare(output, whole, 1e-6)
-    monkeypatch.setattr(inference_eval, "run_all", lambda *args: pytest.fail("models were loaded again"))
     before = output.read_bytes()
-    assert inference_eval.main(flags(inputs, output)) == 0
+    assert inference_eval.main(flags(inputs, output), NO_MODELS) == 0
     assert output.read_bytes() == before
 
 
@@ -126,7 +135,7 @@ def test_search_types_and_selection_run(inputs, tmp_path):
     assert all(len(row["generated_ids"]) == 1 for row in rows_of(tmp_path / "bfs.jsonl"))
 
 
-def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatch):
+def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path):
     """With a generator that always boxes 2: the problem 1 + 1 is solved by every beam, the others by none."""
     logged = {}
 
@@ -150,8 +159,6 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
             return [self.block(request) for request in requests]
 
         def block(self, request):
-            from engine_lib.base import Reply
-
             prompt = len(request.prompt_ids) - request.prompt_ids[::-1].index(198) - 1  # the newline after <think>
             done = len(request.prompt_ids) - prompt - 1
             tokens = list(self.reply)[done : done + request.max_new_tokens]
@@ -161,10 +168,9 @@ def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path, monkeypatc
         def describe(self):
             return {"name": self.name}
 
-    monkeypatch.setattr(inference_eval, "make_engine", lambda *args, **settings: Boxing())
-    monkeypatch.setattr(inference_eval, "make_tracker", lambda *args, **settings: Tracker())
     output = tmp_path / "out.jsonl"
-    assert inference_eval.main(flags(inputs, output, num_repetitions=3)) == 0
+    loaders = Loaders(engine=lambda args, plan: Boxing(), tracker=lambda *args, **settings: Tracker())
+    assert inference_eval.main(flags(inputs, output, num_repetitions=3), loaders) == 0
     for row in rows_of(output):
         assert row["processed_answer"] == ["2"] * 4
         assert row["reward"] == [row["data_idx"] == 1] * 4
@@ -222,30 +228,24 @@ BAD_FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def no_models(monkeypatch):
-    for name in ("make_engine", "load_scorer"):
-        monkeypatch.setattr(inference_eval, name, lambda *args, **settings: pytest.fail("a model was loaded"))
-
-
 @pytest.mark.parametrize(("changes", "message"), BAD_FLAGS)
-def test_bad_input_is_one_line_before_a_model_loads(inputs, tmp_path, no_models, changes, message):
+def test_bad_input_is_one_line_before_a_model_loads(inputs, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        inference_eval.main(flags(inputs, tmp_path / "out.jsonl", **changes))
+        inference_eval.main(flags(inputs, tmp_path / "out.jsonl", **changes), NO_MODELS)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(inputs, tmp_path, no_models):
+def test_a_gpu_that_is_not_there(inputs, tmp_path):
     with pytest.raises(UserError, match="--device cuda: this machine has 0 usable GPUs"):
-        inference_eval.main(flags(inputs, tmp_path / "out.jsonl", device="cuda"))
+        inference_eval.main(flags(inputs, tmp_path / "out.jsonl", device="cuda"), NO_MODELS)
 
 
-def test_models_that_do_not_fit_each_other(inputs, tmp_path, no_models):
+def test_models_that_do_not_fit_each_other(inputs, tmp_path):
     def refused(message, **changes):
         with pytest.raises(UserError, match=message):
-            inference_eval.main(flags(inputs, tmp_path / "out.jsonl", **changes))
+            inference_eval.main(flags(inputs, tmp_path / "out.jsonl", **changes), NO_MODELS)
 
     headless = tiny.save_generator(tmp_path / "headless")
     refused("has no value head", classifier_ckpt_path=headless)
@@ -269,6 +269,35 @@ def test_a_bare_value_model_is_accepted_and_its_limits_are_said(inputs, tmp_path
     bare = tiny.save_value_model(tmp_path / "bare", tokenizer=False)
     assert inference_eval.main(flags(inputs, tmp_path / "out.jsonl", num_repetitions=1, classifier_ckpt_path=bare)) == 0
     assert "has no tokenizer: only sizes could be checked" in caplog.text
+
+
+NO_TORCH = """
+import json, sys
+import inference_eval
+from common_lib.cli import UserError
+from common_lib.devices import default_cache_bytes
+
+for flags in json.loads(sys.argv[1]):
+    try:
+        inference_eval.main(flags)
+        print("accepted:", flags)
+    except (UserError, SystemExit):
+        pass
+assert default_cache_bytes("cpu") > 0
+print(*{"torch", "transformers", "sglang"} & set(sys.modules))
+"""
+
+
+def test_help_and_mistakes_are_answered_without_torch(inputs, tmp_path):
+    needs_tokenizer = ({"value_cache_gb": 1e-6}, {"max_length": 2048, "block_size": 64})
+    mistakes = [changes for changes, _ in BAD_FLAGS if changes not in needs_tokenizer]
+    commands = [["--help"], *(flags(inputs, tmp_path / "out.jsonl", **changes) for changes in mistakes)]
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage:")
+    assert "accepted" not in done.stdout
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_mistakes_exit_with_status_2_and_one_line(inputs, tmp_path):
@@ -338,29 +367,59 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice(engine, times, t
     assert kill_test.kill_trials(times, engine, problems=3, seed=os.getpid(), folder=tmp_path) == 0
 
 
-def test_an_engine_that_dies_ends_the_run_with_one_line(inputs, tmp_path, monkeypatch, capsys):
-    from engine_lib.base import EngineError
-    from engine_lib.transformers_engine import TransformersEngine
+def test_an_engine_that_dies_ends_the_run_with_one_line(inputs, tmp_path, capsys):
+    def failing(args, plan):
+        engine = inference_eval.load_engine(args, plan)
+        generate, calls = engine.model.generate, []
 
-    calls, run_batch = [], TransformersEngine._run_batch
+        def dies(*words, **settings):
+            calls.append(settings)
+            if len(calls) > 3:
+                raise RuntimeError("device lost")
+            return generate(*words, **settings)
 
-    def dies(self, batch):
-        calls.append(len(batch))
-        if len(calls) > 3:
-            raise RuntimeError("device lost")
-        return run_batch(self, batch)
+        engine.model.generate = dies
+        return engine
 
-    whole = tmp_path / "whole.jsonl"
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     inference_eval.main(flags(inputs, whole))
-    monkeypatch.setattr(TransformersEngine, "_run_batch", dies)
-    output = tmp_path / "out.jsonl"
-    assert inference_eval.main(flags(inputs, output)) == 1
+    assert inference_eval.main(flags(inputs, output), Loaders(engine=failing)) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: the transformers engine failed: device lost (0 of 9 searches are finished; the same")
-    monkeypatch.undo()
-    assert issubclass(EngineError, RuntimeError)
     assert inference_eval.main(flags(inputs, output)) == 0
     kill_test.compare(output, whole, 1e-6)
+
+
+class ClosingEngine:
+    """Notes that it was closed."""
+
+    name, context_length, vocab_size, closed = "closing", 2048, 264, 0
+
+    def describe(self):
+        return {"name": self.name}
+
+    async def close(self):
+        self.closed += 1
+
+
+def test_the_engine_is_closed_also_where_the_value_model_does_not_load(inputs, tmp_path):
+    def broken(args, plan):
+        raise RuntimeError("out of memory")
+
+    engine = ClosingEngine()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inference_eval.main(flags(inputs, tmp_path / "out.jsonl"), Loaders(lambda args, plan: engine, broken))
+    assert engine.closed == 1
+
+
+def test_an_engine_that_holds_too_little_is_told_and_closed(inputs, tmp_path):
+    engine = ClosingEngine()
+    engine.context_length = 100
+    with pytest.raises(
+        UserError, match=r"make \d+ tokens, and the closing engine takes 100; give a smaller --max_length"
+    ):
+        inference_eval.main(flags(inputs, tmp_path / "out.jsonl"), Loaders(lambda args, plan: engine, no_model))
+    assert engine.closed == 1
 
 
 def test_a_real_benchmark_is_read_and_searched(inputs, tmp_path):

@@ -3,15 +3,17 @@
 import asyncio
 import itertools
 import random
-import selectors
+from dataclasses import replace
 
 import pytest
-from simulated import SimReply, SimScorer, sim_block, sim_value, simple_generate
+from simulated import SimScorer, run_virtual, sim_block, sim_value, simple_generate
 
 from common_lib.cli import UserError
 from common_lib.concurrency import run_bounded
-from search_lib.search import SearchError, search
-from search_lib.tree import SearchConfig, SearchTask, parse_search_type, request_seed, select
+from engine_lib.base import Reply
+from engine_lib.retry import RetryPolicy
+from search_lib.search import SearchError, search, select
+from search_lib.tree import SearchConfig, SearchTask, parse_search_type, request_seed
 
 
 def config(search_type="beam2", num_blocks=8, block_size=10, max_length=45, **more) -> SearchConfig:
@@ -58,9 +60,9 @@ def test_rounds_follow_the_rules(search_type):
     cfg = config(search_type)
     for task in tasks(10):
         result = run_one(task, cfg)
-        tree, finished, open_beams = result.tree, 0, [0] * cfg.width
+        tree, finished, open_beams = result.tree, 0, [0] * cfg.num_beams
         for record in tree.rounds:
-            assert record.parent == [node for node in open_beams for _ in range(cfg.branch)]
+            assert record.parent == [node for node in open_beams for _ in range(cfg.beam_width)]
             assert sum(record.kept) == len(open_beams)
             worst_kept = min(v for v, kept in zip(record.value, record.kept, strict=True) if kept)
             assert all(v <= worst_kept for v, kept in zip(record.value, record.kept, strict=True) if not kept)
@@ -72,7 +74,7 @@ def test_rounds_follow_the_rules(search_type):
                 elif kept:
                     open_beams.append(node)
         assert not open_beams
-        assert finished == cfg.width == len(set(result.beams))
+        assert finished == cfg.num_beams == len(set(result.beams))
         for node in result.beams:
             assert len(tree.response(node)) <= cfg.max_length
             assert (
@@ -129,7 +131,10 @@ def test_request_seeds_depend_on_all_six_numbers_and_fit_31_bits():
 
 
 def trees(results) -> dict:
-    return {r.task: ([vars(record) | {"seconds_generate": 0} for record in r.tree.rounds], r.beams) for r in results}
+    return {
+        r.task: ([vars(record) | {"seconds": 0, "seconds_generate": 0} for record in r.tree.rounds], r.beams)
+        for r in results
+    }
 
 
 @pytest.mark.parametrize("search_type", ["beam2", "bfs", "bon"])
@@ -163,6 +168,31 @@ def test_goes_on_from_a_journal_of_any_length():
             assert told == list(range(done, len(whole.tree.rounds)))
 
 
+def test_a_resumed_search_counts_the_waiting_of_its_earlier_start():
+    """Ten searches share one slow scorer, so most of their time is waiting; stopped after two rounds, one goes on."""
+    cfg, work = config(), tasks(10)
+
+    async def generate(prompt_ids, n, max_new_tokens, seeds, tree_id):
+        await asyncio.sleep(1)
+        return [sim_block(prompt_ids, seed, max_new_tokens, stop_share=0) for seed in seeds]
+
+    async def together():
+        scorer = SimScorer(delay=lambda tokens: 2)
+        return await asyncio.gather(*(search(task, generate, scorer, cfg) for task in work))
+
+    async def again(rounds):
+        return await search(whole.task, generate, SimScorer(delay=lambda tokens: 2), cfg, rounds)
+
+    whole = max(run_virtual(together()), key=lambda result: result.seconds)
+    assert [record.seconds for record in whole.tree.rounds] == [21, 20, 20, 20, 20]  # 1 of them alone, 2 scored
+    assert whole.seconds == 101
+    first = whole.tree.rounds[:2]
+    assert run_virtual(again(first)).seconds == 21 + 20 + 3 * (1 + 2)
+    older = [replace(record, seconds=0.0) for record in first]  # a journal that does not say it
+    assert run_virtual(again(older)).seconds == 5 * (1 + 2)
+    assert run_virtual(again(whole.tree.rounds)).seconds == 101
+
+
 def test_failed_requests_are_retried_with_their_seed():
     cfg, task = config(), tasks(1)[0]
     failures = {}
@@ -176,14 +206,13 @@ def test_failed_requests_are_retried_with_their_seed():
     assert trees([flaky]) == trees([run_one(task, cfg)])
 
 
-def test_short_blocks_are_failures_and_end_the_search_in_one_line(monkeypatch):
-    monkeypatch.setattr("search_utils.MAX_ATTEMPTS", 2)
-
+def test_short_blocks_are_failures_and_end_the_search_in_one_line():
     async def short(prompt_ids, n, max_new_tokens, seeds, tree_id):
-        return [SimReply([5] * (max_new_tokens - 1), "length")] * n
+        return [Reply([5] * (max_new_tokens - 1), "length", 0)] * n
 
-    with pytest.raises(SearchError, match=r"failed 2 times on round 0 of problem 0.*length after 9 tokens"):
-        run_one(tasks(1)[0], config(), generate=short)
+    message = r"round 0 of problem 0, repetition 0: the generator failed 2 times \(.*length after 9 tokens\)"
+    with pytest.raises(SearchError, match=message):
+        run_one(tasks(1)[0], config(), generate=short, retry=RetryPolicy(attempts=2, pause_s=0))
 
 
 def test_a_value_that_is_no_number_is_named():
@@ -193,8 +222,17 @@ def test_a_value_that_is_no_number_is_named():
             scored.values[0] = float("nan")
             return scored
 
-    with pytest.raises(SearchError, match="gave nan in round 0 of problem 0"):
+    with pytest.raises(SearchError, match="round 0 of problem 0, repetition 0: the value model gave nan"):
         asyncio.run(search(tasks(1)[0], simple_generate(), Broken(), config()))
+
+
+def test_what_cannot_be_scored_is_named():
+    class Refusing(SimScorer):
+        async def score(self, tree_id, items, finished):
+            raise ValueError("token id 300 is outside")
+
+    with pytest.raises(SearchError, match="round 0 of problem 0, .* cannot be scored: token id 300 is outside"):
+        asyncio.run(search(tasks(1)[0], simple_generate(), Refusing(), config()))
 
 
 def test_one_failed_search_ends_the_run_and_releases_the_others():
@@ -211,27 +249,6 @@ def test_one_failed_search_ends_the_run_and_releases_the_others():
 
 
 # ------------------------------------------------------------------------------------------- nothing idles (virtual time)
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer instead of waiting for it."""
-
-    def __init__(self):
-        super().__init__(selectors.SelectSelector())
-        self._now = 0.0
-        select_now = self._selector.select
-        self._selector.select = lambda timeout: self._skip(timeout) or select_now(0)
-
-    def _skip(self, timeout):
-        self._now += timeout or 0.0
-
-    def time(self):
-        return self._now
-
-
-def run_virtual(main):
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main)
 
 
 class SlotEngine:
