@@ -53,8 +53,9 @@ def main(generator_path, value_model_path, problem):
     sampling = dict(do_sample=True, temperature=0.6, top_p=0.95, top_k=0, eos_token_id=stop, pad_token_id=stop)
 
     def write_block(ids, n, limit):
-        rows = generator.generate(torch.tensor([ids] * n), max_new_tokens=limit, **sampling)[:, len(ids) :].tolist()
-        return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+        prompts = torch.tensor([ids] * n)
+        out = generator.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=limit, **sampling)
+        return [row[: row.index(stop) + 1] if stop in row else row for row in out[:, len(ids) :].tolist()]
 
     def value_of(ids):
         return value_model(torch.tensor([ids])).success_probs[0, -1].item()
@@ -62,8 +63,7 @@ def main(generator_path, value_model_path, problem):
     beams, values = search(prompt_ids, write_block, value_of, **SIZES, stop_ids={stop})
     texts = [tokenizer.decode(beam, skip_special_tokens=True) for beam in beams]
     answers = [(re.findall(r"\\boxed\{([^{}]*)\}", text.split("</think>")[-1]) or [""])[-1] for text in texts]
-    print(*(f"{value:.3f}  {text}" for text, value in zip(texts, values, strict=True)), sep="\n")
-    print("answer:", vote(answers, values))
+    print(*map("{:.3f}  {}".format, values, texts), f"answer: {vote(answers, values)}", sep="\n")
 
 
 if __name__ == "__main__":
