@@ -2,24 +2,17 @@
 
 from classifier_lib.modeling import (
     LABEL_CORRECT,
-    LABEL_INCORRECT,
-    LABEL_LENGTH,
-    ClassifierOutput,
     Qwen2ForClassifier,
     bradley_terry_loss,
     resolve_attn_implementation,
     rollout_loss,
     success_probs,
 )
-from classifier_lib.scoring import ScoringUsage, ValueScorer
+from classifier_lib.scoring import ValueScorer
 
 __all__ = [
     "LABEL_CORRECT",
-    "LABEL_INCORRECT",
-    "LABEL_LENGTH",
-    "ClassifierOutput",
     "Qwen2ForClassifier",
-    "ScoringUsage",
     "ValueScorer",
     "bradley_terry_loss",
     "resolve_attn_implementation",

@@ -26,64 +26,7 @@ LABEL_LENGTH = 2  # did not end within the token limit
 NUM_LABELS = (1, 3)
 
 HEAD_KEYS = ("score.0.weight", "score.2.weight")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention: one place decides which kernel runs
-
-
-def _sdpa_lower_right(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """SDPA whose causal mask is aligned to the *last* key, so that new tokens may follow a cache.
-
-    query: [B, heads, q, d]; key, value: [B, kv heads, k, d], k >= q. With a mask, or without a cache, this is the
-    library's own SDPA. With a cache and no mask, that one would build a [q, k] mask, which the flash kernel refuses;
-    `causal_lower_right` keeps the flash kernel on a GPU. On a CPU it builds the mask itself.
-    """
-    q_length, k_length = query.shape[2], key.shape[2]
-    if attention_mask is not None or q_length == k_length or q_length == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    from torch.nn.attention.bias import causal_lower_right  # not above: it loads the compiler, a second of start-up
-
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bias = causal_lower_right(q_length, k_length)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("sdpa_lower_right", _sdpa_lower_right)
-AttentionMaskInterface.register("sdpa_lower_right", sdpa_mask)
-
-
-def resolve_attn_implementation(name: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The attention implementation to load a model with; what was asked for where it exists, else said loudly.
-
-    `name`: a name of the transformers library; None or "auto" takes the fastest one that can run here
-    (flash_attention_2 needs the flash-attn package, a GPU and half precision; otherwise sdpa).
-    """
-    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    half = dtype in (torch.bfloat16, torch.float16)
-    if name in (None, "auto"):
-        chosen = "flash_attention_2" if has_flash and half else "sdpa"
-        logger.info("attention: %s (fastest that can run here)", chosen)
-        return chosen
-    if name == "flash_attention_2" and not has_flash:
-        missing = "no GPU" if importlib.util.find_spec("flash_attn") else "the flash-attn package is not installed"
-        _warn_once(f"attention: flash_attention_2 was asked for, but {missing}; using sdpa (same values, slower)")
-        return "sdpa"
-    if name == "flash_attention_2" and dtype == torch.float32:
-        _warn_once("attention: flash_attention_2 was asked for, but has no float32 kernel; using sdpa")
-        return "sdpa"
-    return name
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
+HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -95,14 +38,6 @@ class ClassifierOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def success_probs(logits: torch.Tensor) -> torch.Tensor:
-    """Probability of a correct end: logits [..., 3] -> softmax()[1], logits [..., 1] -> sigmoid; float32 [...]."""
-    logits = logits.float()
-    if logits.shape[-1] == 1:
-        return logits.squeeze(-1).sigmoid()
-    return logits.softmax(dim=-1)[..., LABEL_CORRECT]
 
 
 class Qwen2ForClassifier(Qwen2PreTrainedModel):
@@ -117,13 +52,44 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = Qwen2Model(config)
-        # The dropout sits inside item 1, which has no weights, so that the checkpoint's keys stay score.0 and score.2.
+        self.dropout = nn.Dropout(getattr(config, "score_dropout", 0.0))  # of the backbone's output, as released
         self.score = nn.Sequential(
             nn.Linear(config.hidden_size, config.hidden_size, bias=False),
-            nn.Sequential(nn.ReLU(), nn.Dropout(getattr(config, "score_dropout", 0.0))),
+            nn.ReLU(),
             nn.Linear(config.hidden_size, config.num_labels, bias=False),
         )
         self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        """Logits and values at every token.
+
+        input_ids: int64 [batch, seq]. attention_mask: None, a padding mask [batch, seq], or a ready mask of the
+        backbone's attention (4-D tensor, BlockMask, or a dictionary by layer type), which is handed through.
+        position_ids: int64 [batch, seq], counted from 0 where not given. Returns a `ClassifierOutput`.
+        """
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        return ClassifierOutput(
+            logits=logits,
+            success_probs=success_probs(logits),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def set_dropout(self, *, attention: float, head: float) -> None:
+        """Set the probabilities of dropout, of attention weights and of what the head reads; for training mode."""
+        self.config.attention_dropout, self.config.score_dropout = attention, head
+        for layer in self.model.layers:
+            layer.self_attn.attention_dropout = attention
+        self.dropout.p = head
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -145,9 +111,8 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
     @classmethod
     def from_backbone(cls, path, *, num_labels: int = 3, p_dropout: float = 0.0, **kwargs):
         """Load any Qwen2 checkpoint to be trained; where it has no head it gets a fresh one, which is logged."""
-        kwargs.setdefault("attention_dropout", p_dropout)
         model, info = cls._load(path, num_labels=num_labels, **kwargs)
-        model.set_dropout(p_dropout)
+        model.set_dropout(attention=p_dropout, head=p_dropout)
         if any(key in info["missing_keys"] for key in HEAD_KEYS):
             logger.warning("%s has no value head: a fresh one with %d labels was made", path, num_labels)
         if broken := [key for key in info["missing_keys"] if key not in HEAD_KEYS]:
@@ -155,63 +120,27 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
         return model
 
     @classmethod
-    def _load(cls, path, *args, **kwargs):
-        config = kwargs.pop("config", None)
-        if config is None:
-            hub = {
-                k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
-            }
-            config = Qwen2Config.from_pretrained(path, **hub)
-        # 2 is what the library says of a config that says nothing.
-        if "num_labels" not in kwargs and config.num_labels == 2:
-            kwargs["num_labels"] = 3
-        if "num_labels" in kwargs:
-            config.num_labels = kwargs.pop("num_labels")
-        for key in [k for k in kwargs if hasattr(config, k) and k != "dtype"]:
-            setattr(config, key, kwargs.pop(key))
+    def _load(cls, path, *args, config=None, **kwargs):
+        """What the library loads: (model, loading info). Keywords that the config knows go into it."""
         if "torch_dtype" in kwargs:  # the released snippets' name of it, which the library now warns about
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        asked = kwargs.get("dtype")
-        dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked or config.dtype
+        config = config or Qwen2Config.from_pretrained(path, **{k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs})
+        if config.num_labels == 2:  # what the library says of a config that says nothing
+            config.num_labels = 3
+        for key in [k for k in kwargs if hasattr(config, k) and k != "dtype"]:
+            setattr(config, key, kwargs.pop(key))
+        dtype = kwargs.get("dtype") or config.dtype
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         kwargs["attn_implementation"] = resolve_attn_implementation(kwargs.get("attn_implementation"), dtype)
         return super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
 
-    def set_dropout(self, p_dropout: float) -> None:
-        """Set the dropout of attention and head (it acts in training mode only)."""
-        self.config.attention_dropout = self.config.score_dropout = p_dropout
-        for layer in self.model.layers:
-            layer.self_attn.attention_dropout = p_dropout
-        self.score[1][1].p = p_dropout
 
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
-
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
-        """Logits and values at every token.
-
-        input_ids: int64 [batch, seq]. attention_mask: None, a padding mask [batch, seq], or a ready mask of the
-        backbone's attention (4-D tensor, BlockMask, or a dictionary by layer type), which is handed through.
-        position_ids: int64 [batch, seq], counted from 0 where not given. Returns a `ClassifierOutput`.
-        """
-        kwargs.pop("return_dict", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        logits = self.score(outputs.last_hidden_state)
-        return ClassifierOutput(
-            logits=logits,
-            success_probs=success_probs(logits),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+def success_probs(logits: torch.Tensor) -> torch.Tensor:
+    """Probability of a correct end: logits [..., 3] -> softmax()[1], logits [..., 1] -> sigmoid; float32 [...]."""
+    logits = logits.float()
+    if logits.shape[-1] == 1:
+        return logits.squeeze(-1).sigmoid()
+    return logits.softmax(dim=-1)[..., LABEL_CORRECT]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,3 +182,57 @@ def bradley_terry_loss(correct: torch.Tensor, incorrect: torch.Tensor) -> torch.
     Bradley and Terry 1952; as a reward-model loss: Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
     """
     return -F.logsigmoid(correct.float() - incorrect.float()).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: one place decides which kernel runs
+
+
+def resolve_attn_implementation(name: str | None = None, dtype: torch.dtype | None = None) -> str:
+    """The attention implementation to load a model with; what was asked for where it exists, else said loudly.
+
+    `name`: a name of the transformers library; None or "auto" takes the fastest one that can run here
+    (flash_attention_2 needs the flash-attn package, a GPU and half precision; otherwise sdpa).
+    """
+    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    half = dtype in (torch.bfloat16, torch.float16)
+    if name in (None, "auto"):
+        chosen = "flash_attention_2" if has_flash and half else "sdpa"
+        logger.info("attention: %s (fastest that can run here)", chosen)
+        return chosen
+    if name == "flash_attention_2" and not has_flash:
+        missing = "no GPU" if importlib.util.find_spec("flash_attn") else "the flash-attn package is not installed"
+        _warn_once(f"attention: flash_attention_2 was asked for, but {missing}; using sdpa (same values, slower)")
+        return "sdpa"
+    if name == "flash_attention_2" and dtype == torch.float32:
+        _warn_once("attention: flash_attention_2 was asked for, but has no float32 kernel; using sdpa")
+        return "sdpa"
+    return name
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _sdpa_lower_right(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """SDPA whose causal mask is aligned to the *last* key, so that new tokens may follow a cache.
+
+    query: [B, heads, q, d]; key, value: [B, kv heads, k, d], k >= q. With a mask, or without a cache, this is the
+    library's own SDPA. With a cache and no mask, that one would build a [q, k] mask, which the flash kernel refuses;
+    `causal_lower_right` keeps the flash kernel on a GPU. On a CPU it builds the mask itself.
+    """
+    q_length, k_length = query.shape[2], key.shape[2]
+    if attention_mask is not None or q_length == k_length or q_length == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    from torch.nn.attention.bias import causal_lower_right  # not above: it loads the compiler, a second of start-up
+
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    bias = causal_lower_right(q_length, k_length)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("sdpa_lower_right", _sdpa_lower_right)
+AttentionMaskInterface.register("sdpa_lower_right", sdpa_mask)

@@ -4,16 +4,16 @@ A search tree is a trie of token blocks. Every node keeps the keys and values of
 candidates share is held once; to score a batch of candidates their paths are laid side by side in one working cache.
 """
 
-import logging
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer
 
+from classifier_lib.cache_budget import CacheBudget, TokenBytes
 from classifier_lib.modeling import Qwen2ForClassifier, success_probs
-
-logger = logging.getLogger(__name__)
 
 ROOT = 0  # node number of the prompt; the candidates are numbered 1, 2, ... in the order they were scored in
 
@@ -26,67 +26,6 @@ class ScoringUsage:
     tokens_reread: int = 0
     tokens_padding: int = 0
 
-    def add(self, other: "ScoringUsage") -> None:
-        self.tokens_scored += other.tokens_scored
-        self.tokens_reread += other.tokens_reread
-        self.tokens_padding += other.tokens_padding
-
-
-@dataclass
-class _Node:
-    parent: int
-    tokens: list[int]
-    was_read: bool = False  # went through the model before: reading it again counts as such
-    kv: torch.Tensor | None = None  # [2, layers, kv heads, len(tokens), head dim], or not held
-
-
-@dataclass
-class _Tree:
-    nodes: list[_Node]
-    usage: ScoringUsage = field(default_factory=ScoringUsage)
-
-    def path(self, node: int) -> list[int]:
-        """Node numbers from the prompt down to `node`."""
-        path = [node]
-        while path[-1] != ROOT:
-            path.append(self.nodes[path[-1]].parent)
-        return path[::-1]
-
-
-@dataclass
-class _Row:
-    """One node to read: `held` cached ancestors give the prefix, the tokens of `to_read` (itself last) are new."""
-
-    held: list[int]
-    to_read: list[int]
-    prefix_length: int
-    new_tokens: list[int]
-
-
-class _WorkingLayer(CacheLayerMixin):
-    """One layer of the working cache: room for prefix and new tokens, allocated once; attention writes the new ones."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_length: int):
-        super().__init__()
-        self.keys, self.values, self.prefix_length = keys, values, prefix_length
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states, value_states): ...
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[:, :, self.prefix_length :] = key_states
-        self.values[:, :, self.prefix_length :] = value_states
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length):
-        return self.prefix_length + query_length, 0
-
-    def get_seq_length(self):
-        return self.prefix_length
-
-    def get_max_length(self):
-        return -1
-
 
 class ValueScorer:
     """Scores candidates of many search trees with one value model, paying for each token once.
@@ -98,26 +37,23 @@ class ValueScorer:
     scorer.release("tree")
 
     Values equal a plain forward pass over the whole trace: to 1e-5 in float32; in bfloat16 to rounding (README).
-    `cache_bytes` bounds the held caches plus the working cache (None: unbounded). Where candidates do not fit, they are
-    scored in several chunks; what cannot be held is read again when needed, counted in `usage.tokens_reread`.
-    Not thread-safe: call it from one thread.
+    `cache_bytes` bounds held caches, working cache and activations (None: unbounded; see `CacheBudget`). Where candidates
+    do not fit, they are scored in several chunks; what cannot be held is read again when needed, counted in
+    `usage.tokens_reread`. Not thread-safe: call it from one thread.
     """
 
     def __init__(self, model: Qwen2ForClassifier, cache_bytes: int | None = None, max_batch_tokens: int = 32768):
-        """`max_batch_tokens`: new tokens in one forward pass, which bounds the activations (at least one row goes)."""
+        """`max_batch_tokens`: new tokens in one forward pass, whatever the cache (at least one row goes)."""
         if "sliding_attention" in model.config.layer_types:
             raise ValueError("the value model uses sliding-window attention, which ValueScorer cannot cache")
         if model.config._attn_implementation != "flash_attention_2":
             model.set_attn_implementation("sdpa_lower_right")
         self.model = model.eval()
-        self.cache_bytes, self.max_batch_tokens = cache_bytes, max_batch_tokens
-        config = model.config
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._layers, self._kv_heads = config.num_hidden_layers, config.num_key_value_heads
-        self.bytes_per_token = 2 * self._layers * self._kv_heads * self._head_dim * model.dtype.itemsize
-        self._trees: dict[str, _Tree] = {}  # least recently scored first
-        self.held_bytes = 0
+        self.max_batch_tokens = max_batch_tokens
+        token = TokenBytes.of_config(model.config, model.dtype.itemsize, masked=model.device.type == "cpu")
+        self.budget = CacheBudget(token, cache_bytes)
         self.usage = ScoringUsage()
+        self._trees: dict[str, _Tree] = {}  # least recently scored first
 
     # ------------------------------------------------------------------------------------------------- trees
 
@@ -137,15 +73,12 @@ class ValueScorer:
         """Free the caches of all nodes that are not in `nodes` or above one of them."""
         tree = self._trees[tree_id]
         wanted = {above for node in nodes for above in tree.path(node)}
-        for number in range(len(tree.nodes)):
-            if number not in wanted:
-                self._drop(tree.nodes[number])
+        self._drop(node for number, node in enumerate(tree.nodes) if number not in wanted)
 
     def release(self, tree_id: str) -> None:
         """Forget a tree. Unknown ones are no error, so that it can be called twice."""
-        tree = self._trees.pop(tree_id, None)
-        for node in tree.nodes if tree else []:
-            self._drop(node)
+        if tree := self._trees.pop(tree_id, None):
+            self._drop(tree.nodes)
 
     def tree_usage(self, tree_id: str) -> ScoringUsage:
         """What this tree has cost so far in this process."""
@@ -193,14 +126,14 @@ class ValueScorer:
         for depth in sorted({depth for depth, _ in uses}):
             nodes = [node for (at, node), count in sorted(uses.items()) if at == depth and count > 1]
             if nodes and self._can_hold(tree, nodes):
-                self._read(tree, nodes, set(nodes), want_values=False)
+                self._read(tree, nodes, set(nodes))
 
     def _can_hold(self, tree: _Tree, nodes: Sequence[int]) -> bool:
-        """Whether these nodes can be held beside a working row; makes the room by giving up other trees' caches."""
-        new = sum(len(tree.nodes[node].tokens) for node in nodes)
-        longest = max(sum(len(tree.nodes[n].tokens) for n in tree.path(node)) for node in nodes)
-        self._evict(new + longest, keep=tree)
-        return self._free_tokens() >= new + longest
+        """Whether these nodes can be held beside the reading of one; makes the room by giving up other trees' caches."""
+        rows = [self._row(tree, node) for node in nodes]
+        one = max(self.budget.pass_bytes(1, row.prefix_length, len(row.new_tokens)) for row in rows)
+        held = sum(len(tree.nodes[node].tokens) for node in nodes) * self.budget.token.kv
+        return self._make_room(held + one, keep=tree)
 
     def _row(self, tree: _Tree, node: int) -> _Row:
         path = tree.path(node)
@@ -211,13 +144,13 @@ class ValueScorer:
         prefix_length = sum(len(tree.nodes[n].tokens) for n in path[:held])
         return _Row(path[:held], to_read, prefix_length, [t for n in to_read for t in tree.nodes[n].tokens])
 
-    def _read(self, tree: _Tree, nodes: Iterable[int], hold: set[int], want_values: bool = True) -> dict[int, float]:
+    def _read(self, tree: _Tree, nodes: Iterable[int], hold: set[int]) -> dict[int, float]:
         """Read nodes in chunks that fit and keep the caches of those in `hold`; the value at the end of each node."""
         values: dict[int, float] = {}
         remaining = list(nodes)
         while remaining:
             chunk = self._next_chunk(tree, remaining, hold)
-            values |= self._read_chunk(tree, chunk, hold, want_values)
+            values |= self._read_chunk(tree, chunk, hold)
             remaining = [node for node in remaining if node not in values]
         return values
 
@@ -227,49 +160,47 @@ class ValueScorer:
         prefix = min(row.prefix_length for row in rows)
         alike = sorted((r for r in rows if r.prefix_length == prefix), key=lambda r: -len(r.new_tokens))
         longest = len(alike[0].new_tokens)
-        most = max(1, self.max_batch_tokens // longest)
-        if self.cache_bytes is None:
-            return alike[:most]
-        self._evict(prefix + longest, keep=tree)
-        if (
-            self._free_tokens() < prefix + longest
-        ):  # the last resort: this tree's caches that the first row can do without
-            for number, node in enumerate(tree.nodes):
-                if number not in alike[0].held:
-                    self._drop(node)
-            self._check_one_row_fits(prefix, longest)
+        if not self._make_room(self.budget.pass_bytes(1, prefix, longest), keep=tree):
+            # The last resort: give up this tree's caches, too, but for those of the first row.
+            self._drop(node for number, node in enumerate(tree.nodes) if number not in alike[0].held)
+            self.budget.check_last_row(prefix, longest)
             return alike[:1]
         held_after = longest if any(row.to_read[-1] in hold for row in alike) else 0
-        return alike[: max(1, min(most, self._free_tokens() // (prefix + longest + held_after)))]
+        most = max(1, self.max_batch_tokens // longest)
+        return alike[: min(most, self.budget.rows_that_fit(prefix, longest, held_after))]
 
     @torch.inference_mode()
-    def _read_chunk(self, tree: _Tree, rows: list[_Row], hold: set[int], want_values: bool) -> dict[int, float]:
-        prefix = rows[0].prefix_length
-        lengths = [len(row.new_tokens) for row in rows]
-        width, device = max(lengths), self.model.device
-        kv = self._working_cache(tree, rows, prefix + width)
+    def _read_chunk(self, tree: _Tree, rows: list[_Row], hold: set[int]) -> dict[int, float]:
+        """Read rows in one forward pass; the value at the end of each."""
+        prefix, width = rows[0].prefix_length, max(len(row.new_tokens) for row in rows)
+        with self.budget.reading(len(rows), prefix, width):
+            kv = self._working_cache(tree, rows, prefix + width)
+            values = self._forward(kv, rows, prefix, width)
+            self._account(tree, rows, width)
+            for i, row in enumerate(rows):
+                self._hold(tree, row, kv[:, :, i], hold)
+        return {row.to_read[-1]: value for row, value in zip(rows, values, strict=True)}
+
+    def _forward(self, kv: torch.Tensor, rows: list[_Row], prefix: int, width: int) -> list[float]:
+        """Values at the rows' last tokens; fills the new tokens' places in `kv`."""
+        device, lengths = self.model.device, [len(row.new_tokens) for row in rows]
         padded = [row.new_tokens + [0] * (width - len(row.new_tokens)) for row in rows]
-        cache = Cache(layers=[_WorkingLayer(kv[0, layer], kv[1, layer], prefix) for layer in range(self._layers)])
+        layers = [_WorkingLayer(keys, values, prefix) for keys, values in zip(kv[0], kv[1], strict=True)]
         # Causal, and padded on the right only: no mask is needed, and passing one would cost the fast kernel.
         hidden = self.model.model(
             input_ids=torch.tensor(padded, device=device),
             attention_mask={"full_attention": None},
             position_ids=torch.arange(prefix, prefix + width, device=device).unsqueeze(0),
-            past_key_values=cache,
+            past_key_values=Cache(layers=layers),
             use_cache=True,
         ).last_hidden_state
-        self._account(tree, rows, width)
-        for i, row in enumerate(rows):
-            self._hold(tree, row, kv[:, :, i], hold, working_tokens=len(rows) * (prefix + width))
-        ends = [row.to_read[-1] for row in rows]
-        if not want_values:
-            return dict.fromkeys(ends, 0.0)
         last = hidden[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
-        return dict(zip(ends, success_probs(self.model.score(last)).tolist(), strict=True))
+        return success_probs(self.model.score(last)).tolist()
 
     def _working_cache(self, tree: _Tree, rows: list[_Row], length: int) -> torch.Tensor:
         """[2, layers, rows, kv heads, length, head dim], the held prefixes copied in."""
-        shape = (2, self._layers, len(rows), self._kv_heads, length, self._head_dim)
+        config, head_dim = self.model.config, self.model.model.layers[0].self_attn.head_dim
+        shape = (2, config.num_hidden_layers, len(rows), config.num_key_value_heads, length, head_dim)
         kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         for i, row in enumerate(rows):
             at = 0
@@ -280,54 +211,90 @@ class ValueScorer:
         return kv
 
     def _account(self, tree: _Tree, rows: list[_Row], width: int) -> None:
-        usage = ScoringUsage()
-        for row in rows:
-            usage.tokens_scored += len(row.new_tokens)
-            usage.tokens_padding += width - len(row.new_tokens)
-            for number in row.to_read:
-                node = tree.nodes[number]
-                usage.tokens_reread += len(node.tokens) if node.was_read else 0
-                node.was_read = True
-        tree.usage.add(usage)
-        self.usage.add(usage)
+        scored = sum(len(row.new_tokens) for row in rows)
+        reread = 0
+        for node in (tree.nodes[number] for row in rows for number in row.to_read):
+            reread += len(node.tokens) if node.was_read else 0
+            node.was_read = True
+        for usage in (tree.usage, self.usage):
+            usage.tokens_scored += scored
+            usage.tokens_reread += reread
+            usage.tokens_padding += len(rows) * width - scored
 
-    def _hold(self, tree: _Tree, row: _Row, kv: torch.Tensor, hold: set[int], working_tokens: int) -> None:
-        """Keep the new caches of a row that was just read, as far as they fit beside the working cache in use."""
+    def _hold(self, tree: _Tree, row: _Row, kv: torch.Tensor, hold: set[int]) -> None:
+        """Keep the new caches of a row that was just read, as far as there is room."""
         at = row.prefix_length
         for number in row.to_read:
             node = tree.nodes[number]
             end = at + len(node.tokens)
             wanted = node.kv is None and (number in hold or number != row.to_read[-1])
-            if wanted and self._free_tokens() >= len(node.tokens) + working_tokens:
+            if wanted and self.budget.hold(len(node.tokens)):
                 node.kv = kv[:, :, :, at:end].clone()
-                self.held_bytes += len(node.tokens) * self.bytes_per_token
             at = end
 
-    # ------------------------------------------------------------------------------------------------- memory
-
-    def _free_tokens(self) -> int:
-        if self.cache_bytes is None:
-            return 1 << 62
-        return (self.cache_bytes - self.held_bytes) // self.bytes_per_token
-
-    def _evict(self, tokens: int, keep: _Tree) -> None:
-        """Give up the caches of other trees, least recently scored first, until `tokens` tokens fit."""
+    def _make_room(self, needed: int, keep: _Tree) -> bool:
+        """Give up the caches of other trees, least recently scored first, until `needed` bytes are free."""
         for victim in self._trees.values():
-            if self._free_tokens() >= tokens:
-                return
+            if self.budget.free >= needed:
+                break
             if victim is not keep:
-                for node in victim.nodes:
-                    self._drop(node)
+                self._drop(victim.nodes)
+        return self.budget.free >= needed
 
-    def _drop(self, node: _Node) -> None:
-        if node.kv is not None:
-            self.held_bytes -= len(node.tokens) * self.bytes_per_token
-            node.kv = None
+    def _drop(self, nodes: Iterable[_Node]) -> None:
+        for node in nodes:
+            if node.kv is not None:
+                self.budget.drop(len(node.tokens))
+                node.kv = None
 
-    def _check_one_row_fits(self, prefix: int, longest: int) -> None:
-        if self._free_tokens() < prefix + longest:
-            needed = (2 * prefix + longest) * self.bytes_per_token
-            raise ValueError(
-                f"the value cache of {self.cache_bytes / 1e9:.3g} GB cannot hold a trace of {prefix + longest} tokens "
-                f"(its prefix and a working copy); it needs {needed / 1e9:.3g} GB"
-            )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trees, and rows of a forward pass
+
+
+@dataclass
+class _Node:
+    parent: int
+    tokens: list[int]
+    was_read: bool = False  # went through the model before: reading it again counts as such
+    kv: torch.Tensor | None = None  # [2, layers, kv heads, len(tokens), head dim], or not held
+
+
+@dataclass
+class _Tree:
+    nodes: list[_Node]
+    usage: ScoringUsage = field(default_factory=ScoringUsage)
+
+    def path(self, node: int) -> list[int]:
+        """Node numbers from the prompt down to `node`."""
+        path = [node]
+        while path[-1] != ROOT:
+            path.append(self.nodes[path[-1]].parent)
+        return path[::-1]
+
+
+@dataclass
+class _Row:
+    """One node to read: `held` cached ancestors give the prefix, the tokens of `to_read` (itself last) are new."""
+
+    held: list[int]
+    to_read: list[int]
+    prefix_length: int
+    new_tokens: list[int]
+
+
+class _WorkingLayer(DynamicLayer):
+    """One layer of the working cache: room for prefix and new tokens, allocated once; attention writes the new ones."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_length: int):
+        super().__init__()
+        self.keys, self.values, self.prefix_length = keys, values, prefix_length
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys[:, :, self.prefix_length :] = key_states
+        self.values[:, :, self.prefix_length :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        return self.prefix_length

@@ -143,9 +143,17 @@ def test_a_checkpoint_without_head_is_refused_for_inference_and_gets_one_for_tra
     with caplog.at_level(logging.WARNING):
         model = Qwen2ForClassifier.from_backbone(tmp_path, num_labels=1, p_dropout=0.05)
     assert "a fresh one with 1 labels was made" in caplog.text
-    assert model.config.attention_dropout == model.config.score_dropout == model.score[1][1].p == 0.05
+    assert model.config.attention_dropout == model.config.score_dropout == model.dropout.p == 0.05
     model.save_pretrained(tmp_path / "value")
     assert Qwen2ForClassifier.from_pretrained(tmp_path / "value").num_labels == 1
+
+
+def test_dtypes_may_be_named_and_keywords_of_the_config_reach_it(tmp_path):
+    tiny.save_value_model(tmp_path)
+    load = Qwen2ForClassifier.from_pretrained
+    assert load(tmp_path, torch_dtype="bfloat16").dtype == load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(tmp_path, torch_dtype="auto").dtype == torch.float32
+    assert load(tmp_path, use_cache=False, attention_dropout=0.3).config.attention_dropout == 0.3
 
 
 @pytest.mark.parametrize("num_labels", [2, 4])
@@ -163,12 +171,45 @@ def test_auto_says_what_it_picked(caplog):
 
 def test_dropout_acts_in_training_only():
     model = tiny.tiny_value_model()
-    model.set_dropout(0.5)
+    model.set_dropout(attention=0.5, head=0.5)
     ids = torch.tensor([IDS])
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, model(ids).logits)
         model.train()
         assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_head_dropout_is_of_the_backbones_output():
+    """As released: a share of what the backbone gives is zero when the first linear layer reads it, the rest scaled up."""
+    model = tiny.tiny_value_model().train()
+    model.set_dropout(attention=0.0, head=0.25)
+    assert model.config.attention_dropout == 0.0
+    seen = {}
+    model.model.register_forward_hook(lambda module, args, out: seen.update(backbone=out.last_hidden_state))
+    model.score[0].register_forward_pre_hook(lambda module, args: seen.update(read=args[0]))
+    ids = torch.tensor([IDS * 20])
+    with torch.no_grad():
+        model(ids)
+        before = seen["backbone"]
+        logits = model(ids).logits
+    assert torch.equal(before, seen["backbone"])  # attention dropped nothing
+    dropped = seen["read"] == 0
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(seen["read"], seen["backbone"].masked_fill(dropped, 0.0) / 0.75)
+    first, second = model.score[0].weight, model.score[2].weight
+    torch.testing.assert_close(logits, (seen["read"] @ first.T).relu() @ second.T)
+
+
+def test_attention_and_head_dropout_are_set_apart_and_saved(tmp_path):
+    model = tiny.tiny_value_model()
+    model.set_dropout(attention=0.1, head=0.2)
+    assert [layer.self_attn.attention_dropout for layer in model.model.layers] == [0.1, 0.1]
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["attention_dropout"], config["score_dropout"]) == (0.1, 0.2)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tiny.tiny_value_model().state_dict())
+    loaded = Qwen2ForClassifier.from_pretrained(tmp_path)
+    assert (loaded.dropout.p, loaded.model.layers[0].self_attn.attention_dropout) == (0.2, 0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
