@@ -147,7 +147,7 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
         """Load any Qwen2 checkpoint to be trained; where it has no head it gets a fresh one, which is logged."""
         kwargs.setdefault("attention_dropout", p_dropout)
         model, info = cls._load(path, num_labels=num_labels, **kwargs)
-        model.set_dropout(p_dropout)
+        model.set_dropout(attention=p_dropout, head=p_dropout)
         if any(key in info["missing_keys"] for key in HEAD_KEYS):
             logger.warning("%s has no value head: a fresh one with %d labels was made", path, num_labels)
         if broken := [key for key in info["missing_keys"] if key not in HEAD_KEYS]:
@@ -176,12 +176,12 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
         kwargs["attn_implementation"] = resolve_attn_implementation(kwargs.get("attn_implementation"), dtype)
         return super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
 
-    def set_dropout(self, p_dropout: float) -> None:
+    def set_dropout(self, *, attention: float, head: float) -> None:
         """Set the dropout of attention and head (it acts in training mode only)."""
-        self.config.attention_dropout = self.config.score_dropout = p_dropout
+        self.config.attention_dropout, self.config.score_dropout = attention, head
         for layer in self.model.layers:
-            layer.self_attn.attention_dropout = p_dropout
-        self.score[1][1].p = p_dropout
+            layer.self_attn.attention_dropout = attention
+        self.score[1][1].p = head
 
     def get_input_embeddings(self):
         return self.model.embed_tokens

@@ -162,9 +162,6 @@ class RankBatches:
         groups = np.split(np.arange(len(units)), np.flatnonzero(np.diff(rows)) + 1)
         return groups if len(groups) >= self.world_size else list(np.arange(len(units))[:, None])
 
-    def __len__(self) -> int:
-        return 2**62
-
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""
         try:

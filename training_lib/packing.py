@@ -145,9 +145,7 @@ def sort_key(tokens: np.ndarray) -> bytes:
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading tokens two traces share."""
     n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+    return int(np.append(a[:n] != b[:n], True).argmax())
 
 
 def _padded_row(traces, places, tokens, positions, end, multiple) -> MicroBatch:
