@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.cli import ArgumentParser, Rule, check_rules
-from training_lib.packing import PACKINGS
 
+PACKINGS = ("none", "pack", "tree")
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
     "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",

@@ -27,7 +27,7 @@ from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
 from training_lib.ranks import World
-from training_lib.step import TrainStep, clip_gradients, learning_rate, peak_flops, step_flops
+from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
 
 
 @dataclass
@@ -91,7 +91,8 @@ class TrainingRun:
         ]
         loss, computed, real, owned, pairs = self.world.sum(counts)
         lr = args.max_lr if args.disable_lr_schedule else learning_rate(done, args.num_steps, args.max_lr)
-        norm = clip_gradients(self.step.model, args.grad_norm_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), args.grad_norm_clip)
+        norm = float(norm.full_tensor() if args.fsdp else norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.stop_not_finite(done + 1, loss, norm, losses, batches)
         for group in self.optimizer.param_groups:

@@ -140,12 +140,6 @@ def learning_rate(step: int, num_steps: int, max_lr: float) -> float:
     return max_lr * (0.1 + 0.9 * 0.5 * (1 + cos(pi * done)))
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients to a joint norm of at most `max_norm`; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed
 
