@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -66,9 +65,7 @@ def train(args: argparse.Namespace) -> int:
             pairs=args.train_bt_model, packed=args.packing != "none", sharded=args.fsdp,
         )  # fmt: skip
         if args.eval_only:
-            metrics = evaluate(step, plan.validation)
-            if world.rank == 0:
-                print(f"step {plan.step} {format_evaluation(metrics)}", file=sys.stderr, flush=True)
+            logger.info("step %d %s", plan.step, format_evaluation(evaluate(step, plan.validation)))
             return 0
         optimizer = make_optimizer(step.model, args.max_lr, (args.beta1, args.beta2), args.weight_decay)
         if plan.checkpoint:

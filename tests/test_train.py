@@ -382,7 +382,7 @@ def test_evaluation_figures_by_hand():
     assert found["accuracy_at_50"] == 1.0  # tokens 0 and 3: half of the way, ties to even
 
 
-def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, capfd):
+def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, caplog):
     lines = []
     save_value_model(tmp_path / "value")
     for packing, micro_batch_size in (("none", 1), ("pack", 4), ("tree", 8)):
@@ -390,8 +390,10 @@ def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, capfd):
             inputs, tmp_path, init_from=tmp_path / "value", packing=packing, micro_batch_size=micro_batch_size,
             eval_every=1, eval_size=15, eval_only=True,
         )  # fmt: skip
-        assert train_classifier.main(arguments) == 0
-        lines.append(next(line for line in capfd.readouterr().err.splitlines() if "evaluation" in line))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert train_classifier.main(arguments) == 0
+        lines.append(next(line for line in caplog.messages if "evaluation" in line))
     assert lines[0] == lines[1] == lines[2]
     assert not (tmp_path / "runs").exists()
 

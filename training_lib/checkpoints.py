@@ -28,35 +28,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 WRITING = ".writing-"
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in run_dir.glob("step-" + 8 * "[0-9]") if (path / "trainer.json").is_file())
-
-
-def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
-    """Hold the run's directory against a second process, and clear away what a killed one left half done.
-
-    patience_s: a run that was just killed may take a moment to go. Returns the lock, to be kept. Raises UserError.
-    """
-    path = run_dir / ".lock"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    except OSError as error:
-        raise UserError(f"--save_dir: cannot write to {run_dir} ({error.strerror}); give another directory") from error
-    busy = f"process {holder or '?'} is training into {run_dir}; wait for it, or give another --run_name"
-    held = files.lock(path, busy, patience_s)
-    with files.output_errors(path):
-        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
-    for leftover in run_dir.glob(f"{WRITING}*"):
-        shutil.rmtree(leftover)
-    return held
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
-
-
 def save_checkpoint(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, world: World,
     trainer: dict[str, Any], tokenizer_dir: Path | None, keep: int, in_use: Collection[str] = (),
@@ -131,12 +102,13 @@ def _prune(run_dir: Path, keep: int, in_use: Collection[str]) -> None:
             shutil.rmtree(gone)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Going on
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in run_dir.glob("step-" + 8 * "[0-9]") if (path / "trainer.json").is_file())
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -158,6 +130,26 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         set_rng_state(rng[world.rank], world.device)
 
 
+def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
+    """Hold the run's directory against a second process, and clear away what a killed one left half done.
+
+    patience_s: a run that was just killed may take a moment to go. Returns the lock, to be kept. Raises UserError.
+    """
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"--save_dir: cannot write to {run_dir} ({error.strerror}); give another directory") from error
+    busy = f"process {holder or '?'} is training into {run_dir}; wait for it, or give another --run_name"
+    held = files.lock(path, busy, patience_s)
+    with files.output_errors(path):
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    for leftover in run_dir.glob(f"{WRITING}*"):
+        shutil.rmtree(leftover)
+    return held
+
+
 @contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
     try:
@@ -166,6 +158,14 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         raise UserError(
             f"{checkpoint} cannot be read ({_first_line(error)}); remove it to go on from the one before"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors and random state
 
 
 def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:

@@ -60,7 +60,7 @@ class TrainingRun:
         for batches in read_steps(args, self.plan.train, done, self.world):
             self.train_step(done, batches)
             done += 1
-            signals = self.world.max(stop.received or 0)
+            signals = max(self.world.gather(stop.received or 0))
             if args.eval_every > 0 and (done % args.eval_every == 0 or done == args.num_steps):
                 self.evaluate(done)
             if done % args.save_every == 0 or done == args.num_steps or signals:

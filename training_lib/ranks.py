@@ -35,10 +35,6 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def max(self, number: int) -> int:
-        """The largest of all ranks'."""
-        return max(self.gather(number))
-
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, on every rank."""
         if self.size == 1:

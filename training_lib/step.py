@@ -64,7 +64,7 @@ class TrainStep:
         """With FSDP every rank must run as many passes as the others: empty ones are added."""
         if not self.sharded:
             return batches
-        missing = self.world.max(len(batches)) - len(batches)
+        missing = max(self.world.gather(len(batches))) - len(batches)
         return [empty_batch(self.packed, self.attention.row_multiple)] * missing + batches
 
     @torch.no_grad()
