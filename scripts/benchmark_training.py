@@ -25,13 +25,12 @@ import torch
 from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier
-from training_lib.arguments import parse_args
-from training_lib.attention import choose_attention, row_multiple
+from training_lib.arguments import PACKINGS
+from training_lib.attention import choose_attention
 from training_lib.batch_order import RankBatches
-from training_lib.loop import World, make_optimizer, peak_flops, step_flops
-from training_lib.packing import PACKINGS
+from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
-from training_lib.step import Step, compile_layers
+from training_lib.step import TrainStep, compile_layers, make_optimizer, peak_flops, step_flops
 
 VOCAB = 151_936
 MAX_LENGTH = 16_384
@@ -144,22 +143,22 @@ def benchmark_counts(table, steps: int = 12) -> dict[tuple[str, int], float]:
 
 
 def make_step(
-    config: Qwen2Config, packing: str, device: str, compiled: bool, arguments: Sequence[str]
-) -> tuple[Step, torch.optim.Optimizer]:
+    config: Qwen2Config, packing: str, device: str, compiled: bool
+) -> tuple[TrainStep, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    args = parse_args([*arguments, "--packing", packing, "--eval_every", "-1"])
     world = World(0, 1, torch.device(device))
     model = Qwen2ForClassifier(config).to(world.device).train()
     attention = choose_attention(packing, device, half_precision=device == "cuda")
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention.name)
     if device == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
         compile_layers(model)
-    return Step(args, model, world, attention, autocast=device == "cuda"), make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
+    step = TrainStep(model, world, attention, autocast=device == "cuda", total_batch_size=TOTAL_BATCH)
+    return step, make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
 
 
-def timed_steps(step: Step, optimizer, batches: RankBatches, warm_up: int, steps: int) -> dict[str, float]:
+def timed_steps(step: TrainStep, optimizer, batches: RankBatches, warm_up: int, steps: int) -> dict[str, float]:
     """Seconds and token counts of `steps` whole optimizer steps, after `warm_up` others."""
     totals = {"computed": 0, "real": 0, "loss": 0, "pairs": 0}
     begin = 0.0
@@ -200,8 +199,8 @@ def benchmark_cpu_step(folder: Path) -> None:
     base = None
     for packing in PACKINGS:
         group = 4
-        step, optimizer = make_step(config, packing, "cpu", False, ["--p_dropout", "0"])
-        batches = rank_batches(table, packing, group, 0, row_multiple(step.attention))
+        step, optimizer = make_step(config, packing, "cpu", False)
+        batches = rank_batches(table, packing, group, 0, step.attention.row_multiple)
         found = timed_steps(step, optimizer, batches, 1, 5)
         rate, cost = found["loss"] / found["seconds"], found["computed"] / found["loss"]
         base = base or (rate, cost)
@@ -225,17 +224,16 @@ def benchmark_gpu_step(folder: Path, table) -> None:
         for compiled in (False, True):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            step, optimizer = make_step(config, packing, "cuda", compiled, ["--p_dropout", "0"])
-            weights = sum(p.numel() for p in step.model.parameters()) - step.model.get_input_embeddings().weight.numel()
-            batches = RankBatches(table, 0, 16, 4, packing, 4, multiple=row_multiple(step.attention))
+            step, optimizer = make_step(config, packing, "cuda", compiled)
+            batches = RankBatches(table, 0, 16, 4, packing, 4, multiple=step.attention.row_multiple)
             found = timed_steps(step, optimizer, batches, 2, 3)
-            flops = step_flops(config, weights, found["real"], found["pairs"])
+            flops = step_flops(step.model, found["real"], found["pairs"])
             mfu = flops / found["seconds"] / peak if peak else float("nan")
             memory = torch.cuda.max_memory_allocated() / 2**30
             name = packing + (" --compile" if compiled else "")
             rate = found["loss"] / found["seconds"]
             print(
-                f"{name:24s}{found['seconds'] / 3:10.2f}{rate:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention}",
+                f"{name:24s}{found['seconds'] / 3:10.2f}{rate:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention.name}",
                 flush=True,
             )
             del step, optimizer

@@ -1,25 +1,33 @@
 """train_classifier.py: flags, equal gradients however a step is split, checkpoints, evaluation, and bad input."""
 
+import functools
 import itertools
 import json
 import math
+import os
 import resource
 import shlex
+import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from rollouts import losses, random_rows, run_script, write_rows
-from tiny import save_generator, save_value_model, tiny_config
+from rollouts import ROOT, losses, random_rows, run_script, write_rows
+from tiny import save_generator, save_value_model, tiny_value_model
 
 import train_classifier
 from classifier_lib import Qwen2ForClassifier
 from common_lib.cli import UserError
+from training_lib import checkpoints as checkpoints_module
+from training_lib import step as step_module
 from training_lib.arguments import parse_args
-from training_lib.checkpoints import checkpoints
+from training_lib.checkpoints import checkpoints, lock_run
 from training_lib.evaluation import _rollout_metrics
-from training_lib.loop import learning_rate, step_flops
+from training_lib.loop import open_metrics
+from training_lib.step import learning_rate, step_flops
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +96,29 @@ def test_defaults_are_the_released_ones():
     assert parse_args(["--logger_tags", "a", "b"]).logger_tags == ["a", "b"]
 
 
+QUICK = """
+import sys
+import train_classifier
+from common_lib.cli import run_script
+try:
+    run_script(train_classifier.main)
+finally:
+    print("slow:", [name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--num_step", "3"], ["--p_dropout", "x"], ["--total_batch_size", "6"]]
+)
+def test_help_and_mistakes_in_the_flags_are_answered_before_anything_slow_is_imported(arguments):
+    done = subprocess.run([sys.executable, "-c", QUICK, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("slow: []\n")
+    if arguments == ["--help"]:
+        assert done.returncode == 0 and "torchrun --standalone --nproc_per_node=4" in done.stdout
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_schedule():
     rates = [learning_rate(step, 4000, 1.0) for step in range(4000)]
     assert rates[:2] == [1 / 200, 2 / 200] and rates[199] == rates[200] == 1.0
@@ -99,12 +130,13 @@ def test_schedule():
 
 
 def test_flops_of_a_small_model_by_hand():
-    config = tiny_config()
-    matmul_weights = 1000
+    model = tiny_value_model()  # hidden 32, feed-forward 48, 4 heads and 2 of keys and values of 8 dimensions, 2 layers
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32 + (32 + 16 + 16)  # matrices, norms, biases
+    weights = 2 * layer + 32 + 32 * 32 + 32 * 3  # last norm, head
     # 2 FLOPs a weight and token forward, twice that backward; QK and PV: 2 x 2 x head_dim a pair and head forward.
     tokens, pairs = 10, 55
-    by_hand = 3 * (2 * matmul_weights * tokens + 2 * config.num_hidden_layers * 2 * 32 * pairs)
-    assert step_flops(config, matmul_weights, tokens, pairs) == by_hand
+    by_hand = 3 * (2 * weights * tokens + 2 * 2 * 2 * 32 * pairs)
+    assert step_flops(model, tokens, pairs) == by_hand
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,15 +241,82 @@ def test_a_run_goes_on_only_as_the_same_run(inputs, tmp_path, monkeypatch, caplo
     assert "equal to rounding (dropout apart): micro_batch_size" in caplog.text
 
 
-def test_a_second_process_is_told(inputs, tmp_path, monkeypatch):
-    from training_lib import checkpoints as checkpoint_utils
+def resume(inputs, tmp_path, caplog, attention, **more):
+    """Go on from step 3 as if `attention` had been used before. Returns what was logged."""
+    run_dir = tmp_path / "runs/run"
+    if (run_dir / "step-00000006").exists():
+        shutil.rmtree(run_dir / "step-00000006")
+    path = run_dir / "step-00000003/trainer.json"
+    trainer = json.loads(path.read_text()) | {"attention": attention}
+    path.write_text(json.dumps({name: value for name, value in trainer.items() if value is not None}))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert train_classifier.main(flags(inputs, tmp_path, **more)) == 0
+    return caplog.text
 
-    with checkpoint_utils.lock_run(tmp_path / "runs/run"):
-        monkeypatch.setattr(checkpoint_utils.lock_run, "__defaults__", (0.3,))
+
+@pytest.mark.parametrize("p_dropout", [0.1, 0.0])
+def test_another_attention_is_told_and_refused_only_where_its_dropout_differs(inputs, tmp_path, caplog, p_dropout):
+    more = {"p_dropout": p_dropout, "packing": "tree"}
+    assert train_classifier.main(flags(inputs, tmp_path, **more)) == 0
+    trainer = json.loads((tmp_path / "runs/run/latest/trainer.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert {trainer["attention"], *(record["attention"] for record in records)} == {"sdpa"}
+
+    assert "attention was" not in resume(inputs, tmp_path, caplog, "sdpa", **more)
+    assert "attention was" not in resume(inputs, tmp_path, caplog, None, **more)  # a checkpoint of before it was noted
+    told = resume(inputs, tmp_path, caplog, "flash_attention_2", **more)
+    assert told.count("attention was flash_attention_2 at the checkpoint and is sdpa now") == 1
+    if p_dropout:
+        with pytest.raises(UserError, match=r"with attention packed_flex and would go on with sdpa, but only one of"):
+            resume(inputs, tmp_path, caplog, "packed_flex", **more)
+    else:
+        told = resume(inputs, tmp_path, caplog, "packed_flex", **more)
+        assert "attention was packed_flex at the checkpoint and is sdpa now" in told
+
+
+def test_a_second_process_is_told(inputs, tmp_path, monkeypatch):
+    run_dir = tmp_path / "runs/run"
+    held = lock_run(run_dir)
+    assert (run_dir / ".lock").read_text() == f"{os.getpid()}\n"
+    (run_dir / ".writing-step-00000003").mkdir()
+    monkeypatch.setattr(checkpoints_module, "lock_run", functools.partial(lock_run, patience_s=0.1))
+    message = rf"process {os.getpid()} is training into .*run; wait for it, or give another --run_name"
+    with pytest.raises(UserError, match=message):
+        train_classifier.main(flags(inputs, tmp_path))
+    assert (run_dir / ".writing-step-00000003").exists()  # it is the other's
+    held.release()
+    lock_run(run_dir).release()
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+
+
+def test_metrics_go_on_after_the_step_that_was_saved(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 1e-05}\n{"step": 1, "eval/loss": 2.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo'
+    )
+    log = open_metrics(path, last_step=1)
+    log.append({"step": 2, "loss": 0.25})
+    log.close()
+    assert path.read_text() == (
+        '{"step": 1, "loss": 1e-05}\n{"step": 1, "eval/loss": 2.0}\n{"step": 2, "loss": 0.25}\n'
+    )
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_one_line(inputs, tmp_path):
+    train_classifier.main(flags(inputs, tmp_path, run_name="other"))  # the data are in the cache
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
         with pytest.raises(
-            UserError, match=r"process \d+ is training into .*; wait for it, or give another --run_name"
+            UserError, match=r"cannot write .*metrics.jsonl: .*; make room, and the same command goes on"
         ):
-            train_classifier.main(flags(inputs, tmp_path))
+            train_classifier.main(flags(inputs, tmp_path, save_every=6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < len(losses(tmp_path / "runs/run")) < 6
+    assert train_classifier.main(flags(inputs, tmp_path, save_every=6)) == 0
+    assert losses(tmp_path / "runs/run") == losses(tmp_path / "runs/other")
 
 
 def test_debug_and_default_name(inputs, tmp_path):
@@ -283,7 +382,7 @@ def test_evaluation_figures_by_hand():
     assert found["accuracy_at_50"] == 1.0  # tokens 0 and 3: half of the way, ties to even
 
 
-def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, capfd):
+def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, caplog):
     lines = []
     save_value_model(tmp_path / "value")
     for packing, micro_batch_size in (("none", 1), ("pack", 4), ("tree", 8)):
@@ -291,8 +390,10 @@ def test_evaluation_does_not_depend_on_the_layout(inputs, tmp_path, capfd):
             inputs, tmp_path, init_from=tmp_path / "value", packing=packing, micro_batch_size=micro_batch_size,
             eval_every=1, eval_size=15, eval_only=True,
         )  # fmt: skip
-        assert train_classifier.main(arguments) == 0
-        lines.append(next(line for line in capfd.readouterr().err.splitlines() if "evaluation" in line))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert train_classifier.main(arguments) == 0
+        lines.append(next(line for line in caplog.messages if "evaluation" in line))
     assert lines[0] == lines[1] == lines[2]
     assert not (tmp_path / "runs").exists()
 
@@ -338,7 +439,7 @@ def test_bad_input_is_one_clear_line_before_a_model_loads(inputs, tmp_path, name
         monkeypatch.delenv(variable, raising=False)
     if name == "gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    monkeypatch.setattr(train_classifier, "load_model", None)
+    monkeypatch.setattr(step_module, "load_model", None)
     changes, message = BAD[name]
     if changes.get("init_from"):
         changes = {"init_from": inputs / changes["init_from"]}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common_lib.cli import ArgumentParser, UserError
-from training_lib.packing import PACKINGS
+from common_lib.cli import ArgumentParser, Rule, check_rules
 
+PACKINGS = ("none", "pack", "tree")
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
     "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",
@@ -18,6 +18,62 @@ IDENTITY = (
 ROUNDING = (
     "micro_batch_size", "packing", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
 )  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Namespace:
+    """Checked arguments, with `world_size` (ranks), `held_out` (what is evaluated on) and defaults filled in.
+
+    Raises UserError.
+    """
+    args = build_parser(description).parse_args(argv)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    positive = ("num_steps", "total_batch_size", "micro_batch_size", "data_num_response", "small_group_size",
+                "save_every", "max_keep_ckpts", "eval_size", "max_lr", "grad_norm_clip")  # fmt: skip
+    fraction = "must be at least 0 and below 1"
+    rules = [(name, getattr(args, name) > 0, "must be above 0") for name in positive] + [
+        ("seed", args.seed >= 0, "must be 0 or more"),
+        ("max_length", args.max_length >= 2, "must be at least 2: a roll-in and a roll-out token"),
+        ("p_dropout", 0 <= args.p_dropout < 1, fraction),
+        ("beta1", 0 <= args.beta1 < 1, fraction),
+        ("beta2", 0 <= args.beta2 < 1, fraction),
+        ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
+        ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
+        ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
+        ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
+    ]
+    check_rules(args, rules)
+    check_rules(args, division_rules(args))
+    if args.debug:
+        args.num_steps, args.tracker, args.push_to_hub = min(args.num_steps, 10), "none", False
+    if args.tracker is None:
+        args.tracker = "neptune" if args.track or args.neptune_project is not None else "none"
+    args.run_name = args.run_name or default_run_name(args)
+    args.held_out = args.validation_data_path or args.eval_size if args.eval_every > 0 else 0
+    return args
+
+
+def division_rules(args: argparse.Namespace) -> list[Rule]:
+    """A step divides evenly into ranks and micro batches, a row into groups."""
+    total, micro, ranks = args.total_batch_size, args.micro_batch_size, args.world_size
+    unit = micro * ranks
+    fits = [str(size) for size in (total // unit * unit, -(-total // unit) * unit) if size]
+    response, group = args.data_num_response, args.small_group_size
+    divisors = [size for size in range(1, response + 1) if response % size == 0]
+    nearest = min(divisors, key=lambda size: (abs(size - group), size))
+    return [
+        ("total_batch_size", total % unit == 0, f"is not a multiple of {ranks} ranks x --micro_batch_size {micro} = {unit}; "
+         f"the nearest that work: {', '.join(fits)}"),
+        ("micro_batch_size", micro % 2 == 0 or not args.train_bt_model, "must be even with --train_bt_model: it holds pairs"),
+        ("small_group_size", response % group == 0, f"does not divide --data_num_response {response}; the nearest that "
+         f"does: {nearest}"),
+    ]  # fmt: skip
+
+
+def default_run_name(args: argparse.Namespace) -> str:
+    """The same for the same command, so that it resumes."""
+    parts = [args.dataset_name, args.init_from or args.model_path, args.data_path, f"seed{args.seed}"]
+    names = [Path(part).name for part in parts if part]
+    return "-".join(names + (["debug"] if args.debug else []))
 
 
 # fmt: off
@@ -93,71 +149,3 @@ def build_parser(description: str) -> argparse.ArgumentParser:
          "anomaly detection, nothing tracked or pushed")
     return parser
 # fmt: on
-
-
-def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Namespace:
-    """Checked arguments, with `world_size` (ranks), `held_out` (what is evaluated on) and defaults filled in.
-
-    Raises UserError.
-    """
-    args = build_parser(description).parse_args(argv)
-    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    positive = ("num_steps", "total_batch_size", "micro_batch_size", "data_num_response", "small_group_size",
-                "save_every", "max_keep_ckpts", "eval_size", "max_lr", "grad_norm_clip")  # fmt: skip
-    fraction = "must be at least 0 and below 1"
-    rules = [(name, getattr(args, name) > 0, "must be above 0") for name in positive] + [
-        ("seed", args.seed >= 0, "must be 0 or more"),
-        ("max_length", args.max_length >= 2, "must be at least 2: a roll-in and a roll-out token"),
-        ("p_dropout", 0 <= args.p_dropout < 1, fraction),
-        ("beta1", 0 <= args.beta1 < 1, fraction),
-        ("beta2", 0 <= args.beta2 < 1, fraction),
-        ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
-        ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
-        ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
-        ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
-    ]
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"--{name} {getattr(args, name)} {rule}")
-    check_batch_sizes(args)
-    if args.debug:
-        args.num_steps, args.tracker, args.push_to_hub = min(args.num_steps, 10), "none", False
-    if args.tracker is None:
-        args.tracker = "neptune" if args.track or args.neptune_project is not None else "none"
-    args.run_name = args.run_name or default_run_name(args)
-    if args.eval_every <= 0:
-        args.held_out = 0
-    else:
-        args.held_out = args.validation_data_path or args.eval_size
-    return args
-
-
-def check_batch_sizes(args: argparse.Namespace) -> None:
-    """A step divides evenly into ranks and micro batches, a row into groups. Raises UserError."""
-    total, unit = args.total_batch_size, args.micro_batch_size * args.world_size
-    if total % unit:
-        fits = [size for size in (total // unit * unit, -(-total // unit) * unit) if size]
-        raise UserError(
-            f"--total_batch_size {total} is not a multiple of {args.world_size} ranks x --micro_batch_size "
-            f"{args.micro_batch_size} = {unit}; the nearest that work: {', '.join(map(str, fits))}"
-        )
-    if args.train_bt_model and args.micro_batch_size % 2:
-        raise UserError(
-            f"--micro_batch_size {args.micro_batch_size} must be even with --train_bt_model: it holds pairs"
-        )
-    response, group = args.data_num_response, args.small_group_size
-    if response % group:
-        nearest = min(
-            (size for size in range(1, response + 1) if response % size == 0),
-            key=lambda size: (abs(size - group), size),
-        )
-        raise UserError(
-            f"--small_group_size {group} does not divide --data_num_response {response}; the nearest that does: {nearest}"
-        )
-
-
-def default_run_name(args: argparse.Namespace) -> str:
-    """The same for the same command, so that it resumes."""
-    parts = [args.dataset_name, args.init_from or args.model_path, args.data_path, f"seed{args.seed}"]
-    names = [Path(part).name for part in parts if part]
-    return "-".join(names + (["debug"] if args.debug else []))

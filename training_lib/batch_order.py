@@ -15,87 +15,6 @@ from training_lib.rollout_data import RolloutTable
 _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
 
 
-def mix(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
-    """A well-mixed uint64 for each value, a function of (seed, stream, value): splitmix64's finalizer, three times."""
-    with np.errstate(over="ignore"):
-        key: np.ndarray = np.zeros(1, dtype=np.uint64)
-        for word in (np.uint64(seed % 2**64), np.uint64(stream), np.asarray(values).astype(np.uint64)):
-            key = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
-            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            key = key ^ (key >> np.uint64(31))
-    return key
-
-
-def shuffled(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:
-    """A permutation of 0 .. size - 1."""
-    return np.argsort(mix(seed, stream * 2**32 + epoch, np.arange(size)), kind="stable")
-
-
-def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[RolloutTable, RolloutTable]:
-    """(training, validation): whole problems, drawn by the seed; rows of the same problem text stay together."""
-    distinct = np.unique(table.problems)
-    if num_problems >= len(distinct):
-        raise UserError(
-            f"--eval_size {num_problems} would hold out all of the {len(distinct)} problems; "
-            f"choose at most {len(distinct) - 1}, or --eval_every -1 to hold out none"
-        )
-    drawn = distinct[np.argsort(mix(seed, _HOLD_OUT, distinct), kind="stable")[:num_problems]]
-    held = np.isin(table.problems, drawn)
-    return table.select(~held), table.select(held)
-
-
-def group_units(table: RolloutTable, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(start, size) of each group of neighbouring roll-outs of a row; a row's last group may be smaller."""
-    counts = np.diff(table.first)
-    groups = -(-counts // group_size)
-    place = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
-    start = np.repeat(table.first[:-1], groups) + place * group_size
-    return start, np.minimum(group_size, np.repeat(table.first[1:], groups) - start)
-
-
-def epoch_rollouts(table: RolloutTable, group_size: int, seed: int, epoch: int) -> np.ndarray:
-    """All roll-outs in the epoch's order: groups shuffled, each group together and in its row's order. int64 [R]."""
-    start, size = group_units(table, group_size)
-    order = shuffled(seed, epoch, _SHUFFLE, len(start))
-    start, size = start[order], size[order]
-    place = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    return np.repeat(start, size) + place
-
-
-def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:
-    """(correct, incorrect) roll-outs of one row, all rows' pairs shuffled. int64 [pairs, 2].
-
-    Label 1 is correct, 0 and 2 are not. A row gives as many pairs as it has of the rarer kind, drawn without
-    replacement; a row of one kind gives none.
-    """
-    rollouts = np.arange(len(table))
-    row, correct = table.row_of(rollouts), table.labels == 1
-    key = mix(seed, _PAIRS * 2**32 + epoch, rollouts)
-    sides = []
-    for side in (correct, ~correct):
-        chosen = np.flatnonzero(side)
-        chosen = chosen[np.lexsort((key[chosen], row[chosen]))]
-        counts = np.bincount(row[chosen], minlength=len(table.rows))
-        rank = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sides.append((chosen, counts, rank))
-    pairs_of_row = np.minimum(sides[0][1], sides[1][1])
-    matched = [chosen[rank < pairs_of_row[row[chosen]]] for chosen, _, rank in sides]
-    pairs = np.stack(matched, axis=1)  # both sides are in row order and have equally many of each row
-    return pairs[shuffled(seed, epoch, _SHUFFLE, len(pairs))]
-
-
-def balanced_shares(sizes: np.ndarray, ranks: int) -> list[list[int]]:
-    """Indices of the units of each rank: the largest first, to the rank with the fewest tokens so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
-        shares[rank].append(i)
-        load[rank] += int(sizes[i])
-    return [sorted(share) for share in shares]
-
-
 @dataclass(eq=False)
 class RankBatches:
     """A map-style dataset for `torch.utils.data.DataLoader`: item `step` is this rank's micro batches of that step.
@@ -162,9 +81,6 @@ class RankBatches:
         groups = np.split(np.arange(len(units)), np.flatnonzero(np.diff(rows)) + 1)
         return groups if len(groups) >= self.world_size else list(np.arange(len(units))[:, None])
 
-    def __len__(self) -> int:
-        return 2**62
-
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""
         try:
@@ -176,3 +92,84 @@ class RankBatches:
         """Read and lay out some units. int64 [units, 1 or 2]."""
         traces = [[self.table.trace(rollout) for rollout in unit] for unit in units.tolist()]
         return lay_out(traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple)
+
+
+def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[RolloutTable, RolloutTable]:
+    """(training, validation): whole problems, drawn by the seed; rows of the same problem text stay together."""
+    distinct = np.unique(table.problems)
+    if num_problems >= len(distinct):
+        raise UserError(
+            f"--eval_size {num_problems} would hold out all of the {len(distinct)} problems; "
+            f"choose at most {len(distinct) - 1}, or --eval_every -1 to hold out none"
+        )
+    drawn = distinct[np.argsort(mix(seed, _HOLD_OUT, distinct), kind="stable")[:num_problems]]
+    held = np.isin(table.problems, drawn)
+    return table.select(~held), table.select(held)
+
+
+def group_units(table: RolloutTable, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, size) of each group of neighbouring roll-outs of a row; a row's last group may be smaller."""
+    counts = np.diff(table.first)
+    groups = -(-counts // group_size)
+    place = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
+    start = np.repeat(table.first[:-1], groups) + place * group_size
+    return start, np.minimum(group_size, np.repeat(table.first[1:], groups) - start)
+
+
+def epoch_rollouts(table: RolloutTable, group_size: int, seed: int, epoch: int) -> np.ndarray:
+    """All roll-outs in the epoch's order: groups shuffled, each group together and in its row's order. int64 [R]."""
+    start, size = group_units(table, group_size)
+    order = shuffled(seed, epoch, _SHUFFLE, len(start))
+    start, size = start[order], size[order]
+    place = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+    return np.repeat(start, size) + place
+
+
+def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:
+    """(correct, incorrect) roll-outs of one row, all rows' pairs shuffled. int64 [pairs, 2].
+
+    Label 1 is correct, 0 and 2 are not. A row gives as many pairs as it has of the rarer kind, drawn without
+    replacement; a row of one kind gives none.
+    """
+    rollouts = np.arange(len(table))
+    row, correct = table.row_of(rollouts), table.labels == 1
+    key = mix(seed, _PAIRS * 2**32 + epoch, rollouts)
+    sides = []
+    for side in (correct, ~correct):
+        chosen = np.flatnonzero(side)
+        chosen = chosen[np.lexsort((key[chosen], row[chosen]))]
+        counts = np.bincount(row[chosen], minlength=len(table.rows))
+        rank = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
+        sides.append((chosen, counts, rank))
+    pairs_of_row = np.minimum(sides[0][1], sides[1][1])
+    matched = [chosen[rank < pairs_of_row[row[chosen]]] for chosen, _, rank in sides]
+    pairs = np.stack(matched, axis=1)  # both sides are in row order and have equally many of each row
+    return pairs[shuffled(seed, epoch, _SHUFFLE, len(pairs))]
+
+
+def balanced_shares(sizes: np.ndarray, ranks: int) -> list[list[int]]:
+    """Indices of the units of each rank: the largest first, to the rank with the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+        shares[rank].append(i)
+        load[rank] += int(sizes[i])
+    return [sorted(share) for share in shares]
+
+
+def mix(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
+    """A well-mixed uint64 for each value, a function of (seed, stream, value): splitmix64's finalizer, three times."""
+    with np.errstate(over="ignore"):
+        key: np.ndarray = np.zeros(1, dtype=np.uint64)
+        for word in (np.uint64(seed % 2**64), np.uint64(stream), np.asarray(values).astype(np.uint64)):
+            key = (key ^ word) + np.uint64(0x9E3779B97F4A7C15)
+            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            key = key ^ (key >> np.uint64(31))
+    return key
+
+
+def shuffled(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:
+    """A permutation of 0 .. size - 1."""
+    return np.argsort(mix(seed, stream * 2**32 + epoch, np.arange(size)), kind="stable")

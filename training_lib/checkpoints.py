@@ -1,72 +1,31 @@
 """Checkpoints of a training run: one directory each with everything, whole or not there.
 
 `RUN/step-00000200/` holds config.json and model.safetensors (a value model that `inference_eval.py` loads), the
-tokenizer's files, optimizer.pt, rng.pt (a state per rank) and trainer.json (step, arguments, data, tracker). It is
-written beside, fsynced and renamed; `RUN/latest` points to the newest.
+tokenizer's files, optimizer.pt, rng.pt (a state per rank) and trainer.json (step, arguments, data, attention, tracker).
+It is written beside, fsynced and renamed; `RUN/latest` points to the newest.
 """
 
 import contextlib
 import copy
-import fcntl
 import json
 import os
-import re
 import shutil
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
+from common_lib import files
 from common_lib.cli import UserError
-from training_lib.loop import World
+from training_lib.ranks import World
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                    "added_tokens.json", "chat_template.jinja")  # fmt: skip
 WRITING = ".writing-"
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = run_dir.glob("step-*") if run_dir.is_dir() else ()
-    return sorted(
-        path for path in found if re.fullmatch(r"step-\d{8}", path.name) and (path / "trainer.json").is_file()
-    )
-
-
-def lock_run(run_dir: Path, patience: float = 10.0) -> TextIO:
-    """Hold the run's directory against a second process; the lock goes with the process. Returns the open file."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"--save_dir: cannot write to {run_dir} ({error.strerror}); give another directory") from error
-    deadline = time.monotonic() + patience  # a run that was just killed may take a moment to go
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise UserError(
-                    f"process {file.read().strip() or '?'} is training into {run_dir}; "
-                    "wait for it, or give another --run_name"
-                ) from None
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    for leftover in run_dir.glob(f"{WRITING}*"):
-        shutil.rmtree(leftover)
-    return file
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
 
 
 def save_checkpoint(
@@ -85,24 +44,23 @@ def save_checkpoint(
         for name, parameter in model.named_parameters()
     }
     rng = world.gather(rng_state(world.device))
-    message = None
-    if world.rank == 0:
-        writing = run_dir / f"{WRITING}{target.name}"
-        try:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-            _write(writing, model, weights, optimizer_state, rng, trainer | {"step": step}, tokenizer_dir)
-            _publish(writing, target)
-            _prune(run_dir, keep, in_use)
-        except Exception as error:  # torch and safetensors report a full disk by types of their own
-            shutil.rmtree(writing, ignore_errors=True)
-            good = checkpoints(run_dir)
-            message = (
-                f"the checkpoint of step {step} could not be written to {run_dir}: {_first_line(error)}; "
-                + (f"{good[-1].name} is whole" if good else "there is no earlier one")
-                + "; make room, and the same command goes on from there"
-            )
-    world.raise_together(message)
+    with world.together():
+        if world.rank == 0:
+            writing = run_dir / f"{WRITING}{target.name}"
+            try:
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir(parents=True)
+                _write(writing, model, weights, optimizer_state, rng, trainer | {"step": step}, tokenizer_dir)
+                _publish(writing, target)
+                _prune(run_dir, keep, in_use)
+            except Exception as error:  # torch and safetensors report a full disk by types of their own
+                shutil.rmtree(writing, ignore_errors=True)
+                good = checkpoints(run_dir)
+                left = f"{good[-1].name} is whole" if good else "there is no earlier one"
+                raise UserError(
+                    f"the checkpoint of step {step} could not be written to {run_dir}: {_first_line(error)}; {left}; "
+                    "make room, and the same command goes on from there"
+                ) from error
     return target
 
 
@@ -113,7 +71,7 @@ def _write(folder, model, weights, optimizer_state, rng, trainer, tokenizer_dir)
     config.save_pretrained(folder)
     tensors = {name: value.contiguous() for name, value in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o666 & ~_umask())  # save_file makes it readable by its owner only
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file lets only its owner read it
     torch.save(optimizer_state, folder / "optimizer.pt")
     torch.save(rng, folder / "rng.pt")
     for name in TOKENIZER_FILES if tokenizer_dir else ():
@@ -122,33 +80,18 @@ def _write(folder, model, weights, optimizer_state, rng, trainer, tokenizer_dir)
     (folder / "trainer.json").write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _publish(writing: Path, target: Path) -> None:
     """Make the written directory durable, then visible under its name, then the newest."""
     for path in [*writing.iterdir(), writing]:
-        _sync(path)
+        files.fsync(path)
     if target.exists():  # not whole, or it would have been resumed from
         shutil.rmtree(target)
     writing.rename(target)
     link = target.parent / f"{WRITING}latest"
-    with contextlib.suppress(FileNotFoundError):
-        link.unlink()
+    link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(target.parent / "latest")
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.fsync(target.parent)
 
 
 def _prune(run_dir: Path, keep: int, in_use: Collection[str]) -> None:
@@ -159,36 +102,70 @@ def _prune(run_dir: Path, keep: int, in_use: Collection[str]) -> None:
             shutil.rmtree(gone)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Going on
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in run_dir.glob("step-" + 8 * "[0-9]") if (path / "trainer.json").is_file())
+
+
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises UserError."""
-    try:
+    with _readable(checkpoint):
         return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be read ({error}); remove it to go on from the one before") from error
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Optimizer and random state of a checkpoint whose weights the model already has. Every rank calls it."""
-    try:
+    with world.together(), _readable(checkpoint):
         state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
         rng = torch.load(checkpoint / "rng.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = _first_line(error)
-        raise UserError(f"{checkpoint} cannot be read ({reason}); remove it to go on from the one before") from error
     for name, parameter in model.named_parameters():
         if name not in state:
             raise UserError(f"{checkpoint} is of another model: its optimizer knows no {name}")
         optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in state[name].items()}
     if len(rng) == world.size:  # with another number of ranks the draws of dropout differ anyway
         set_rng_state(rng[world.rank], world.device)
+
+
+def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
+    """Hold the run's directory against a second process, and clear away what a killed one left half done.
+
+    patience_s: a run that was just killed may take a moment to go. Returns the lock, to be kept. Raises UserError.
+    """
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"--save_dir: cannot write to {run_dir} ({error.strerror}); give another directory") from error
+    busy = f"process {holder or '?'} is training into {run_dir}; wait for it, or give another --run_name"
+    held = files.lock(path, busy, patience_s)
+    with files.output_errors(path):
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    for leftover in run_dir.glob(f"{WRITING}*"):
+        shutil.rmtree(leftover)
+    return held
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch reports a file cut short by types of its own
+        raise UserError(
+            f"{checkpoint} cannot be read ({_first_line(error)}); remove it to go on from the one before"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors and random state
 
 
 def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:

@@ -4,15 +4,16 @@ import numpy as np
 import torch
 
 from classifier_lib import LABEL_CORRECT, success_probs
-from common_lib.cli import UserError
 from eval_lib.calibration import auc, auc_within, brier_score, expected_calibration_error
 from training_lib.batch_order import RankBatches
+from training_lib.packing import MicroBatch
+from training_lib.step import TrainStep
 
 POSITIONS = (0, 25, 50, 75, 100)  # percent of the roll-out
 SLICE = 8  # micro batches' worth of roll-outs that are read at a time
 
 
-def evaluate(step, model: torch.nn.Module, batches: RankBatches) -> dict[str, float]:
+def evaluate(step: TrainStep, batches: RankBatches) -> dict[str, float]:
     """Metrics over all roll-outs (or all pairs of the first epoch) of the validation data; the same on every rank.
 
     `step` computes logits and loss as in training. Names: loss (as trained), accuracy (of the class, by token), auc,
@@ -21,12 +22,11 @@ def evaluate(step, model: torch.nn.Module, batches: RankBatches) -> dict[str, fl
     over problems. Bradley-Terry: loss, accuracy (pairs in the right order), auc and within_auc of the last token's
     value, which is no probability. What does not exist (one kind only) is left out.
     """
-    was_training = model.training
-    model.eval()
+    step.model.eval()
     try:
         parts = step.world.gather(_rank_results(step, batches))
     finally:
-        model.train(was_training)
+        step.model.train()
     loss = sum(part["loss"] for part in parts)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "loss"}
     metrics = _pair_metrics(arrays) if batches.pairs else _rollout_metrics(arrays)
@@ -34,20 +34,16 @@ def evaluate(step, model: torch.nn.Module, batches: RankBatches) -> dict[str, fl
 
 
 @torch.no_grad()
-def _rank_results(step, batches: RankBatches) -> dict[str, np.ndarray | float]:
+def _rank_results(step: TrainStep, batches: RankBatches) -> dict[str, np.ndarray | float]:
     units = batches.all_units()
     share = np.array_split(units, batches.world_size)[batches.rank]
     longest_share = -(-len(units) // batches.world_size)
     per_slice = SLICE * batches.micro_batch_size // units.shape[1]
     loss, found = 0.0, []
     for start in range(0, longest_share, per_slice):
-        message = None
-        try:
+        with step.world.together():
             micro_batches = batches.lay_out(share[start : start + per_slice])
-        except UserError as error:
-            message = str(error)
-        step.world.raise_together(message)
-        for batch in step.in_step(micro_batches):
+        for batch in step.pad_to_same_count(micro_batches):
             logits = step.logits(batch)
             loss += float(step.loss(logits, batch, units.size))
             found.append(_batch_results(batch, logits.float().cpu(), batches))
@@ -55,7 +51,7 @@ def _rank_results(step, batches: RankBatches) -> dict[str, np.ndarray | float]:
     return {"loss": loss} | {name: np.concatenate([part[name] for part in found]) for name in names}
 
 
-def _batch_results(batch, logits: torch.Tensor, batches: RankBatches) -> dict[str, np.ndarray]:
+def _batch_results(batch: MicroBatch, logits: torch.Tensor, batches: RankBatches) -> dict[str, np.ndarray]:
     """value float32 [P] and hit bool [P] of each roll-out token, or of each pair's traces' last tokens; length, correct,
     problem [R] of each roll-out."""
     picked = logits[torch.from_numpy(batch.last_index if batches.pairs else batch.token_index)]

@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 
-PACKINGS = ("none", "pack", "tree")
 PAD_ID = 0  # padding is never attended to and has no loss: any id of the vocabulary does
 
 
@@ -71,7 +70,7 @@ def lay_out(
         return [packed_row(traces, multiple) for traces in _fill_rows(units, capacity)]
     if packing == "tree":
         return [tree_row(traces, multiple) for traces in _fill_tree_rows(units, capacity)]
-    raise ValueError(f"packing is {packing!r}; it is one of {', '.join(PACKINGS)}")
+    raise ValueError(f"unknown packing {packing!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,9 +144,7 @@ def sort_key(tokens: np.ndarray) -> bytes:
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading tokens two traces share."""
     n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+    return int(np.append(a[:n] != b[:n], True).argmax())
 
 
 def _padded_row(traces, places, tokens, positions, end, multiple) -> MicroBatch:

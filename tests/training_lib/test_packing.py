@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from classifier_lib import bradley_terry_loss, rollout_loss
-from training_lib.attention import FLEX, dense_mask, flex_mask, model_inputs
+from training_lib.attention import FLEX, SDPA, dense_mask, flex_mask
 from training_lib.packing import (
     Trace,
     block_lists,
@@ -23,6 +23,7 @@ from training_lib.packing import (
 )
 
 MAX_LENGTH = 48
+CPU = torch.device("cpu")
 
 
 def random_traces(seed: int, num: int = 24, vocab: int = 3, max_length: int = MAX_LENGTH) -> list[Trace]:
@@ -114,7 +115,7 @@ def test_common_prefix():
     assert common_prefix(a, a) == 4
     assert common_prefix(a, a[:3]) == 3
     assert common_prefix(a, np.array([7])) == 0
-    assert common_prefix(a, np.array([], dtype=int)) == 0
+    assert common_prefix(a, np.array([], dtype=int)) == 0 == common_prefix(a[:0], a[:0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -145,7 +146,7 @@ def gradients(model, units, packing, micro_batch_size, pairs=False):
     total = 0.0
     count = sum(len(unit) for unit in units)
     for batch in lay_out(units, packing, micro_batch_size, MAX_LENGTH):
-        logits = model(**model_inputs(batch, "sdpa", torch.device("cpu"))).logits.flatten(0, 1)
+        logits = model(**SDPA.inputs(batch, CPU)).logits.flatten(0, 1)
         if pairs:
             last = logits[torch.from_numpy(batch.last_index)].squeeze(-1)
             loss = bradley_terry_loss(last[0::2], last[1::2]) * (len(last) / count)
@@ -189,7 +190,7 @@ def test_an_empty_batch_has_loss_zero_and_gradients_zero():
     model = tiny_value_model().train()
     for packed in (True, False):
         batch = empty_batch(packed)
-        logits = model(**model_inputs(batch, "sdpa", torch.device("cpu"))).logits.flatten(0, 1)
+        logits = model(**SDPA.inputs(batch, CPU)).logits.flatten(0, 1)
         indices = (torch.from_numpy(a) for a in (batch.token_index, batch.rollout_index, batch.labels))
         loss = rollout_loss(logits, *indices, torch.zeros(0))
         loss.backward()
@@ -209,7 +210,7 @@ def test_flex_mask_is_the_dense_mask():
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     with torch.no_grad():
         flex = torch.compile(flex_attention, dynamic=True)(
-            query, key, value, block_mask=flex_mask(batch.end, torch.device("cpu")), enable_gqa=True
+            query, key, value, block_mask=flex_mask(batch.end, CPU), enable_gqa=True
         )
     assert (flex - dense).abs().max() < 1e-5
 
@@ -219,15 +220,14 @@ def test_the_model_with_flex_attention_is_the_model_with_a_dense_mask(autocast):
     """In compiled layers, of which rows of any length and mask must share one graph."""
     model = tiny_value_model(num_hidden_layers=3).eval()
     batches = [tree_row(random_traces(seed, num=10 + 20 * seed), multiple=128) for seed in range(3)]
-    cpu = torch.device("cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        dense = [model(**model_inputs(batch, "sdpa", cpu)).logits for batch in batches]
-        model.set_attn_implementation(FLEX)
+        dense = [model(**SDPA.inputs(batch, CPU)).logits for batch in batches]
+        model.set_attn_implementation(FLEX.name)
         torch._dynamo.reset()
         counters.clear()
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend="eager")
-        flex = [model(**model_inputs(batch, FLEX, cpu)).logits for batch in batches]
+        flex = [model(**FLEX.inputs(batch, CPU)).logits for batch in batches]
     for one, other in zip(dense, flex, strict=True):
         assert (one - other).abs().max() <= (0.05 if autocast else 1e-5) * one.abs().max()
     assert counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,68 @@
+"""Which attention a layout gets, what it asks of the batch, and the dropout that a model has under it."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_generator
+
+from training_lib.arguments import parse_args
+from training_lib.attention import ATTENTIONS, FLASH, FLEX, SDPA, choose_attention
+from training_lib.packing import Trace, packed_row, padded_batch
+from training_lib.ranks import World
+from training_lib.step import load_model
+
+CPU = torch.device("cpu")
+TRACES = [Trace(np.arange(1, 1 + length), 1, 1, (0, length)) for length in (5, 3)]
+
+
+def test_each_layout_gets_the_fastest_attention_that_can_run(monkeypatch):
+    layouts = ("none", "pack", "tree")
+    assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3
+    assert [choose_attention(packing, "cuda", True) for packing in layouts] == [SDPA, FLEX, FLEX]
+    flash_attn = ModuleType("flash_attn")
+    flash_attn.__spec__ = ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    assert [choose_attention(packing, "cuda", True) for packing in layouts] == [FLASH, FLASH, FLEX]
+    assert [choose_attention(packing, "cuda", False) for packing in layouts] == [SDPA, FLEX, FLEX]
+    assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3
+
+
+def test_attention_is_known_by_its_name():
+    assert {name: (a.row_multiple, a.has_dropout) for name, a in ATTENTIONS.items()} == {
+        "sdpa": (8, True),
+        "flash_attention_2": (8, True),
+        "packed_flex": (128, False),
+    }
+
+
+def test_flash_attention_is_told_of_padding_and_of_where_traces_begin():
+    padded = FLASH.inputs(padded_batch(TRACES, 16), CPU)
+    assert padded["attention_mask"].tolist() == [[True] * 5 + [False] * 3, [True] * 3 + [False] * 5]
+    assert "position_ids" not in padded
+    packed = FLASH.inputs(packed_row(TRACES), CPU)
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 5, 8]
+    assert (packed["max_length_q"], packed["max_length_k"]) == (5, 5)
+    assert "attention_mask" not in packed
+
+
+def test_sdpa_is_given_a_mask_for_packed_rows_only():
+    assert "attention_mask" not in SDPA.inputs(padded_batch(TRACES, 16), CPU)
+    mask = SDPA.inputs(packed_row(TRACES), CPU)["attention_mask"][0, 0]
+    assert not mask[5:, :5].any() and torch.equal(mask[:5, :5], torch.ones(5, 5).tril().bool())
+
+
+@pytest.mark.parametrize("attention", [SDPA, FLEX])
+def test_the_model_has_attention_dropout_only_where_the_kernel_has_it(tmp_path, attention, caplog):
+    save_generator(tmp_path)
+    plan = SimpleNamespace(has_head=False, model_dir=tmp_path, attention=attention)
+    with caplog.at_level("INFO"):
+        model = load_model(parse_args(["--p_dropout", "0.2"]), plan, World(0, 1, CPU))
+    expected = 0.2 if attention.has_dropout else 0.0
+    assert model.config.attention_dropout == model.model.layers[0].self_attn.attention_dropout == expected
+    assert model.config.score_dropout == 0.2
+    assert model.config._attn_implementation == attention.name
+    assert ("attention dropout is 0: packed_flex has none" in caplog.text) == (attention is FLEX)

@@ -1,0 +1,131 @@
+"""Where a training run starts, and on what data: everything that can be checked before the model is loaded."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common_lib.cli import UserError
+from common_lib.models import inspect_model, resolve_model
+from training_lib.arguments import IDENTITY, ROUNDING
+from training_lib.attention import ATTENTIONS, Attention
+from training_lib.batch_order import RankBatches, hold_out
+from training_lib.checkpoints import checkpoints, read_trainer
+from training_lib.ranks import World
+from training_lib.rollout_data import RolloutTable, load_rollouts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What `make_plan` found."""
+
+    run_dir: Path
+    checkpoint: Path | None
+    trainer: dict[str, Any]  # what its trainer.json says
+    model_dir: Path  # the weights to start from
+    has_head: bool  # or they are a backbone, which gets a fresh one
+    attention: Attention
+    train: RankBatches
+    validation: RankBatches | None
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.trainer.get("step", 0)
+
+    @property
+    def data(self) -> dict[str, int]:
+        """What is noted of the training data, to know them again."""
+        table = self.train.table
+        return {"rows": len(table.rows), "rollouts": len(table), "rollout_tokens": int(table.roll_out_lengths.sum())}
+
+
+def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> TrainingPlan:
+    """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError."""
+    run_dir = Path(args.save_dir) / args.run_name
+    found = world.gather([str(path) for path in checkpoints(run_dir)][-1:])
+    if any(other != found[0] for other in found):
+        raise UserError(f"--save_dir {args.save_dir}: the ranks see different checkpoints; every node must see it")
+    checkpoint = Path(found[0][0]) if found[0] else None
+    trainer = read_trainer(checkpoint) if checkpoint else {}
+    going_on = checkpoint and not args.eval_only
+    if going_on:
+        check_same_run(args, trainer, run_dir, attention)
+    has_head = bool(checkpoint or args.init_from)
+    if args.eval_only and not has_head:
+        raise UserError(f"--eval_only: {run_dir} has no checkpoint; give --run_name of a trained run, or --init_from")
+    start_dir, vocab_size = find_model(args, world)
+    train, validation = (
+        RankBatches(
+            table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
+            args.train_bt_model, world.rank, world.size, attention.row_multiple,
+        ) if table else None
+        for table in read_tables(args, world, vocab_size)
+    )  # fmt: skip
+    if train.steps_per_epoch == 0:
+        kind = "pairs of a correct and an incorrect roll-out" if args.train_bt_model else "roll-outs"
+        raise UserError(
+            f"{args.data_path} has fewer {kind} ({train.units_per_epoch}) than a step of --total_batch_size {args.total_batch_size} takes"
+        )
+    plan = TrainingPlan(run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, train, validation)
+    if going_on and trainer["data"] != plan.data:
+        then, now = trainer["data"], plan.data
+        raise UserError(
+            f"{args.data_path} is not what {run_dir} was trained on ({then} then, {now} now); give another --run_name"
+        )
+    return plan
+
+
+def check_same_run(args: argparse.Namespace, trainer: dict[str, Any], run_dir: Path, attention: Attention) -> None:
+    """Arguments that decide what is computed must be those that the run was started with; others are told."""
+    old = trainer["arguments"]
+    if changed := [name for name in IDENTITY if old.get(name) != getattr(args, name)]:
+        shown = "; ".join(f"--{name} was {old.get(name)}, is {getattr(args, name)}" for name in changed)
+        raise UserError(
+            f"{run_dir} holds a run of another configuration: {shown}; give the old values, or another --run_name"
+        )
+    before = ATTENTIONS.get(trainer.get("attention"), attention)  # older checkpoints do not say
+    if args.p_dropout > 0 and before.has_dropout != attention.has_dropout:
+        raise UserError(
+            f"{run_dir} was trained with attention {before.name} and would go on with {attention.name}, but only one of "
+            f"them has attention dropout; give the --packing and --device of before, or another --run_name"
+        )
+    if before is not attention:
+        logger.info("attention was %s at the checkpoint and is %s now", before.name, attention.name)
+    if changed := [name for name in ROUNDING if old.get(name) != getattr(args, name)]:
+        logger.info("changed since the checkpoint, equal to rounding (dropout apart): %s", ", ".join(changed))
+
+
+def find_model(args: argparse.Namespace, world: World) -> tuple[Path, int]:
+    """(folder, vocabulary) of the model to start from, whose head and positions fit the run."""
+    source, name = (args.init_from, "--init_from") if args.init_from else (args.model_path, "--model_path")
+    info = inspect_model(world.rank0_first(lambda: resolve_model(source, name)), name)
+    if args.max_length > info.max_position_embeddings:
+        raise UserError(
+            f"--max_length {args.max_length} is beyond the {info.max_position_embeddings} positions of {info.path}; "
+            f"give {info.max_position_embeddings} at most"
+        )
+    if args.init_from and info.num_labels != args.num_labels:
+        has = "no value head" if info.num_labels is None else f"a head of {info.num_labels} labels"
+        raise UserError(f"{name} {info.path} has {has}, --num_labels is {args.num_labels}; they must agree")
+    return Path(info.path), info.vocab_size
+
+
+def read_tables(args: argparse.Namespace, world: World, vocab_size: int) -> tuple[RolloutTable, RolloutTable | None]:
+    """(training, validation); None where nothing is evaluated."""
+
+    def read(path: str, max_rows: int | None) -> RolloutTable:
+        return world.rank0_first(lambda: load_rollouts(
+            path, vocab_size=vocab_size, max_length=args.max_length, num_response=args.data_num_response,
+            label_key=args.label_key, skip_bad_rows=args.skip_bad_rows, max_rows=max_rows,
+        ))  # fmt: skip
+
+    table = read(args.data_path, 256 if args.debug else None)
+    if args.eval_every <= 0:
+        return table, None
+    if args.validation_data_path:
+        return table, read(args.validation_data_path, args.eval_size)
+    return hold_out(table, args.eval_size, args.seed)
