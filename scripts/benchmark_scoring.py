@@ -1,22 +1,19 @@
 """What scoring costs: ValueScorer against reading every whole trace again, in one run, on random weights.
 
     python scripts/benchmark_scoring.py                          # CPU, a small model
-    python scripts/benchmark_scoring.py --shape 1.5b --device cuda --dtype bf16 --block 4096 --rounds 4 --generate 64
+    python scripts/benchmark_scoring.py --shape 1.5b --device cuda --dtype bf16 --block 4096 --attention sdpa flash_attention_2
 
 One search tree is grown as beam search grows it: `candidates` blocks a round, half of them kept, until the trace is
 rounds x block tokens long. "re-reading" is the released code's way: the whole trace of every candidate at every block, and
-of every final beam once more. Prints seconds, tokens read, tokens/s, FLOPs and, on a known GPU, MFU and peak memory, and
-the largest difference of a value to that of a plain full forward pass.
-
-FLOPs: 2 x weights of the layers per token + 4 x layers x heads x head_dim per pair of tokens that attend (Kaplan et al.
-2020, arXiv 2001.08361, table 1, with the pairs counted instead of bounded); embedding and head left out.
+of every final beam once more. Prints seconds, tokens read, tokens/s, FLOPs (see report_lib/cost.py) and, on a known GPU,
+MFU and peak memory, and the largest difference of a value to that of a plain full forward pass.
 """
 
 import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
@@ -25,6 +22,9 @@ import torch
 from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
+from common_lib.cli import ArgumentParser, run_script
+from report_lib.cost import contexts_of, forward_cost
+from training_lib.step import peak_flops
 
 SHAPES = {
     "small": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -32,7 +32,7 @@ SHAPES = {
     "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                  num_key_value_heads=2, vocab_size=151936),
 }  # fmt: skip
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense, data sheets
+Beam = tuple[int, list[int]]  # node number, all tokens
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Qwen2ForClassifier:
@@ -47,41 +47,74 @@ def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Q
     return model.eval()
 
 
-def flops(model: Qwen2ForClassifier, tokens: int, pairs: int) -> float:
-    config = model.config
-    weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.dim() == 2)
-    head_dim = config.hidden_size // config.num_attention_heads
-    return 2 * weights * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * pairs
+def measure(name: str, model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
+    """Print a row for cached or re-reading; seconds."""
+    device, lengths = torch.device(args.device), [args.prompt + r * args.block for r in range(args.rounds + 1)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if name == "cached":
+        score, read = cached(model, args), [(0, args.prompt)]
+        read += [(length, args.block) for length in lengths[:-1] for _ in range(args.candidates)]
+    else:
+        score, read = rereading(model), [(0, length) for length in lengths[1:] for _ in range(args.candidates)]
+        read += [(0, lengths[-1])] * (args.candidates // 2)
+    seconds, beams, values = grow(score, args, last_beams_again=name == "re-reading")
+    shape = SHAPES[args.shape]
+    cost = forward_cost(shape | {"head_dim": shape["hidden_size"] // shape["num_attention_heads"]}, 0)
+    tokens = sum(new for _, new in read)
+    work, peak = cost.flops(tokens, sum(contexts_of(*part) for part in read)), peak_flops(device)
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
+    print(f"| {name}, {model.config._attn_implementation} | {seconds:.2f} | {tokens:,} | {tokens / seconds:,.0f} | {work:.3g} | "
+          f"{f'{work / seconds / peak:.1%}' if peak else '-'} | {memory} |", flush=True)  # fmt: skip
+    if name == "cached":
+        worst = max(abs(value - full_value(model, ids)) for value, (_, ids) in zip(values, beams, strict=True))
+        print(f"| largest difference of a value to a full forward pass: {worst:.2e} | | | | | | |")
+    return seconds
 
 
-def causal_pairs(prefix: int, new: int) -> int:
-    """Pairs (query, key) of `new` tokens behind `prefix` ones."""
-    return new * prefix + new * (new + 1) // 2
+def grow(score: Callable, args: argparse.Namespace, last_beams_again: bool) -> tuple[float, list[Beam], list[float]]:
+    """Grow one tree as a search does; returns (seconds in `score`, final beams, their values)."""
+    rng, vocabulary, seconds, node = random.Random(1), SHAPES[args.shape]["vocab_size"], 0.0, 0
 
+    def timed_score(*arguments) -> list[float]:
+        nonlocal seconds
+        synchronize(args.device)
+        begin = time.perf_counter()
+        values = score(*arguments)
+        synchronize(args.device)
+        seconds += time.perf_counter() - begin
+        return values
 
-def grow(score, args: argparse.Namespace):
-    """Grow one tree as a search does; returns (seconds in `score`, final traces, values of the last round)."""
-    rng = random.Random(1)
-    vocabulary = SHAPES[args.shape]["vocab_size"]
-    beams, seconds = [(0, [rng.randrange(vocabulary) for _ in range(args.prompt)])] * (args.candidates // 2), 0.0
-    node = 0
+    beams: list[Beam] = [(0, [rng.randrange(vocabulary) for _ in range(args.prompt)])] * (args.candidates // 2)
     for _ in range(args.rounds):
         blocks = [[rng.randrange(vocabulary) for _ in range(args.block)] for _ in range(args.candidates)]
         parents = [beams[i // 2] for i in range(args.candidates)]
-        synchronize(args.device)
-        begin = time.perf_counter()
-        values = score(parents, blocks)
-        synchronize(args.device)
-        seconds += time.perf_counter() - begin
+        values = timed_score(parents, blocks)
         order = sorted(range(args.candidates), key=lambda i: -values[i])[: args.candidates // 2]
         beams = [(node + 1 + i, parents[i][1] + blocks[i]) for i in order]
         node += args.candidates
+    if last_beams_again:
+        timed_score(beams, [[]] * len(beams))
     return seconds, beams, [values[i] for i in order]
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> Callable[[list[Beam], list[list[int]]], list[float]]:
+    scorer = ValueScorer(model, int(args.cache_gb * 1e9) if args.cache_gb else None)
+
+    def score(parents: list[Beam], blocks: list[list[int]]) -> list[float]:
+        if not scorer.usage.tokens_scored:
+            scorer.start("tree", parents[0][1])
+        else:
+            scorer.keep("tree", {node for node, _ in parents})
+        return scorer.score("tree", [(node, block) for (node, _), block in zip(parents, blocks, strict=True)])
+
+    return score
+
+
+def rereading(model: Qwen2ForClassifier) -> Callable[[list[Beam], list[list[int]]], list[float]]:
+    return lambda parents, blocks: [
+        full_value(model, ids + block) for (_, ids), block in zip(parents, blocks, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -90,115 +123,32 @@ def full_value(model: Qwen2ForClassifier, ids: Sequence[int]) -> float:
     return torch.softmax(model.score(hidden).float(), -1)[0, 1].item()
 
 
-def cached(model: Qwen2ForClassifier, args: argparse.Namespace):
-    scorer = ValueScorer(model, int(args.cache_gb * 1e9) if args.cache_gb else None)
-
-    def score(parents, blocks):
-        if not scorer.usage.tokens_scored:
-            scorer.start("tree", parents[0][1])
-        else:
-            scorer.keep("tree", {node for node, _ in parents})
-        return scorer.score("tree", [(node, block) for (node, _), block in zip(parents, blocks, strict=True)])
-
-    return score, scorer
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
-def row(name: str, seconds: float, tokens: int, work: float, args: argparse.Namespace, peak: float | None) -> str:
-    mfu = memory = "-"
-    if args.device.startswith("cuda"):
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
-        mfu = f"{work / seconds / peak:.1%}" if peak else "unknown GPU"
-    return f"| {name} | {seconds:.2f} | {tokens:,} | {tokens / seconds:,.0f} | {work:.3g} | {mfu} | {memory} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--attention", nargs="+", default=["sdpa"], help="sdpa flash_attention_2")
-    parser.add_argument("--prompt", type=int, default=100)
-    parser.add_argument("--block", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--candidates", type=int, default=8)
+    for name, default in (("prompt", 100), ("block", 128), ("rounds", 4), ("candidates", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache_gb", type=float, help="bound on the scorer's caches")
-    parser.add_argument(
-        "--generate", type=int, default=0, help="also time the transformers engine's model on that many rows"
-    )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    peak = next((flop for gpu, flop in PEAK_BF16.items() if gpu in name), None)
-    print(f"{args.shape} model, {args.dtype}, {name}, torch {torch.__version__}; prompt {args.prompt}, {args.rounds} rounds of "
+    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    print(f"{args.shape} model, {args.dtype}, {where}, torch {torch.__version__}; prompt {args.prompt}, {args.rounds} rounds of "
           f"{args.candidates} x {args.block} tokens\n")  # fmt: skip
     print("| way | seconds | tokens read | tokens/s | FLOPs | MFU | peak GiB |\n|---|---|---|---|---|---|---|")
     for attention in args.attention:
         model = make_model(args.shape, args.device, dtype, attention)
         full_value(model, list(range(16)))  # warm-up
-        ours = measure_cached(model, args, attention, peak)
-        if attention == args.attention[0]:
-            theirs = measure_rereading(model, args, attention, peak)
-            print(f"\nre-reading / cached: {theirs / ours:.2f} x the time")
-    if args.generate:
-        measure_generation(args, dtype)
-
-
-def measure_cached(model, args, attention, peak) -> float:
-    reset_peak(args.device)
-    score, scorer = cached(model, args)
-    seconds, beams, values = grow(score, args)
-    work, length = flops(model, args.prompt, causal_pairs(0, args.prompt)), args.prompt
-    for _ in range(args.rounds):
-        work += args.candidates * flops(model, args.block, causal_pairs(length, args.block))
-        length += args.block
-    print(row(f"cached, {attention}", seconds, scorer.usage.tokens_scored, work, args, peak))
-    worst = max(abs(value - full_value(model, ids)) for value, (_, ids) in zip(values, beams, strict=True))
-    print(f"| largest difference of a value to a full forward pass: {worst:.2e} | | | | | | |")
-    return seconds
-
-
-def measure_rereading(model, args, attention, peak) -> float:
-    reset_peak(args.device)
-
-    def score(parents, blocks):
-        return [full_value(model, ids + block) for (_, ids), block in zip(parents, blocks, strict=True)]
-
-    seconds, beams, _ = grow(score, args)
-    synchronize(args.device)
-    begin = time.perf_counter()
-    for _, ids in beams:
-        full_value(model, ids)
-    synchronize(args.device)
-    seconds += time.perf_counter() - begin
-    lengths = [args.prompt + (r + 1) * args.block for r in range(args.rounds) for _ in range(args.candidates)]
-    lengths += [len(ids) for _, ids in beams]
-    work = sum(flops(model, n, causal_pairs(0, n)) for n in lengths)
-    print(row(f"re-reading, {attention}", seconds, sum(lengths), work, args, peak))
-    return seconds
-
-
-def measure_generation(args, dtype) -> None:
-    """Tokens/s of transformers' generate, the engine of last resort, at a batch of that many rows."""
-    from transformers import Qwen2ForCausalLM
-
-    config = Qwen2Config(**SHAPES[args.shape], max_position_embeddings=1 << 17, tie_word_embeddings=False)
-    with torch.device(args.device):
-        model = Qwen2ForCausalLM._from_config(config, dtype=dtype).eval()
-    ids = torch.randint(0, config.vocab_size, (args.generate, args.prompt), device=args.device)
-    model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
-    synchronize(args.device)
-    begin = time.perf_counter()
-    model.generate(ids, max_new_tokens=128, min_new_tokens=128, do_sample=False, pad_token_id=0, eos_token_id=None)
-    synchronize(args.device)
-    print(
-        f"\ntransformers generate: {args.generate * 128 / (time.perf_counter() - begin):,.0f} tokens/s at {args.generate} rows"
-    )
-
-
-def reset_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        again = measure("re-reading", model, args)
+        print(f"\nre-reading / cached: {again / measure('cached', model, args):.2f} x the time")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,8 +8,7 @@ value model, one at a time; then all select; at the end the final beams are read
 goes at its own pace, and each token is read once. Both get the same number of prompts of random tokens, nothing stops
 before its length, so both generate the same number of tokens. Their runs alternate, on new prompts each time.
 
-Engine idle: nothing was asked of the engine. Per search, "waiting" is for the other searches (lock-step) or for the
-scorer's turn (this search); "own" is what is left: building requests, the tree, selection, the event loop.
+Engine idle: nothing was asked of the engine.
 """
 
 import argparse
@@ -23,35 +22,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from benchmark_scoring import SHAPES
+import torch
+from benchmark_scoring import SHAPES, make_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script, set_up_logging
+from classifier_lib import Qwen2ForClassifier, ValueScorer
+from common_lib.cli import ArgumentParser, check_rules, quiet_transformers, run_script, set_up_logging
 from common_lib.concurrency import run_bounded
 from common_lib.models import inspect_model
 from engine_lib.base import Engine, EngineConfig, Request
 from engine_lib.choose import choose_engine, make_engine
 from search_lib.scorers import ScorerThread
-from search_lib.search import search
-from search_lib.tree import SearchConfig, SearchTask, select
+from search_lib.search import search, select
+from search_lib.tree import SearchConfig, SearchTask
 
 Interval = tuple[float, float]
-
-
-@dataclass
-class Times:
-    """When engine and value model worked, in seconds of `time.perf_counter`, and what each search waited for."""
-
-    engine: list[Interval] = field(default_factory=list)
-    scorer: list[Interval] = field(default_factory=list)
-    generating: float = 0.0  # summed over searches
-    scoring: float = 0.0
-    waiting: float = 0.0
-    total: float = 0.0
-    tokens_generated: int = 0
-    tokens_scored: int = 0
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
@@ -80,29 +69,32 @@ def both(first: Sequence[Interval], second: Sequence[Interval]) -> float:
 
 @dataclass
 class Bench:
-    """What both orders are given."""
+    """What both orders are given, and what they note: when engine and value model worked, and the tokens."""
 
     engine: Engine
-    model: object  # Qwen2ForClassifier
+    model: Any  # Qwen2ForClassifier
     config: SearchConfig
     prompts: list[tuple[int, ...]]
     cache_bytes: int
-    times: Times = field(default_factory=Times)
+    engine_times: list[Interval] = field(default_factory=list)
+    scorer_times: list[Interval] = field(default_factory=list)
+    tokens_generated: int = 0
+    tokens_scored: int = 0
 
-    async def generate(self, prompt_ids: list[int], n: int, limit: int, tree_id: str):
+    async def generate(self, prompt_ids: list[int], n: int, limit: int, seeds: Sequence[int], tree_id: str):
         begin = time.perf_counter()
         replies = await self.engine.generate(
-            [Request(prompt_ids, limit, 1.0, 0.95, seed=random.getrandbits(31), group=tree_id) for _ in range(n)]
+            [Request(prompt_ids, limit, 1.0, 0.95, seed=seed, group=tree_id) for seed in seeds[:n]]
         )
-        self.times.engine.append((begin, time.perf_counter()))
-        self.times.tokens_generated += sum(len(reply.token_ids) for reply in replies)
+        self.engine_times.append((begin, time.perf_counter()))
+        self.tokens_generated += sum(len(reply.token_ids) for reply in replies)
         return replies
 
 
 class TimedScorer:
     """A ValueScorer that notes when it works."""
 
-    def __init__(self, scorer, times: Times):
+    def __init__(self, scorer, times: list[Interval]):
         self.scorer, self.times = scorer, times
 
     def __getattr__(self, name: str):
@@ -111,35 +103,16 @@ class TimedScorer:
     def score(self, *args):
         begin = time.perf_counter()
         values = self.scorer.score(*args)
-        self.times.scorer.append((begin, time.perf_counter()))
+        self.times.append((begin, time.perf_counter()))
         return values
 
 
 async def this_search(bench: Bench) -> None:
-    from classifier_lib import ValueScorer
-
-    times, scorer = bench.times, ScorerThread(TimedScorer(ValueScorer(bench.model, bench.cache_bytes), bench.times))
-
-    async def generate(prompt_ids, n, limit, seeds, tree_id):
-        return await bench.generate(prompt_ids, n, limit, tree_id)
-
-    class Waits:
-        """What a search sees of the scorer: how long it waited for its values."""
-
-        start, keep, release = scorer.start, scorer.keep, scorer.release
-
-        async def score(self, *args):
-            begin = time.perf_counter()
-            scored = await scorer.score(*args)
-            times.waiting += time.perf_counter() - begin - scored.seconds
-            return scored
+    scorer = ScorerThread(TimedScorer(ValueScorer(bench.model, bench.cache_bytes), bench.scorer_times))
 
     async def one(task: SearchTask) -> None:
-        result = await search(task, generate, Waits(), bench.config)
-        times.generating += result.total("seconds_generate")
-        times.scoring += result.total("seconds_score")
-        times.tokens_scored += result.total("tokens_scored")
-        times.total += result.seconds
+        result = await search(task, bench.generate, scorer, bench.config)
+        bench.tokens_scored += result.total("tokens_scored")
 
     try:
         tasks = [SearchTask(i, 0, prompt) for i, prompt in enumerate(bench.prompts)]
@@ -149,10 +122,7 @@ async def this_search(bench: Bench) -> None:
 
 
 async def lock_step(bench: Bench) -> None:
-    import torch
-
-    times, config, start = bench.times, bench.config, time.perf_counter()
-    device = next(bench.model.parameters()).device
+    config, device = bench.config, next(bench.model.parameters()).device
     paths = [[list(prompt)] * config.num_beams for prompt in bench.prompts]
 
     def score(ids: list[int]) -> float:
@@ -160,15 +130,14 @@ async def lock_step(bench: Bench) -> None:
         begin = time.perf_counter()
         with torch.inference_mode():
             value = bench.model(torch.tensor([ids], device=device)).success_probs[0, -1].item()
-        times.scorer.append((begin, time.perf_counter()))
-        times.tokens_scored += len(ids)
+        bench.scorer_times.append((begin, time.perf_counter()))
+        bench.tokens_scored += len(ids)
         return value
 
     async def extend(index: int) -> list[list[int]]:
-        begin = time.perf_counter()
-        beams = [bench.generate(path, config.beam_width, config.block_size, f"{index}/0") for path in paths[index]]
+        seeds = [random.getrandbits(31) for _ in range(config.beam_width)]
+        beams = [bench.generate(path, len(seeds), config.block_size, seeds, f"{index}/0") for path in paths[index]]
         written = await asyncio.gather(*beams)
-        times.generating += time.perf_counter() - begin
         return [path + r.token_ids for path, beam in zip(paths[index], written, strict=True) for r in beam]
 
     for round_idx in range(config.max_length // config.block_size):
@@ -180,11 +149,6 @@ async def lock_step(bench: Bench) -> None:
     for tree in paths:
         for ids in tree:
             score(ids)
-    times.scoring = length(times.scorer)
-    times.total = len(paths) * (time.perf_counter() - start)
-    # Every search waits for the slowest block of a round, and while the other searches are scored.
-    every_generating = len(paths) * length(times.engine)
-    times.waiting = every_generating - times.generating + (len(paths) - 1) * times.scoring
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,24 +158,18 @@ async def lock_step(bench: Bench) -> None:
 async def measure(order, bench: Bench) -> dict[str, float]:
     begin = time.perf_counter()
     await order(bench)
-    wall, times, count = time.perf_counter() - begin, bench.times, len(bench.prompts)
-    engine = length(times.engine)
+    wall, engine = time.perf_counter() - begin, length(bench.engine_times)
     return {
         "wall-clock, s": wall,
-        "searches a minute": 60 * count / wall,
+        "searches a minute": 60 * len(bench.prompts) / wall,
         "engine busy, s": engine,
         "engine idle, s": wall - engine,
         "engine idle, %": 100 * (1 - engine / wall),
-        "value model busy, s": length(times.scorer),
-        "both at once, s": both(times.engine, times.scorer),
-        "neither, s": wall - length([*times.engine, *times.scorer]),
-        "tokens generated": times.tokens_generated,
-        "tokens scored": times.tokens_scored,
-        "tokens scored a token generated": times.tokens_scored / times.tokens_generated,
-        "one search: generating, s": times.generating / count,
-        "one search: scoring, s": times.scoring / count,
-        "one search: waiting, s": times.waiting / count,
-        "one search: own, s": (times.total - times.generating - times.scoring - times.waiting) / count,
+        "value model busy, s": length(bench.scorer_times),
+        "both at once, s": both(bench.engine_times, bench.scorer_times),
+        "tokens generated": bench.tokens_generated,
+        "tokens scored": bench.tokens_scored,
+        "tokens scored a token generated": bench.tokens_scored / bench.tokens_generated,
     }
 
 
@@ -246,12 +204,6 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def make_models(args: argparse.Namespace, folder: Path):
     """Folder of the generator, and the value model; random weights of `--shape` where none are named."""
-    import torch
-    from benchmark_scoring import make_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from classifier_lib import Qwen2ForClassifier
-
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     generator = args.generator
     if generator is None:
@@ -267,52 +219,38 @@ def make_models(args: argparse.Namespace, folder: Path):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--searches", type=int, default=16, help="at once")
-    parser.add_argument("--rounds", type=int, default=4, help="blocks of a trace")
-    parser.add_argument("--block_size", type=int, default=64, help="tokens of a block")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--num_beams", type=int, default=4, help="beams of a search")
-    parser.add_argument("--beam_width", type=int, default=2, help="candidates of a beam")
-    parser.add_argument("--repeats", type=int, default=3, help="of both orders, one after the other; medians are shown")
+    counts = {
+        "searches": (16, "at once"), "rounds": (4, "blocks of a trace"), "block_size": (64, "tokens of a block"),
+        "prompt": (64, "tokens of a prompt"), "num_beams": (4, "beams of a search"), "beam_width": (2, "candidates of a beam"),
+        "repeats": (3, "of both orders, one after the other; medians are shown"),
+    }  # fmt: skip
+    for name, (default, meaning) in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of random models")
     parser.add_argument("--generator", help="a model folder in place of random weights")
     parser.add_argument("--value_model", help="a model folder in place of random weights")
-    parser.add_argument(
-        "--engine", choices=("auto", "sglang", "transformers"), default="auto", help="auto: sglang where installed"
-    )
+    parser.add_argument("--engine", choices=("auto", "sglang", "transformers"), default="auto", help="as in the search")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--sglang_args", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the SGLang engine"
-    )
+    parser.add_argument("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     parser.add_argument("--piref_gpu_util", type=float, default=0.4, help="SGLang's share of the GPU's memory")
     parser.add_argument("--value_cache_gb", type=float, default=2.0, help="bound of the scorer's caches")
     args = parser.parse_args(argv)
-    for name in ("searches", "rounds", "block_size", "prompt", "num_beams", "beam_width", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    check_rules(args, [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts])
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     set_up_logging()
     quiet_transformers()
-    args = parse(argv)
     if args.device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))  # half for each model
-    import torch
-
-    if args.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as folder:
         generator, model = make_models(args, Path(folder))
         kind, info = choose_engine(args.engine), inspect_model(generator, "--generator")
-        engine = make_engine(
-            kind,
-            EngineConfig(
-                info.path, info.vocab_size, args.device, seed=1, samples=False, gpu_share=args.piref_gpu_util,
-                sglang_args=tuple(args.sglang_args),
-            ),
-        )  # fmt: skip
+        settings = {"gpu_share": args.piref_gpu_util, "sglang_args": tuple(args.sglang_args)}
+        engine = make_engine(kind, EngineConfig(info.path, info.vocab_size, args.device, samples=False, **settings))
         config = SearchConfig(args.num_beams, args.beam_width, args.block_size, args.rounds * args.block_size)
         rng = random.Random(0)
 
@@ -321,10 +259,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return Bench(engine, model, config, prompts, int(args.value_cache_gb * 1e9))
 
         results = asyncio.run(compare(bench, args, engine))
-    print(
-        f"{args.searches} searches of {args.num_beams} x {args.beam_width} candidates, {args.rounds} blocks of {args.block_size} tokens, "
-        f"prompts of {args.prompt}; {kind} engine, {args.device}, {os.cpu_count()} cores; median of {args.repeats} runs\n"
-    )
+    print(f"{args.searches} searches of {args.num_beams} x {args.beam_width} candidates, {args.rounds} blocks of "
+          f"{args.block_size} tokens, prompts of {args.prompt}; {kind} engine, {args.device}, {os.cpu_count()} cores; "
+          f"median of {args.repeats} runs\n")  # fmt: skip
     print(table(results))
     return 0
 

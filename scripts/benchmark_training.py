@@ -1,14 +1,13 @@
 """How fast training is: reading data, what packing saves in counted tokens, and the step itself.
 
-    python scripts/benchmark_training.py                    # data path, counts, and a step scaled down for a CPU
-    python scripts/benchmark_training.py --device cuda      # and a 1.5B model at length 16384: tokens/s, MFU, memory
+    python scripts/benchmark_training.py     # data path, counts, a step scaled down for a CPU; where there is a GPU, one
+                                             # of a 1.5B model at length 16384: tokens/s, MFU, memory
 
 The length distribution is stated, not real data: in each row 14 roll-ins of 4 nested prefixes, prefix lengths uniform in
 4k to 8k, roll-outs lognormal with mean 6k and standard deviation 4k, traces cut at 16384; 64 roll-outs a step on 4 ranks
 with micro batches of 8 (the released command).
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -22,17 +21,20 @@ sys.path.insert(0, str(ROOT))
 
 import datasets
 import torch
+from benchmark_scoring import SHAPES
 from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier
+from common_lib.cli import ArgumentParser, run_script
 from training_lib.arguments import PACKINGS
 from training_lib.attention import choose_attention
 from training_lib.batch_order import RankBatches
+from training_lib.packing import MicroBatch
 from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
 from training_lib.step import TrainStep, compile_layers, make_optimizer, peak_flops, step_flops
 
-VOCAB = 151_936
+VOCAB = SHAPES["1.5b"]["vocab_size"]
 MAX_LENGTH = 16_384
 RANKS, MICRO_BATCH, TOTAL_BATCH = 4, 8, 64
 SIGMA = np.sqrt(np.log(1 + (4000 / 6000) ** 2))  # of the lognormal with mean 6000 and standard deviation 4000
@@ -107,8 +109,13 @@ def show_rate(name: str, seconds: float) -> None:
 # Counts
 
 
-def benchmark_counts(table, steps: int = 12) -> dict[tuple[str, int], float]:
-    """Tokens computed, padding included, for each loss token."""
+def totals(batches: list[MicroBatch]) -> np.ndarray:
+    """Tokens computed (padding included), tokens, loss tokens, pairs that attend, rows."""
+    counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs, 1) for b in batches]
+    return np.array(counts, dtype=np.float64).sum(axis=0)
+
+
+def benchmark_counts(table, steps: int = 12) -> None:
     print(
         f"\nTokens computed per loss token, padding included ({steps} steps of {TOTAL_BATCH} roll-outs, {RANKS} ranks)"
     )
@@ -116,26 +123,14 @@ def benchmark_counts(table, steps: int = 12) -> dict[tuple[str, int], float]:
     cost = {}
     for packing in PACKINGS:
         for group in (2, 4):
-            computed = real = owned = rows = 0
-            for rank in range(RANKS):
-                batches = rank_batches(table, packing, group, rank)
-                for step in range(steps):
-                    for batch in batches[step]:
-                        computed += batch.input_ids.size
-                        real += batch.num_tokens
-                        owned += len(batch.token_index)
-                        rows += 1
+            ranks = [rank_batches(table, packing, group, rank) for rank in range(RANKS)]
+            computed, real, owned, _, rows = sum(totals(batches[step]) for batches in ranks for step in range(steps))
             cost[packing, group] = computed / owned
-        print(
-            f"{packing:24s}{cost[packing, 2]:10.3f}{cost[packing, 4]:10.3f}{1 - real / computed:10.1%}{rows / steps:13.1f}"
-        )
-    for name, a, b, goal in (("none / pack", "none", "pack", (1.2, 1.2)), ("pack / tree", "pack", "tree", (1.25, 1.4))):
-        print(
-            f"{name:24s}"
-            + "".join(f"{cost[a, group] / cost[b, group]:10.3f}" for group in (2, 4))
-            + f"   (goal {goal[0]}, {goal[1]})"
-        )
-    return cost
+        shares = f"{1 - real / computed:10.1%}{rows / steps:13.1f}"
+        print(f"{packing:24s}{cost[packing, 2]:10.3f}{cost[packing, 4]:10.3f}{shares}")
+    for a, b, goals in (("none", "pack", "1.2, 1.2"), ("pack", "tree", "1.25, 1.4")):
+        ratios = "".join(f"{cost[a, group] / cost[b, group]:10.3f}" for group in (2, 4))
+        print(f"{f'{a} / {b}':24s}{ratios}   (goal {goals})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,25 +138,24 @@ def benchmark_counts(table, steps: int = 12) -> dict[tuple[str, int], float]:
 
 
 def make_step(
-    config: Qwen2Config, packing: str, device: str, compiled: bool
+    config: Qwen2Config, packing: str, device: torch.device, compiled: bool
 ) -> tuple[TrainStep, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    world = World(0, 1, torch.device(device))
-    model = Qwen2ForClassifier(config).to(world.device).train()
-    attention = choose_attention(packing, device, half_precision=device == "cuda")
+    model = Qwen2ForClassifier(config).to(device).train()
+    on_gpu = device.type == "cuda"
+    attention = choose_attention(packing, device.type, half_precision=on_gpu)
     model.set_attn_implementation(attention.name)
-    if device == "cuda":
+    if on_gpu:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
         compile_layers(model)
-    step = TrainStep(model, world, attention, autocast=device == "cuda", total_batch_size=TOTAL_BATCH)
+    step = TrainStep(model, World(0, 1, device), attention, autocast=on_gpu, total_batch_size=TOTAL_BATCH)
     return step, make_optimizer(model, 1e-4, (0.9, 0.95), 0.1)
 
 
-def timed_steps(step: TrainStep, optimizer, batches: RankBatches, warm_up: int, steps: int) -> dict[str, float]:
-    """Seconds and token counts of `steps` whole optimizer steps, after `warm_up` others."""
-    totals = {"computed": 0, "real": 0, "loss": 0, "pairs": 0}
-    begin = 0.0
+def timed_steps(step: TrainStep, optimizer, batches: RankBatches, warm_up: int, steps: int) -> tuple[float, np.ndarray]:
+    """Seconds and `totals` of `steps` whole optimizer steps, after `warm_up` others."""
+    counts, begin = np.zeros(5), 0.0
     for number in range(warm_up + steps):
         if number == warm_up:
             synchronize(step.world.device)
@@ -171,12 +165,9 @@ def timed_steps(step: TrainStep, optimizer, batches: RankBatches, warm_up: int, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if number >= warm_up:
-            totals["computed"] += sum(batch.input_ids.size for batch in found)
-            totals["real"] += sum(batch.num_tokens for batch in found)
-            totals["loss"] += sum(len(batch.token_index) for batch in found)
-            totals["pairs"] += sum(batch.num_pairs for batch in found)
+            counts += totals(found)
     synchronize(step.world.device)
-    return totals | {"seconds": time.perf_counter() - begin}
+    return time.perf_counter() - begin, counts
 
 
 def synchronize(device: torch.device) -> None:
@@ -186,63 +177,56 @@ def synchronize(device: torch.device) -> None:
 
 def benchmark_cpu_step(folder: Path) -> None:
     """The same lengths divided by 64, a model of 1.3M parameters, one rank's share of the step."""
-    scale, vocab = 64, 1000
+    scale, vocab, steps = 64, 1000, 5
     _, table = make_table(folder / "small", 24, scale, vocab)
     config = Qwen2Config(
         vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, num_labels=3,
     )  # fmt: skip
-    print(
-        f"\nOptimizer step on this CPU, {torch.get_num_threads()} thread(s), lengths divided by {scale}, one rank of 4"
-    )
+    threads = torch.get_num_threads()
+    print(f"\nOptimizer step on this CPU, {threads} thread(s), lengths divided by {scale}, one rank of 4")
     print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'against none':>14s}{'counted':>10s}")
     base = None
     for packing in PACKINGS:
-        group = 4
-        step, optimizer = make_step(config, packing, "cpu", False)
-        batches = rank_batches(table, packing, group, 0, step.attention.row_multiple)
-        found = timed_steps(step, optimizer, batches, 1, 5)
-        rate, cost = found["loss"] / found["seconds"], found["computed"] / found["loss"]
+        step, optimizer = make_step(config, packing, torch.device("cpu"), False)
+        batches = rank_batches(table, packing, 4, 0, step.attention.row_multiple)
+        seconds, (computed, _, owned, _, _) = timed_steps(step, optimizer, batches, 1, steps)
+        rate, cost = owned / seconds, computed / owned
         base = base or (rate, cost)
-        print(f"{packing:24s}{found['seconds'] / 5:10.3f}{rate:12.0f}{rate / base[0]:13.2f}x{base[1] / cost:9.2f}x")
+        print(f"{packing:24s}{seconds / steps:10.3f}{rate:12.0f}{rate / base[0]:13.2f}x{base[1] / cost:9.2f}x")
 
 
-def benchmark_gpu_step(folder: Path, table) -> None:
+def benchmark_gpu_step(table) -> None:
     """A 1.5B random model at length 16384: useful tokens/s, MFU, peak memory."""
     print("\nOptimizer step, 1.5B random weights, length 16384, one GPU, 16 roll-outs a step, small_group_size 4")
     if not torch.cuda.is_available():
         print("not measured: no GPU here")
         return
-    config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=131_072, num_labels=3, tie_word_embeddings=True,
-    )  # fmt: skip
-    peak = peak_flops(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}; peak {peak / 1e12 if peak else float('nan'):.0f} TFLOP/s dense bf16")
+    config = Qwen2Config(**SHAPES["1.5b"], max_position_embeddings=131_072, num_labels=3, tie_word_embeddings=True)
+    device, steps = torch.device("cuda"), 3
+    peak = peak_flops(device) or float("nan")
+    print(f"{torch.cuda.get_device_name()}; peak {peak / 1e12:.0f} TFLOP/s dense bf16")
     print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'MFU':>8s}{'peak GiB':>10s}  attention")
     for packing in PACKINGS:
         for compiled in (False, True):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            step, optimizer = make_step(config, packing, "cuda", compiled)
+            step, optimizer = make_step(config, packing, device, compiled)
             batches = RankBatches(table, 0, 16, 4, packing, 4, multiple=step.attention.row_multiple)
-            found = timed_steps(step, optimizer, batches, 2, 3)
-            flops = step_flops(step.model, found["real"], found["pairs"])
-            mfu = flops / found["seconds"] / peak if peak else float("nan")
-            memory = torch.cuda.max_memory_allocated() / 2**30
-            name = packing + (" --compile" if compiled else "")
-            rate = found["loss"] / found["seconds"]
-            print(
-                f"{name:24s}{found['seconds'] / 3:10.2f}{rate:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention.name}",
-                flush=True,
+            seconds, (_, real, owned, pairs, _) = timed_steps(step, optimizer, batches, 2, steps)
+            mfu, memory = (
+                step_flops(step.model, real, pairs) / seconds / peak,
+                torch.cuda.max_memory_allocated() / 2**30,
             )
+            name = packing + (" --compile" if compiled else "")
+            print(f"{name:24s}{seconds / steps:10.2f}{owned / seconds:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention.name}",
+                  flush=True)  # fmt: skip
             del step, optimizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rows", type=int, default=32, help="synthetic rows of the full lengths (default: 32, 70 MB)")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=32, help="synthetic rows of the full lengths; 32 are 70 MB")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
@@ -251,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmark_reading(made, table)
         benchmark_counts(table)
         benchmark_cpu_step(folder)
-        benchmark_gpu_step(folder, table)
+        benchmark_gpu_step(table)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

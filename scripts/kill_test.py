@@ -1,10 +1,13 @@
-"""Kill a run at random moments, start it again with the same command, and compare with an uninterrupted run.
+"""Stop a run at random moments, start it again with the same command, and compare with an uninterrupted run.
 
     python scripts/kill_test.py --times 100                      # search, simulated generator and scorer: byte-identical
     python scripts/kill_test.py --times 20 --engine transformers # search, tiny real models: scores within 1e-6
-    python scripts/kill_test.py --train --times 20               # training: see scripts/kill_train.py
+    python scripts/kill_test.py --train --times 20               # training: losses bit-identical
 
-Prints one line a trial and a summary; exit status 1 if any trial differs.
+A search is killed one to three times a trial. A training run is stopped `--times` times in every way in turn: SIGKILL and
+SIGTERM at a random moment of a random step, SIGKILL and SIGTERM during a save, SIGKILL while starting; after SIGKILL at
+most `save_every` steps are lost, after SIGTERM none. Prints one line a trial and a summary; exit status 1 if anything
+differs.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +27,51 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # What a second start may change: how long things took, and what had to be read again.
 FREE_KEYS = {"dt", "seconds_generate", "seconds_score", "tokens_scored", "tokens_reread", "tokens_cached"}
+SAVE_EVERY = 5
+KINDS = ("kill", "term", "kill in save", "term in save", "kill at start")  # ways to stop training
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
+
+
+def run_to_end(cmd: Sequence[str], **env: str) -> float:
+    """Seconds it took. Raises ValueError with its output where it fails."""
+    begin = time.monotonic()
+    done = subprocess.run(cmd, env=environment(**env), capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"exit status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return time.monotonic() - begin
+
+
+def stop_when(due: Callable[[], bool], cmd: Sequence[str], number: signal.Signals = signal.SIGKILL, **env: str) -> bool:
+    """Start a run, and send a signal to all its processes as soon as it is `due`; False if it had ended by then.
+
+    Returns when nothing of it is left. Raises ValueError with what it said where it is not due for two minutes.
+    """
+    process = subprocess.Popen(
+        cmd,
+        env=environment(**env),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline, came_about = time.monotonic() + 120, False
+    while process.poll() is None and time.monotonic() < deadline and not came_about:
+        time.sleep(0.0005)
+        came_about = due()
+    running = process.poll() is None
+    if running:
+        os.killpg(process.pid, number if came_about else signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]  # ranks hold this pipe open
+    if running and not came_about:
+        raise ValueError(f"the moment did not come in two minutes:\n{said[-2000:]}")
+    return running
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
 
 
 def make_inputs(folder: Path, problems: int) -> list[str]:
@@ -47,33 +95,44 @@ def command(engine: str, flags: Sequence[str], output: Path) -> list[str]:
     return [sys.executable, str(script), *flags, *more, "--output_path", str(output)]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path) -> int:
+    """Number of trials that failed."""
+    flags, rng = make_inputs(folder, problems), random.Random(seed)
+    reference = folder / "reference.jsonl"
+    seconds = run_to_end(command(engine, flags, reference))
+    meta = json.loads((folder / "reference.meta.json").read_text())
+    searching = meta["sessions"][0]["seconds"]  # without imports
+    print(f"uninterrupted: {seconds:.1f} s, {searching:.1f} s of them in the run", flush=True)
+    failed, total_kills = 0, 0
+    for trial in range(times):
+        output, kills = folder / f"trial{trial}.jsonl", 0
+        journal, cmd = output.with_name(f"trial{trial}.tree.jsonl"), command(engine, flags, output)
+        try:
+            for _ in range(rng.randint(1, 3)):
+                kills += stop_when(after_growth(journal, rng.uniform(0, 0.6) * searching), cmd)
+            run_to_end(cmd)
+            compare(output, reference, 0.0 if engine == "simulated" else 1e-6)
+            result = "equal"
+        except ValueError as error:
+            failed += 1
+            result = f"DIFFERENT: {error}"
+        total_kills += kills
+        print(f"trial {trial + 1}/{times}: killed {kills} times, {result}", flush=True)
+    print(f"{times} trials, {total_kills} kills, {failed} failed (seed {seed}, {engine} engine)")
+    return failed
 
 
-def run_to_end(cmd: Sequence[str]) -> float:
-    """Seconds it took. Raises RuntimeError with its output where it fails."""
-    begin = time.monotonic()
-    done = subprocess.run(cmd, env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return time.monotonic() - begin
+def after_growth(journal: Path, seconds: float) -> Callable[[], bool]:
+    """Due `seconds` after the journal has first grown."""
+    size, since = journal.stat().st_size if journal.exists() else 0, 0.0
 
+    def due() -> bool:
+        nonlocal since
+        if not since and journal.exists() and journal.stat().st_size > size:
+            since = time.monotonic()
+        return bool(since) and time.monotonic() >= since + seconds
 
-def run_and_kill(cmd: Sequence[str], journal: Path, seconds: float) -> bool:
-    """Kill the process `seconds` after its journal first grew; False if it had ended by then."""
-    size = journal.stat().st_size if journal.exists() else 0
-    process = subprocess.Popen(cmd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (journal.exists() and journal.stat().st_size > size):
-            time.sleep(0.005)
-        deadline = time.monotonic() + seconds
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        return process.poll() is None
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    return due
 
 
 def read_run(output: Path) -> tuple[list[str], list[float]]:
@@ -106,47 +165,108 @@ def compare(output: Path, reference: Path, tolerance: float) -> None:
         raise ValueError(f"scores differ by {worst:.2e}")
 
 
-def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path) -> int:
-    """Number of trials that failed."""
-    flags, rng = make_inputs(folder, problems), random.Random(seed)
-    reference = folder / "reference.jsonl"
-    begin = time.monotonic()
-    run_to_end(command(engine, flags, reference))
-    meta = json.loads((folder / "reference.meta.json").read_text())
-    searching = meta["sessions"][0]["seconds"]  # without imports
-    print(f"uninterrupted: {time.monotonic() - begin:.1f} s, {searching:.1f} s of them in the run", flush=True)
-    failed, total_kills = 0, 0
-    for trial in range(times):
-        output, kills = folder / f"trial{trial}.jsonl", 0
-        cmd = command(engine, flags, output)
-        for _ in range(rng.randint(1, 3)):
-            kills += run_and_kill(cmd, output.with_name(output.stem + ".tree.jsonl"), rng.uniform(0, 0.6) * searching)
-        total_kills += kills
-        try:
-            run_to_end(cmd)
-            compare(output, reference, 0.0 if engine == "simulated" else 1e-6)
-            print(f"trial {trial + 1}/{times}: killed {kills} times, equal", flush=True)
-        except (ValueError, RuntimeError) as error:
-            failed += 1
-            print(f"trial {trial + 1}/{times}: killed {kills} times, DIFFERENT: {error}", flush=True)
-    print(f"{times} trials, {total_kills} kills, {failed} failed (seed {seed}, {engine} engine)")
-    return failed
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_trials(kinds: Sequence[str], ranks: int, seed: int, folder: Path) -> None:
+    """Reference run, one that is stopped in each way in turn, comparison. Raises ValueError where they differ."""
+    import rollouts
+    import tiny
+
+    rng, num_steps = random.Random(seed), (2 * SAVE_EVERY + 1) * (len(kinds) + 1)
+    tiny.save_generator(folder / "backbone", vocab_size=20_000)  # so large that a save can be caught
+    rollouts.write_rows(folder / "data", rollouts.random_rows(60))
+    env = {"HF_DATASETS_CACHE": str(folder / "cache")}
+    run_to_end(train_command(folder, "reference", num_steps, ranks), **env)
+    cmd, run_dir = train_command(folder, "stopped", num_steps, ranks), folder / "runs/stopped"
+    for number, kind in enumerate(kinds, 1):
+        start = saved_step(run_dir)
+        moment = training_moment(kind, run_dir, start + rng.randint(1, 2 * SAVE_EVERY), rng)
+        if not stop_when(moment, cmd, signal.SIGKILL if "kill" in kind else signal.SIGTERM, **env):
+            raise ValueError(f"the run ended by itself before {kind}")
+        done, saved = len(losses(run_dir)), saved_step(run_dir)
+        writing = ", while writing" if any(run_dir.glob(".writing-step*")) else ""
+        print(f"{number:2d}: {kind:13s} from step {start:3d}, at step {done:3d}, saved {saved:3d}{writing}", flush=True)
+        if done - saved > (SAVE_EVERY if "kill" in kind else 0):
+            raise ValueError(f"{kind}: {done - saved} steps are lost (step {done}, checkpoint {saved})")
+    run_to_end(cmd, **env)
+    expected, found = losses(folder / "runs/reference"), losses(run_dir)
+    if len(expected) != num_steps or found != expected:
+        first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+        raise ValueError(f"losses of {len(expected)} and {len(found)} steps differ from step {first + 1} on")
+    print(f"{num_steps} losses are bit-identical after {len(kinds)} stops")
+
+
+def train_command(folder: Path, name: str, num_steps: int, ranks: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    flags = (
+        f"--num_steps {num_steps} --save_every {SAVE_EVERY} --eval_every 10 --eval_size 5 --max_length 32 "
+        "--total_batch_size 8 --micro_batch_size 2 --data_num_response 4 --max_keep_ckpts 2 --max_lr 1e-3 --device cpu "
+        f"--run_name {name}"
+    )
+    paths = ["--model_path", folder / "backbone", "--data_path", folder / "data", "--save_dir", folder / "runs"]
+    return [sys.executable, *launcher, str(ROOT / "train_classifier.py"), *flags.split(), *map(str, paths)]
+
+
+def training_moment(kind: str, run_dir: Path, step: int, rng: random.Random) -> Callable[[], bool]:
+    """Due at `step`, or in a save around it, or some seconds after the start."""
+    before, starting_until = log_identity(run_dir), time.monotonic() + rng.uniform(0.5, 5)
+
+    def due() -> bool:
+        if "start" in kind:
+            return time.monotonic() > starting_until
+        if log_identity(run_dir) == before:
+            return False  # what lies there is still the last process's
+        if "save" in kind:
+            return saved_step(run_dir) >= step - SAVE_EVERY and any(run_dir.glob(".writing-step*"))
+        if len(losses(run_dir)) < step:
+            return False
+        time.sleep(rng.uniform(0, 0.05))
+        return True
+
+    return due
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Losses of steps 1, 2, 3 ... so far; a line that is being written does not count yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    steps = [record["step"] for record in records]
+    if steps != list(range(1, len(steps) + 1)):
+        raise ValueError(f"{path}: steps are missing or repeated: {steps}")
+    return [record["loss"] for record in records]
+
+
+def saved_step(run_dir: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("step-*")), default=0)
+
+
+def log_identity(run_dir: Path) -> int:
+    """Another number once a new process has taken up the log: until then its lines are the last process's."""
+    path = run_dir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=10, help="trials (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=10, help="trials, or stops of training (default: %(default)s)")
     parser.add_argument("--engine", choices=("simulated", "transformers"), default="simulated")
     parser.add_argument("--problems", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="training in the place of a search")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.train:
-        import kill_train
-
-        return kill_train.main(["--times", str(args.times), "--seed", str(args.seed)])
     with tempfile.TemporaryDirectory() as folder:
-        return 1 if kill_trials(args.times, args.engine, args.problems, args.seed, Path(folder)) else 0
+        if not args.train:
+            return 1 if kill_trials(args.times, args.engine, args.problems, args.seed, Path(folder)) else 0
+        try:
+            train_trials([KINDS[i % len(KINDS)] for i in range(args.times)], args.ranks, args.seed, Path(folder))
+        except ValueError as error:
+            print(error)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Write a search run whose truth is known, in the format of `inference_eval.py`, without a model.
+"""Write a search run whose truth is known: the real search and its files, with a simulated generator and value model.
 
-    # full size: 30 problems x 16 repetitions x 8 candidates x 16k tokens, 0.8 GB
+    # full size: 30 problems x 16 repetitions x 8 candidates x 16k tokens, 0.7 GB
     python scripts/make_synthetic_run.py runs/full.jsonl
     # the baseline on the same problems; a small one
     python scripts/make_synthetic_run.py runs/bon.jsonl --search_type bon
@@ -13,20 +13,33 @@ are calibrated exactly.
 """
 
 import argparse
-import json
+import asyncio
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 import numpy as np
+
+from common_lib.concurrency import run_bounded
+from data_utils import Problem
+from engine_lib.base import Reply
+from eval_utils import extract_answer
+from search_lib.run_files import FORMAT, RunFiles, RunPaths
+from search_lib.scorers import Scored
+from search_lib.search import search
+from search_lib.tree import Round, SearchConfig, SearchResult, SearchTask, Tree, parse_search_type
 
 VOCAB_SIZE = 151_936
 STOP_ID = 151_643
-ANSWER_TOKENS = 12  # length of the closing line with the box; a block is never shorter
+ANSWER_TOKENS = 12  # room for the closing line with the box; a block is never shorter
 CONCENTRATION = 6.0  # how fast a trace's fate is settled: high is slow
 CHARACTERS_PER_TOKEN = 4
+RELEASED_KEYS = 10
 SENTENCES = (
     "Let me write the condition as a_{n} = {n} and see what follows for the next term.",
     "Wait, I should double-check the case where the remainder modulo {n} is zero.",
@@ -57,53 +70,120 @@ class Options:
     released: bool = False  # only the released code's ten keys, no tree, no settings
     problem_texts: list[str] = field(default_factory=list)
 
-    @property
-    def branch(self) -> int:
-        """Candidates per beam and round."""
-        return int(self.search_type.removeprefix("beam")) if self.search_type.startswith("beam") else 1
-
-    @property
-    def width(self) -> int:
-        """Beams kept."""
-        return self.num_blocks // self.branch
-
-    @property
-    def round_tokens(self) -> int:
-        """Most tokens of a block; `bon` is one block of the whole length."""
-        return self.max_length if self.search_type == "bon" else self.block_size
+    def config(self) -> SearchConfig:
+        """Raises UserError for numbers that do not fit together."""
+        shape = parse_search_type(self.search_type, self.num_blocks, self.block_size, self.max_length)
+        return SearchConfig(*shape, self.max_length, seed=self.seed)
 
 
-@dataclass
-class Node:
-    """One candidate of a simulated tree."""
+def make_synthetic_run(path: Path, options: Options) -> None:
+    """Write `path` and, unless `options.released`, its `.meta.json` and `.tree.jsonl`. Same options, same bytes, apart
+    from the dates of the meta file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths, run_meta = RunPaths.of(str(path)), meta(options)
+    for old in (paths.results, paths.tree, paths.meta):
+        old.unlink(missing_ok=True)
+    with RunFiles.open(paths, run_meta) as files:
+        asyncio.run(SyntheticRun(options, files).search_all())
+        files.sort_results()
+        files.note_session(14_400.0, "none (synthetic)")
+    if options.released:
+        paths.tree.unlink()
+        paths.meta.unlink()
 
-    parent: int
-    tokens: list[int]
-    text: str
-    probability: float
-    value: float
-    finish: str
-    path: list[int]
-    correct: bool = False
-    answer: str = ""
-    kept: bool = False
+
+class SyntheticRun:
+    """The searches of a run. Everything random comes from generators of its own kind, so that the order does not count."""
+
+    def __init__(self, options: Options, files: RunFiles):
+        self.options, self.files, self.config = options, files, options.config()
+        self.problems, self.rates = make_problems(options, np.random.default_rng([options.seed, 1]))
+        self.text = PieceText(np.random.default_rng([options.seed, 2]), max(400_000, 16 * options.max_length))
+
+    async def search_all(self) -> None:
+        prompt_rng = np.random.default_rng([self.options.seed, 3])
+        prompts = [prompt_rng.integers(0, STOP_ID, size=60 + len(p.problem) // 4).tolist() for p in self.problems]
+        tasks = [
+            SearchTask(data_idx, repeat_idx, tuple(prompt))
+            for repeat_idx in range(self.options.repetitions)
+            for data_idx, prompt in enumerate(prompts)
+        ]
+        await run_bounded(tasks, self.search_one, 4)  # a few at once: lines of different searches interleave
+
+    async def search_one(self, task: SearchTask) -> None:
+        gold, rate = int(self.problems[task.data_idx].answer), self.rates[task.data_idx]
+        model = SimulatedModels(self.options, task, gold, rate, self.text)
+        result = await search(task, model.generate, model, self.config, on_round=self.write_round)
+        result.seconds = 1.0 + sum(record.seconds for record in result.tree.rounds)
+        row = result_row(result, self.problems, self.text)
+        self.files.add_result(dict(list(row.items())[:RELEASED_KEYS]) if self.options.released else row)
+
+    def write_round(self, task: SearchTask, tree: Tree, record: Round) -> None:
+        """With times as of real models, in place of the simulation's own."""
+        rng = np.random.default_rng([self.options.seed, 4, task.data_idx, task.repeat_idx, record.round])
+        record.seconds_generate, record.seconds_score = 30 + 20 * float(rng.random()), 1 + float(rng.random())
+        record.seconds = record.seconds_generate + record.seconds_score
+        self.files.add_round(task, record, [self.text.decode(tokens) for tokens in record.tokens])
 
 
-class TextPool:
-    """A long stretch of harmless reasoning, of which blocks are slices."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The simulated models
 
-    def __init__(self, rng: np.random.Generator, characters: int):
-        pieces, length = [], 0
-        while length < characters:
-            numbers = rng.integers(2, 999, size=len(SENTENCES))
-            for sentence, number in zip(SENTENCES, numbers, strict=True):
-                pieces.append(sentence.replace("{n}", str(number)) + " ")
-                length += len(pieces[-1])
-        self.text = "".join(pieces)
 
-    def slice(self, rng: np.random.Generator, characters: int) -> str:
-        start = int(rng.integers(0, len(self.text) - characters))
-        return self.text[start : start + characters]
+class SimulatedModels:
+    """Generator and value model of one search, which know how likely each trace is to end right."""
+
+    def __init__(self, options: Options, task: SearchTask, gold: int, rate: float, text: "PieceText"):
+        self.options, self.gold, self.text = options, gold, text
+        # What is known of a trace, prompt included, by its tokens: its success probability and its value.
+        self.known: dict[tuple[int, ...], tuple[float, float]] = {task.prompt_ids: (rate, math.nan)}
+        self.paths: list[tuple[int, ...]] = []  # by node number
+        self.prompt_tokens = len(task.prompt_ids)
+
+    async def generate(self, prompt_ids: list[int], n: int, limit: int, seeds: list[int], tree_id: str) -> list[Reply]:
+        parent = tuple(prompt_ids)
+        last = len(prompt_ids) - self.prompt_tokens + limit == self.options.max_length
+        replies = []
+        for seed in seeds:
+            rng = np.random.default_rng([seed, *self.options.search_type.encode()])
+            probability, reply = self.extend(parent, limit, last, rng)
+            value = noisy(probability, self.options.noise, rng)
+            self.known[parent + tuple(reply.token_ids)] = probability, value
+            replies.append(reply)
+        return replies
+
+    def extend(self, parent: tuple[int, ...], room: int, last: bool, rng) -> tuple[float, Reply]:
+        """One candidate: its success probability, and a block of at most `room` tokens that may end the trace."""
+        before = self.known[parent][0]
+        probability = float(rng.beta(CONCENTRATION * max(before, 1e-3), CONCENTRATION * max(1 - before, 1e-3)))
+        ends = last or rng.random() < self.options.early_stop
+        correct = rng.random() < probability
+        endless = last and not correct and rng.random() < 0.25
+        cached = len(parent) if len(parent) > self.prompt_tokens else 0
+        if not ends or endless:
+            return probability, Reply(self.text.block(rng, room), "length", len(parent), cached)
+        answer = str(self.gold) if correct else wrong_answer(self.gold, rng) if rng.random() >= 0.05 else None
+        said = "I could not find it." if answer is None else f"**Answer:** \\boxed{{{answer}}}"
+        closing = [*self.text.encode(f"\n</think>\n\n{said}"), STOP_ID]
+        length = int(rng.integers(max(ANSWER_TOKENS, room * 7 // 10), room + 1))
+        return probability, Reply(self.text.block(rng, length - len(closing)) + closing, "stop", len(parent), cached)
+
+    def start(self, tree_id: str, prompt_ids: Sequence[int], history) -> None:
+        self.paths = [tuple(prompt_ids)]
+
+    async def score(self, tree_id: str, items, finished) -> Scored:
+        tokens_scored = sum(len(tokens) for _, tokens in items)
+        if len(self.paths) == 1:
+            tokens_scored += self.prompt_tokens
+        fresh = [self.paths[parent] + tuple(tokens) for parent, tokens in items]
+        self.paths += fresh
+        return Scored([self.known[path][1] for path in fresh], 0.0, tokens_scored)
+
+    def keep(self, tree_id: str, nodes) -> None:
+        """Nothing is cached."""
+
+    def release(self, tree_id: str) -> None:
+        """Goes with the object."""
 
 
 def noisy(probability: float, noise: float, rng: np.random.Generator) -> float:
@@ -118,107 +198,79 @@ def wrong_answer(gold: int, rng: np.random.Generator) -> str:
     return str(gold + int(rng.choice([1, 2, 10, 7], p=[0.55, 0.25, 0.15, 0.05])))
 
 
-def extend(parent: Node, number: int, start: int, gold: int, options: Options, pool: TextPool, rng) -> Node:
-    """One candidate: a block of at most the round's tokens that may end the trace."""
-    room = min(options.round_tokens, options.max_length - start)
-    last = start + room >= options.max_length
-    spread = CONCENTRATION * max(parent.probability, 1e-3), CONCENTRATION * max(1 - parent.probability, 1e-3)
-    probability = float(rng.beta(*spread))
-    ends = last or rng.random() < options.early_stop
-    node = Node(
-        parent.path[-1], [], "", probability, noisy(probability, options.noise, rng), "", [*parent.path, number]
-    )
-    length = room
-    if ends:
-        node.correct = bool(rng.random() < probability)
-        truncated = last and not node.correct and rng.random() < 0.25
-        node.finish = "length" if truncated else "stop"
-        length = room if truncated else int(rng.integers(max(ANSWER_TOKENS, room * 7 // 10), room + 1))
-    node.tokens = rng.integers(0, STOP_ID, size=length).tolist()
-    node.text = pool.slice(rng, length * CHARACTERS_PER_TOKEN)
-    if node.finish == "stop":
-        node.tokens[-1] = STOP_ID
-        empty = not node.correct and rng.random() < 0.05
-        node.answer = "" if empty else str(gold) if node.correct else wrong_answer(gold, rng)
-        closing = (
-            "\n</think>\n\nI could not find it." if empty else f"\n</think>\n\n**Answer:** \\boxed{{{node.answer}}}"
-        )
-        node.text = node.text[: -len(closing)] + closing
-    return node
+class PieceText:
+    """A long stretch of harmless reasoning, of which blocks are slices; a token is four characters."""
+
+    def __init__(self, rng: np.random.Generator, characters: int):
+        self.ids: dict[str, int] = {}
+        self.pieces: dict[int, str] = {STOP_ID: ""}
+        sentences: list[str] = []
+        while sum(map(len, sentences)) < characters:
+            numbers = rng.integers(2, 999, size=(100, len(SENTENCES)))
+            sentences += [
+                sentence.replace("{n}", str(number)) + " "
+                for row in numbers
+                for sentence, number in zip(SENTENCES, row, strict=True)
+            ]
+        self.stretch = self.encode("".join(sentences))
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for start in range(0, len(text), CHARACTERS_PER_TOKEN):
+            piece = text[start : start + CHARACTERS_PER_TOKEN]
+            if piece not in self.ids:
+                token = self.ids[piece] = len(self.ids) * 7919 % STOP_ID  # all over the vocabulary; 7919 is a prime
+                self.pieces[token] = piece
+            ids.append(self.ids[piece])
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join([self.pieces[token] for token in ids])
+
+    def block(self, rng: np.random.Generator, length: int) -> list[int]:
+        start = int(rng.integers(0, len(self.stretch) - length))
+        return self.stretch[start : start + length]
 
 
-def simulate_search(
-    problem: dict, repeat_idx: int, options: Options, pool: TextPool, rng: np.random.Generator
-) -> Iterator[dict]:
-    """The rounds of one search as journal lines, and last the search's own output line (it has `generated_ids`)."""
-    gold = int(problem["answer"])
-    prompt = rng.integers(0, STOP_ID, size=60 + len(problem["problem"]) // 4).tolist()
-    root = Node(0, [], "", problem["rate"], 0.0, "", [0])
-    nodes, beams = [root], [root] * options.width
-    seconds_generate = seconds_score = 0.0
-    start = round_idx = 0
-    while slots := [slot for slot, beam in enumerate(beams) if not beam.finish]:
-        fresh: list[Node] = []
-        for slot in slots:
-            for _ in range(options.branch):
-                fresh.append(extend(beams[slot], len(nodes) + len(fresh), start, gold, options, pool, rng))
-        nodes.extend(fresh)
-        for node in sorted(fresh, key=lambda node: -node.value)[: len(slots)]:
-            node.kept = True
-        for slot, node in zip(slots, (node for node in fresh if node.kept), strict=True):
-            beams[slot] = node
-        generate, score = 30 + 20 * float(rng.random()), 1 + float(rng.random())
-        seconds_generate, seconds_score = seconds_generate + generate, seconds_score + score
-        new_tokens = sum(len(node.tokens) for node in fresh)
-        line: dict[str, object] = {
-            "data_idx": problem["data_idx"],
-            "repeat_idx": repeat_idx,
-            "round": round_idx,
-            "parent": [node.parent for node in fresh],
-            "tokens": [node.tokens for node in fresh],
-            "value": [node.value for node in fresh],
-            "kept": [node.kept for node in fresh],
-            "finish": [node.finish for node in fresh],
-            "text": [node.text for node in fresh],
-            "seconds_generate": generate,
-            "seconds_score": score,
-            "tokens_scored": new_tokens + (len(prompt) if start == 0 else 0),
-            "tokens_reread": 0,
-            "tokens_cached": (start + len(prompt)) * (len(fresh) - 1),
-        }
-        if start == 0:
-            line["prompt_ids"] = prompt
-        yield line
-        start += options.round_tokens
-        round_idx += 1
-    generated = sum(len(node.tokens) for node in nodes)
-    yield {
-        "repeat_idx": repeat_idx,
-        "data_idx": problem["data_idx"],
-        "global_idx": repeat_idx * options.problems + problem["data_idx"],
-        "problem": problem["problem"],
-        "gt_answer": problem["answer"],
-        "generated_ids": [[token for i in node.path for token in nodes[i].tokens] for node in beams],
-        "generated_scores": [node.value for node in beams],
-        "processed_answer": [node.answer for node in beams],
-        "reward": [node.correct for node in beams],
-        "dt": seconds_generate + seconds_score + 1.0,
-    } | (
-        {}
-        if options.released
-        else {
-            "finish_reasons": [node.finish for node in beams],
-            "prompt_tokens": len(prompt),
-            "tokens_generated": generated,
-            "tokens_scored": generated + len(prompt),
-            "tokens_reread": 0,
-            "tokens_cached": sum(
-                (len(prompt) + options.round_tokens * r) * (options.num_blocks - 1) for r in range(round_idx)
-            ),
-            "seconds_generate": seconds_generate,
-            "seconds_score": seconds_score,
-        }
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems, and what the files say
+
+
+def make_problems(options: Options, rng: np.random.Generator) -> tuple[list[Problem], list[float]]:
+    """Problems and their success rates, the same for every search type; texts may be given."""
+    problems, rates = [], []
+    for data_idx in range(options.problems):
+        a, b, c = (int(value) for value in rng.integers(2, 99, size=3))
+        text = f"Find the remainder when {a}^{{{b}}} + {c} is divided by 1000. (Synthetic problem {data_idx}.)"
+        if data_idx < len(options.problem_texts):
+            text = options.problem_texts[data_idx]
+        rates.append(float(rng.beta(*options.beta)))
+        problems.append(Problem(text, str(int(rng.integers(1, 985)))))
+    return problems, rates
+
+
+def result_row(result: SearchResult, problems: Sequence[Problem], text: PieceText) -> dict[str, object]:
+    """The line of X.jsonl."""
+    task, tree = result.task, result.tree
+    problem, responses = problems[task.data_idx], [tree.response(node) for node in result.beams]
+    answers = [extract_answer(text.decode(ids)) for ids in responses]
+    totals = ("tokens_scored", "tokens_reread", "tokens_cached", "seconds_generate", "seconds_score")
+    return {
+        "repeat_idx": task.repeat_idx,
+        "data_idx": task.data_idx,
+        "global_idx": task.repeat_idx * len(problems) + task.data_idx,
+        "problem": problem.problem,
+        "gt_answer": problem.answer,
+        "generated_ids": responses,
+        "generated_scores": [tree.value[node] for node in result.beams],
+        "processed_answer": answers,
+        "reward": [answer == problem.answer for answer in answers],
+        "dt": result.seconds,
+        "finish_reasons": [tree.finish[node] for node in result.beams],
+        "prompt_tokens": len(task.prompt_ids),
+        "tokens_generated": sum(map(len, tree.tokens)),
+        **{name: result.total(name) for name in totals},
+    }
 
 
 def qwen2_shape(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, object]:
@@ -243,18 +295,11 @@ def qwen2_shape(layers: int, hidden: int, intermediate: int, heads: int, key_val
 
 def meta(options: Options) -> dict[str, object]:
     """`X.meta.json` of the synthetic run: a 7B generator and a 1.5B value model."""
-    search = {"width": options.width, "branch": options.branch, "num_blocks": options.num_blocks}
+    names = ("search_type", "num_blocks", "block_size", "max_length", "seed")
+    arguments = {name: getattr(options, name) for name in names}
     return {
-        "format": 1,
-        "arguments": {
-            "search_type": options.search_type,
-            "num_blocks": options.num_blocks,
-            "block_size": options.block_size,
-            "max_length": options.max_length,
-            "num_repetitions": options.repetitions,
-            "selection": "value",
-            "seed": options.seed,
-        },
+        "format": FORMAT,
+        "arguments": arguments | {"num_repetitions": options.repetitions, "selection": "value"},
         "versions": {"synthetic": "1"},
         "num_problems": options.problems,
         "benchmark": "synthetic",
@@ -262,65 +307,8 @@ def meta(options: Options) -> dict[str, object]:
         "value_model": qwen2_shape(28, 1536, 8960, 12, 2) | {"num_labels": 3},
         "engine": {"name": "synthetic"},
         "started": "2026-01-01T00:00:00+00:00",
-        "search": search | {"block_size": options.round_tokens, "max_length": options.max_length},
-        "sessions": [
-            {
-                "started": "2026-01-01T00:00:00+00:00",
-                "ended": "2026-01-01T04:00:00+00:00",
-                "seconds": 14_400.0,
-                "hardware": "none (synthetic)",
-            }
-        ],
+        "search": options.config().to_json() | {"num_blocks": options.num_blocks},
     }
-
-
-def make_problems(options: Options, rng: np.random.Generator) -> list[dict]:
-    """Problems with their known success rate (`rate`); texts may be given."""
-    problems = []
-    for data_idx in range(options.problems):
-        a, b, c = (int(value) for value in rng.integers(2, 99, size=3))
-        text = f"Find the remainder when {a}^{{{b}}} + {c} is divided by 1000. (Synthetic problem {data_idx}.)"
-        if data_idx < len(options.problem_texts):
-            text = options.problem_texts[data_idx]
-        rate = float(rng.beta(*options.beta))
-        problems.append({"data_idx": data_idx, "problem": text, "answer": str(int(rng.integers(1, 985))), "rate": rate})
-    return problems
-
-
-def make_synthetic_run(path: Path, options: Options) -> None:
-    """Write `path` and, unless `options.released`, its `.meta.json` and `.tree.jsonl`. Same options, same bytes."""
-    if options.num_blocks % options.branch:
-        raise ValueError(
-            f"num_blocks {options.num_blocks} is not a multiple of {options.branch} ({options.search_type})"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    problems = make_problems(options, np.random.default_rng([options.seed, 1]))  # the same for every search type
-    pool = TextPool(np.random.default_rng([options.seed, 2]), max(1_000_000, 8 * options.max_length))
-    rng = np.random.default_rng([options.seed, 3, *options.search_type.encode()])
-    tree_path = path.with_name(path.name.removesuffix(".jsonl") + ".tree.jsonl")
-    waiting = [(problem, repeat) for repeat in range(options.repetitions) for problem in problems]
-    written = 0
-    with path.open("w", encoding="utf-8") as out, tree_path.open("w", encoding="utf-8") as tree:
-        running: list[Iterator[dict]] = []
-        held: dict[int, str] = {}
-        while waiting or running:
-            while waiting and len(running) < 4:  # a few searches at once: lines of different searches interleave
-                running.append(simulate_search(*waiting.pop(0), options, pool, rng))
-            for search in list(running):
-                line = next(search)
-                if "generated_ids" not in line:
-                    tree.write(json.dumps(line) + "\n")
-                    continue
-                running.remove(search)
-                held[line["global_idx"]] = json.dumps(line) + "\n"
-            while written in held:  # output in `global_idx` order
-                out.write(held.pop(written))
-                written += 1
-    if options.released:
-        tree_path.unlink()
-        return
-    meta_path = path.with_name(path.name.removesuffix(".jsonl") + ".meta.json")
-    meta_path.write_text(json.dumps(meta(options), indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script
+from common_lib.files import lock
 from common_lib.progress import Progress, format_seconds
-from examples.miniature.task import Noise, Problem, clean_trace, draw_problem, draw_problems, is_endless, noisy_trace
+from examples.miniature.task import DigitSum, Noise, clean_trace, draw_problem, draw_problems, is_endless, noisy_trace
 from examples.miniature.tokenizer import build_tokenizer
 
 CLEAN_SHARE = 0.6  # of the steps: first learn the sums, then the errors; errors from the start spoil both
@@ -79,7 +80,7 @@ def batches(
     batch_size: int,
     rng: Random,
     noise: Noise,
-    left_out: set[Problem],
+    left_out: set[DigitSum],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input_ids, labels), int64 [batch, seq]: clean traces for the first CLEAN_SHARE of the steps, then noisy ones."""
     for step in range(num_steps):
@@ -148,20 +149,30 @@ def save(folder: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFa
     os.replace(unfinished, folder)
 
 
-def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+def write_problems(path: Path, problems: Sequence[DigitSum]) -> None:
     """One line of JSON for each problem: `problem`, `answer`."""
     path.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    quiet_transformers()
-    torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} cannot be made ({error.strerror})") from error
+    held = lock(args.output_dir / ".lock", f"another process makes a generator in {args.output_dir}; wait for it")
+    try:
+        make(args)
+    finally:
+        held.release()
+    return 0
+
+
+def make(args: argparse.Namespace) -> None:
+    """Problems, then the generator, which is moved to its place last."""
+    quiet_transformers()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
     # Test problems come first, so that they do not depend on the number of train problems.
     problems = draw_problems(args.num_test + args.num_train, args.seed)
     write_problems(args.output_dir / "problems_test.jsonl", problems[: args.num_test])
@@ -174,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     train(model, steps, args.num_steps, args.max_lr)
     save(args.output_dir / "generator", model, tokenizer)
     print(f"written: {args.output_dir}/generator; {args.num_train} train and {args.num_test} test problems beside it")
-    return 0
 
 
 if __name__ == "__main__":

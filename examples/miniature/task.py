@@ -22,7 +22,7 @@ END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class DigitSum:
     """`start` is 0 .. 99; `digits` are 0 .. 9, one for each step."""
 
     start: int
@@ -53,7 +53,7 @@ class Noise:
     stall: float = 0.06  # writes one step's worth of `?`; every second time it never stops
 
 
-def draw_problem(rng: Random, steps: int = STEPS) -> Problem:
+def draw_problem(rng: Random, steps: int = STEPS) -> DigitSum:
     """A problem whose number of carry steps is uniform in 0 .. steps, so that easy and hard ones are equally common."""
     wanted = rng.randint(0, steps)
     carries = [True] * wanted + [False] * (steps - wanted)
@@ -63,7 +63,7 @@ def draw_problem(rng: Random, steps: int = STEPS) -> Problem:
             return problem
 
 
-def _with_carries(carries: list[bool], rng: Random) -> Problem | None:
+def _with_carries(carries: list[bool], rng: Random) -> DigitSum | None:
     """A problem that carries at just these steps; None where the draw ran into ones = 0, from which no digit carries."""
     start = rng.randrange(100)
     ones, digits = start % 10, []
@@ -72,10 +72,10 @@ def _with_carries(carries: list[bool], rng: Random) -> Problem | None:
             return None
         digits.append(rng.randint(10 - ones, 9) if carry else rng.randint(0, 9 - ones))
         ones = (ones + digits[-1]) % 10
-    return Problem(start, tuple(digits))
+    return DigitSum(start, tuple(digits))
 
 
-def draw_problems(count: int, seed: int, steps: int = STEPS) -> list[Problem]:
+def draw_problems(count: int, seed: int, steps: int = STEPS) -> list[DigitSum]:
     """`count` different problems; the same for the same seed, and the first ones do not depend on `count`.
 
     Few problems carry at every step, so that among many different ones they become rarer.
@@ -86,17 +86,17 @@ def draw_problems(count: int, seed: int, steps: int = STEPS) -> list[Problem]:
     return list(found)
 
 
-def clean_trace(problem: Problem) -> str:
+def clean_trace(problem: DigitSum) -> str:
     """The trace without errors."""
     return _trace(problem, Noise(0.0, 0.0, 0.0), Random(0))
 
 
-def noisy_trace(problem: Problem, rng: Random, noise: Noise = Noise()) -> str:
+def noisy_trace(problem: DigitSum, rng: Random, noise: Noise = Noise()) -> str:
     """A trace with errors drawn from `rng`. One that never stops is cut at MAX_TRACE_TOKENS and has no answer."""
     return _trace(problem, noise, rng)
 
 
-def _trace(problem: Problem, noise: Noise, rng: Random) -> str:
+def _trace(problem: DigitSum, noise: Noise, rng: Random) -> str:
     written, total = "", problem.start
     for label, digit in zip(ascii_lowercase, problem.digits, strict=False):
         draw = rng.random()
@@ -120,7 +120,7 @@ def is_endless(trace: str) -> bool:
     return trace.endswith("?")
 
 
-def is_right_so_far(problem: Problem, trace: str) -> bool:
+def is_right_so_far(problem: DigitSum, trace: str) -> bool:
     """Whether what is written could still be continued to the right answer without an error (hesitation is allowed)."""
     written = trace.replace("?", "").removesuffix("<eos>")
     return clean_trace(problem).startswith(written)

@@ -14,25 +14,21 @@ def cells(table: str) -> dict[str, tuple[float, float]]:
 
 
 def test_both_orders_do_what_they_are_said_to_do(capsys):
-    searches, rounds, block, prompt, width, branch = 3, 3, 4, 5, 2, 2
-    flags = f"--searches {searches} --rounds {rounds} --block_size {block} --prompt {prompt} --width {width} --branch {branch}"
+    searches, rounds, block, prompt, beams, width = 3, 3, 4, 5, 2, 2
+    flags = f"--searches {searches} --rounds {rounds} --block_size {block} --prompt {prompt} --num_beams {beams}"
     assert benchmark_search.main([*flags.split(), "--repeats", "1", "--engine", "transformers"]) == 0
     row = cells(capsys.readouterr().out)
-    generated = searches * rounds * width * branch * block
+    generated = searches * rounds * beams * width * block
     assert row["tokens generated"] == (generated, generated)
     traces = [prompt + block * (i + 1) for i in range(rounds)]
     assert row["tokens scored"] == (
-        searches * (width * branch * sum(traces) + width * traces[-1]),
+        searches * (beams * width * sum(traces) + beams * traces[-1]),
         searches * prompt + generated,
     )
     for order in (0, 1):
         wall, busy, idle = (row[f"{name}, s"][order] for name in ("wall-clock", "engine busy", "engine idle"))
         assert busy + idle == pytest.approx(wall, abs=0.02)
-        scorer, both, neither = (row[f"{name}, s"][order] for name in ("value model busy", "both at once", "neither"))
-        assert busy + scorer - both + neither == pytest.approx(wall, abs=0.03)
-        one = [row[f"one search: {name}, s"][order] for name in ("generating", "scoring", "waiting", "own")]
-        assert all(part >= -0.01 for part in one)
-        assert sum(one) <= wall + 0.03
+        assert row["both at once, s"][order] <= min(busy, row["value model busy, s"][order]) + 0.01
     assert row["both at once, s"][0] == 0  # lock-step: never
 
 
