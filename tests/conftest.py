@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -26,6 +27,18 @@ def shared():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory) -> Path:
+    """A tiny generator with its tokenizer; not to be changed."""
+    return tiny.save_generator(tmp_path_factory.mktemp("tiny") / "generator")
+
+
+@pytest.fixture(scope="session")
+def value_folder(tmp_path_factory) -> Path:
+    """A tiny value model with its tokenizer; not to be changed."""
+    return tiny.save_value_model(tmp_path_factory.mktemp("tiny") / "value")
 
 
 @pytest.fixture
