@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -32,12 +31,16 @@ def shared():
 @pytest.fixture(scope="session")
 def generator_folder(tmp_path_factory) -> Path:
     """A tiny generator with its tokenizer; not to be changed."""
+    import tiny  # imports torch
+
     return tiny.save_generator(tmp_path_factory.mktemp("tiny") / "generator")
 
 
 @pytest.fixture(scope="session")
 def value_folder(tmp_path_factory) -> Path:
     """A tiny value model with its tokenizer; not to be changed."""
+    import tiny  # imports torch
+
     return tiny.save_value_model(tmp_path_factory.mktemp("tiny") / "value")
 
 

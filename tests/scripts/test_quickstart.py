@@ -82,22 +82,30 @@ def test_a_signal_ends_the_command_and_then_the_quickstart(tmp_path):
     assert stopped.value.status == 128 + signal.SIGTERM
 
 
-def test_a_command_that_ends_by_itself_is_not_told_to():
-    class Child:
-        polls, told, returncode = 0, [], 3
+class FakeChild:
+    """Ends with status 3 at the fifth poll; `told`: the polls at which it was told to end."""
 
-        def poll(self):
-            self.polls += 1
-            return self.returncode if self.polls > 4 else None
+    returncode = 3
 
-        def terminate(self):
-            self.told.append(self.polls)
+    def __init__(self):
+        self.polls, self.told = 0, []
 
-    stop, child = StopSignal(), Child()
-    assert quickstart.wait(child, stop, patience=2, poll_s=0.0) == 3 and not child.told
-    stop.received, child = signal.SIGINT, Child()
-    assert quickstart.wait(child, stop, patience=9, poll_s=0.0) == 3 and not child.told
-    assert quickstart.wait(Child(), stop, patience=2, poll_s=0.0) == 3 and Child.told == [2]
+    def poll(self):
+        self.polls += 1
+        return self.returncode if self.polls >= 5 else None
+
+    def terminate(self):
+        self.told.append(self.polls)
+
+
+@pytest.mark.parametrize(
+    ("received", "patience", "told"), [(None, 2, []), (signal.SIGINT, 9, []), (signal.SIGINT, 2, [2])]
+)
+def test_a_command_is_told_of_a_signal_once_and_only_if_it_goes_on(received, patience, told):
+    stop, child = StopSignal(), FakeChild()
+    stop.received = received
+    assert quickstart.wait(child, stop, patience, poll_s=0.0) == 3
+    assert child.told == told
 
 
 def test_clean_removes_only_what_the_quickstart_made(tmp_path):
