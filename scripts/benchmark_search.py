@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,13 @@ from search_lib.tree import SearchConfig, SearchTask
 Interval = tuple[float, float]
 
 
-def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same time without overlaps, in order."""
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
 def length(intervals: Sequence[Interval]) -> float:
-    return sum(end - begin for begin, end in union(intervals))
+    """Time that lies in any of them."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 def both(first: Sequence[Interval], second: Sequence[Interval]) -> float:
@@ -91,24 +85,22 @@ class Bench:
         return replies
 
 
-class TimedScorer:
-    """A ValueScorer that notes when it works."""
+def timed(work: Callable, times: list[Interval]) -> Callable:
+    """`work`, which notes when it works."""
 
-    def __init__(self, scorer, times: list[Interval]):
-        self.scorer, self.times = scorer, times
-
-    def __getattr__(self, name: str):
-        return getattr(self.scorer, name)
-
-    def score(self, *args):
+    def worker(*args):
         begin = time.perf_counter()
-        values = self.scorer.score(*args)
-        self.times.append((begin, time.perf_counter()))
-        return values
+        result = work(*args)
+        times.append((begin, time.perf_counter()))
+        return result
+
+    return worker
 
 
 async def this_search(bench: Bench) -> None:
-    scorer = ScorerThread(TimedScorer(ValueScorer(bench.model, bench.cache_bytes), bench.scorer_times))
+    value_scorer = ValueScorer(bench.model, bench.cache_bytes)
+    value_scorer.score = timed(value_scorer.score, bench.scorer_times)
+    scorer = ScorerThread(value_scorer)
 
     async def one(task: SearchTask) -> None:
         result = await search(task, bench.generate, scorer, bench.config)
@@ -125,14 +117,12 @@ async def lock_step(bench: Bench) -> None:
     config, device = bench.config, next(bench.model.parameters()).device
     paths = [[list(prompt)] * config.num_beams for prompt in bench.prompts]
 
-    def score(ids: list[int]) -> float:
-        """The whole trace, alone."""
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            value = bench.model(torch.tensor([ids], device=device)).success_probs[0, -1].item()
-        bench.scorer_times.append((begin, time.perf_counter()))
+    def score_alone(ids: list[int]) -> float:
         bench.tokens_scored += len(ids)
-        return value
+        with torch.inference_mode():
+            return bench.model(torch.tensor([ids], device=device)).success_probs[0, -1].item()
+
+    score = timed(score_alone, bench.scorer_times)
 
     async def extend(index: int) -> list[list[int]]:
         seeds = [random.getrandbits(31) for _ in range(config.beam_width)]

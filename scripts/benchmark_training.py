@@ -1,13 +1,14 @@
-"""How fast training is: reading data, what packing saves in counted tokens, and the step itself.
+"""How fast training is: what packing saves in counted tokens, and the step itself.
 
-    python scripts/benchmark_training.py     # data path, counts, a step scaled down for a CPU; where there is a GPU, one
-                                             # of a 1.5B model at length 16384: tokens/s, MFU, memory
+    python scripts/benchmark_training.py     # counts, and a step scaled down for a CPU; where there is a GPU, one of a
+                                             # 1.5B model at length 16384: tokens/s, MFU, memory
 
 The length distribution is stated, not real data: in each row 14 roll-ins of 4 nested prefixes, prefix lengths uniform in
 4k to 8k, roll-outs lognormal with mean 6k and standard deviation 4k, traces cut at 16384; 64 roll-outs a step on 4 ranks
 with micro batches of 8 (the released command).
 """
 
+import itertools
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from training_lib.attention import choose_attention
 from training_lib.batch_order import RankBatches
 from training_lib.packing import MicroBatch
 from training_lib.ranks import World
-from training_lib.rollout_data import load_rollouts
+from training_lib.rollout_data import RolloutTable, load_rollouts
 from training_lib.step import TrainStep, compile_layers, make_optimizer, peak_flops, step_flops
 
 VOCAB = SHAPES["1.5b"]["vocab_size"]
@@ -56,53 +57,14 @@ def synthetic_rows(num_rows: int, scale: float = 1.0, vocab: int = VOCAB, seed: 
         yield {"problem": str(number), "roll_in_ids": roll_ins, "roll_outs_ids": roll_outs, "labels": labels}
 
 
-def make_table(folder: Path, num_rows: int, scale: float = 1.0, vocab: int = VOCAB):
-    """A memory-mapped data set of synthetic rows, and its index."""
-    ids = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
-    features = datasets.Features(
-        problem=datasets.Value("string"),
-        roll_in_ids=ids,
-        roll_outs_ids=ids,
-        labels=datasets.Sequence(datasets.Value("int8")),
-    )
+def make_table(folder: Path, num_rows: int, scale: float = 1.0, vocab: int = VOCAB) -> RolloutTable:
+    """A memory-mapped data set of synthetic rows."""
+    numbers = {"num_rows": num_rows, "scale": scale, "vocab": vocab}
     made = datasets.Dataset.from_generator(
-        synthetic_rows, features=features, cache_dir=str(folder / "cache"), writer_batch_size=4,
-        gen_kwargs={"num_rows": num_rows, "scale": scale, "vocab": vocab},
-    )  # fmt: skip
-    made.save_to_disk(str(folder / "data"))
-    table = load_rollouts(str(folder / "data"), vocab_size=vocab, max_length=int(MAX_LENGTH / scale), num_response=56)
-    return made, table
-
-
-def rank_batches(table, packing: str, group: int, rank: int, multiple: int = 128) -> RankBatches:
-    return RankBatches(
-        table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, rank=rank, world_size=RANKS, multiple=multiple
+        synthetic_rows, cache_dir=str(folder / "cache"), writer_batch_size=4, gen_kwargs=numbers
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data path
-
-
-def benchmark_reading(made, table) -> None:
-    print("\nData path: rows of 56 roll-outs, up to 16k ids each; one process")
-    print(f"{'':34s}{'ms a sample':>12s}{'samples/s':>12s}")
-    steps = 4
-    for packing in PACKINGS:
-        batches = rank_batches(table, packing, 4, 0)
-        samples = sum(len(batches.rank_units(step)) for step in range(steps))
-        begin = time.perf_counter()
-        for step in range(steps):
-            batches[step]
-        show_rate(f"slices, laid out as {packing}", (time.perf_counter() - begin) / samples)
-    begin, rows = time.perf_counter(), 4
-    for row in range(rows):
-        made[row]
-    show_rate("whole rows to Python, one sample used", (time.perf_counter() - begin) / rows)
-
-
-def show_rate(name: str, seconds: float) -> None:
-    print(f"{name:38s}{1000 * seconds:8.3f}{1 / seconds:12.0f}")
+    made.save_to_disk(str(folder / "data"))
+    return load_rollouts(str(folder / "data"), vocab_size=vocab, max_length=int(MAX_LENGTH / scale), num_response=56)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,7 +85,10 @@ def benchmark_counts(table, steps: int = 12) -> None:
     cost = {}
     for packing in PACKINGS:
         for group in (2, 4):
-            ranks = [rank_batches(table, packing, group, rank) for rank in range(RANKS)]
+            ranks = [
+                RankBatches(table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, False, rank, RANKS, multiple=128)
+                for rank in range(RANKS)
+            ]
             computed, real, owned, _, rows = sum(totals(batches[step]) for batches in ranks for step in range(steps))
             cost[packing, group] = computed / owned
         shares = f"{1 - real / computed:10.1%}{rows / steps:13.1f}"
@@ -175,53 +140,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def benchmark_cpu_step(folder: Path) -> None:
-    """The same lengths divided by 64, a model of 1.3M parameters, one rank's share of the step."""
-    scale, vocab, steps = 64, 1000, 5
-    _, table = make_table(folder / "small", 24, scale, vocab)
-    config = Qwen2Config(
-        vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, num_labels=3,
-    )  # fmt: skip
-    threads = torch.get_num_threads()
-    print(f"\nOptimizer step on this CPU, {threads} thread(s), lengths divided by {scale}, one rank of 4")
-    print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'against none':>14s}{'counted':>10s}")
-    base = None
-    for packing in PACKINGS:
-        step, optimizer = make_step(config, packing, torch.device("cpu"), False)
-        batches = rank_batches(table, packing, 4, 0, step.attention.row_multiple)
-        seconds, (computed, _, owned, _, _) = timed_steps(step, optimizer, batches, 1, steps)
-        rate, cost = owned / seconds, computed / owned
-        base = base or (rate, cost)
-        print(f"{packing:24s}{seconds / steps:10.3f}{rate:12.0f}{rate / base[0]:13.2f}x{base[1] / cost:9.2f}x")
-
-
-def benchmark_gpu_step(table) -> None:
-    """A 1.5B random model at length 16384: useful tokens/s, MFU, peak memory."""
-    print("\nOptimizer step, 1.5B random weights, length 16384, one GPU, 16 roll-outs a step, small_group_size 4")
-    if not torch.cuda.is_available():
-        print("not measured: no GPU here")
-        return
-    config = Qwen2Config(**SHAPES["1.5b"], max_position_embeddings=131_072, num_labels=3, tie_word_embeddings=True)
-    device, steps = torch.device("cuda"), 3
-    peak = peak_flops(device) or float("nan")
-    print(f"{torch.cuda.get_device_name()}; peak {peak / 1e12:.0f} TFLOP/s dense bf16")
-    print(f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'MFU':>8s}{'peak GiB':>10s}  attention")
-    for packing in PACKINGS:
-        for compiled in (False, True):
+def benchmark_step(device: torch.device, table: RolloutTable, config: Qwen2Config, size: tuple[int, int, int]) -> None:
+    """size: ranks (of which one is run), micro batch, roll-outs a step."""
+    ranks, micro_batch, total_batch = size
+    print(
+        f"{'':24s}{'s a step':>10s}{'loss tok/s':>12s}{'against none':>14s}{'counted':>10s}{'MFU':>8s}{'GiB':>8s}  attention"
+    )
+    base, on_gpu, steps, peak = None, device.type == "cuda", 4, peak_flops(device)
+    for packing, compiled in itertools.product(PACKINGS, (False, True) if on_gpu else (False,)):
+        if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            step, optimizer = make_step(config, packing, device, compiled)
-            batches = RankBatches(table, 0, 16, 4, packing, 4, multiple=step.attention.row_multiple)
-            seconds, (_, real, owned, pairs, _) = timed_steps(step, optimizer, batches, 2, steps)
-            mfu, memory = (
-                step_flops(step.model, real, pairs) / seconds / peak,
-                torch.cuda.max_memory_allocated() / 2**30,
-            )
-            name = packing + (" --compile" if compiled else "")
-            print(f"{name:24s}{seconds / steps:10.2f}{owned / seconds:12.0f}{mfu:8.1%}{memory:10.1f}  {step.attention.name}",
-                  flush=True)  # fmt: skip
-            del step, optimizer
+        step, optimizer = make_step(config, packing, device, compiled)
+        batches = RankBatches(
+            table, 0, total_batch, micro_batch, packing, 4, world_size=ranks, multiple=step.attention.row_multiple
+        )
+        seconds, (computed, real, owned, pairs, _) = timed_steps(step, optimizer, batches, 2, steps)
+        rate, cost = owned / seconds, computed / owned
+        base = base or (rate, cost)
+        mfu = f"{step_flops(step.model, real, pairs) / seconds / peak:.1%}" if peak else "-"
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "-"
+        print(f"{packing + (' --compile' if compiled else ''):24s}{seconds / steps:10.3f}{rate:12.0f}{rate / base[0]:13.2f}x"
+              f"{base[1] / cost:9.2f}x{mfu:>8s}{memory:>8s}  {step.attention.name}", flush=True)  # fmt: skip
+        del step, optimizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,13 +170,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=32, help="synthetic rows of the full lengths; 32 are 70 MB")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made, table = make_table(folder / "full", args.rows)
-        benchmark_reading(made, table)
+    with tempfile.TemporaryDirectory() as folder:
+        table = make_table(Path(folder) / "full", args.rows)
         benchmark_counts(table)
-        benchmark_cpu_step(folder)
-        benchmark_gpu_step(table)
+        scale, vocab = 64, 1000
+        print(f"\nOptimizer step on this CPU, 1.3M parameters, lengths divided by {scale}, one rank of {RANKS}")
+        config = Qwen2Config(
+            vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=512, num_labels=3,
+        )  # fmt: skip
+        small = make_table(Path(folder) / "small", 24, scale, vocab)
+        benchmark_step(torch.device("cpu"), small, config, (RANKS, MICRO_BATCH, TOTAL_BATCH))
+        print("\nOptimizer step on one GPU, 1.5B random weights, length 16384, 16 roll-outs a step")
+        if torch.cuda.is_available():
+            config = Qwen2Config(
+                **SHAPES["1.5b"], max_position_embeddings=1 << 17, num_labels=3, tie_word_embeddings=True
+            )
+            benchmark_step(torch.device("cuda"), table, config, (1, 4, 16))
+        else:
+            print("not measured: no GPU here")
     return 0
 
 

@@ -151,14 +151,14 @@ def run_steps(steps: Sequence[QuickstartStep], folder: Path, seed: int, size: Si
             say(f"{INDENT}done in {format_seconds(time.monotonic() - begin)}")
 
 
-def run_command(line: str, log: Path) -> None:
+def run_command(line: str, log: Path, patience: int = 50) -> None:
     """Run it in the checkout: progress to this terminal, tables to its log."""
     program, *arguments = shlex.split(line)
     start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[program]
     log.parent.mkdir(exist_ok=True)
     with log.open("a") as stream, StopSignal() as stop:
         child = subprocess.Popen([*start, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=stream)
-        status = wait(child, stop)
+        status = wait(child, stop, patience)
     if stop.received:
         if program == "torchrun":
             say("(A traceback above is torchrun's way to say that it was stopped.)")
@@ -170,11 +170,11 @@ def run_command(line: str, log: Path) -> None:
         )
 
 
-def wait(child: subprocess.Popen, stop: StopSignal, patience: int = 50) -> int:
-    """Its exit status. From a terminal, Ctrl-C reaches it too; one that came from elsewhere is passed on after `patience`
-    tenths of a second, because torchrun takes a second signal as leave not to wait for its ranks."""
+def wait(child: subprocess.Popen, stop: StopSignal, patience: int, poll_s: float = 0.1) -> int:
+    """Its exit status. From a terminal, Ctrl-C reaches it too; a signal from elsewhere is passed on after `patience`
+    polls, because torchrun takes a second one as leave not to wait for its ranks."""
     while child.poll() is None:
-        time.sleep(0.1)
+        time.sleep(poll_s)
         patience -= stop.received is not None
         if patience == 0:
             child.terminate()

@@ -28,6 +28,22 @@ def shared():
     return find
 
 
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory) -> Path:
+    """A tiny generator with its tokenizer; not to be changed."""
+    import tiny  # imports torch
+
+    return tiny.save_generator(tmp_path_factory.mktemp("tiny") / "generator")
+
+
+@pytest.fixture(scope="session")
+def value_folder(tmp_path_factory) -> Path:
+    """A tiny value model with its tokenizer; not to be changed."""
+    import tiny  # imports torch
+
+    return tiny.save_value_model(tmp_path_factory.mktemp("tiny") / "value")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB (needs root and mount)."""
