@@ -14,6 +14,7 @@ are calibrated exactly.
 
 import argparse
 import asyncio
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -21,18 +22,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+from simulated import run_virtual
 
-from common_lib.concurrency import run_bounded
+from common_lib.files import write_text
 from data_utils import Problem
 from engine_lib.base import Reply
-from eval_utils import extract_answer
+from eval_utils import Grader
+from search_lib.results import ResultRows
 from search_lib.run_files import FORMAT, RunFiles, RunPaths
+from search_lib.runner import SearchRunner
 from search_lib.scorers import Scored
-from search_lib.search import search
-from search_lib.tree import Round, SearchConfig, SearchResult, SearchTask, Tree, parse_search_type
+from search_lib.search_progress import SearchProgress
+from search_lib.tree import SearchConfig, parse_search_type
 
 VOCAB_SIZE = 151_936
 STOP_ID = 151_643
@@ -80,50 +84,27 @@ def make_synthetic_run(path: Path, options: Options) -> None:
     """Write `path` and, unless `options.released`, its `.meta.json` and `.tree.jsonl`. Same options, same bytes, apart
     from the dates of the meta file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths, run_meta = RunPaths.of(str(path)), meta(options)
+    paths = RunPaths.of(str(path))
     for old in (paths.results, paths.tree, paths.meta):
         old.unlink(missing_ok=True)
-    with RunFiles.open(paths, run_meta) as files:
-        asyncio.run(SyntheticRun(options, files).search_all())
+    problems, rates = make_problems(options, np.random.default_rng([options.seed, 1]))
+    text = PieceText(np.random.default_rng([options.seed, 2]), max(400_000, 16 * options.max_length))
+    rng = np.random.default_rng([options.seed, 3])
+    prompts = [rng.integers(0, STOP_ID, size=60 + len(problem.problem) // 4).tolist() for problem in problems]
+    models = SimulatedModels(options, [int(problem.answer) for problem in problems], rates, text)
+    with RunFiles.open(paths, meta(options)) as files, Grader() as grader:
+        rows = ResultRows(problems, text.decode, grader)
+        progress = SearchProgress(files.finished, len(prompts) * options.repetitions, options.config())
+        runner = SearchRunner(models.generate, models, options.config(), files, rows, progress)
+        # A few at once: lines of different searches interleave. In virtual time: it takes as long as the work.
+        run_virtual(runner.run(prompts, options.repetitions, batch_size=4))
         files.sort_results()
         files.note_session(14_400.0, "none (synthetic)")
     if options.released:
+        lines = [dict(list(row.items())[:RELEASED_KEYS]) for row in map(json.loads, path.open(encoding="utf-8"))]
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
         paths.tree.unlink()
         paths.meta.unlink()
-
-
-class SyntheticRun:
-    """The searches of a run. Everything random comes from generators of its own kind, so that the order does not count."""
-
-    def __init__(self, options: Options, files: RunFiles):
-        self.options, self.files, self.config = options, files, options.config()
-        self.problems, self.rates = make_problems(options, np.random.default_rng([options.seed, 1]))
-        self.text = PieceText(np.random.default_rng([options.seed, 2]), max(400_000, 16 * options.max_length))
-
-    async def search_all(self) -> None:
-        prompt_rng = np.random.default_rng([self.options.seed, 3])
-        prompts = [prompt_rng.integers(0, STOP_ID, size=60 + len(p.problem) // 4).tolist() for p in self.problems]
-        tasks = [
-            SearchTask(data_idx, repeat_idx, tuple(prompt))
-            for repeat_idx in range(self.options.repetitions)
-            for data_idx, prompt in enumerate(prompts)
-        ]
-        await run_bounded(tasks, self.search_one, 4)  # a few at once: lines of different searches interleave
-
-    async def search_one(self, task: SearchTask) -> None:
-        gold, rate = int(self.problems[task.data_idx].answer), self.rates[task.data_idx]
-        model = SimulatedModels(self.options, task, gold, rate, self.text)
-        result = await search(task, model.generate, model, self.config, on_round=self.write_round)
-        result.seconds = 1.0 + sum(record.seconds for record in result.tree.rounds)
-        row = result_row(result, self.problems, self.text)
-        self.files.add_result(dict(list(row.items())[:RELEASED_KEYS]) if self.options.released else row)
-
-    def write_round(self, task: SearchTask, tree: Tree, record: Round) -> None:
-        """With times as of real models, in place of the simulation's own."""
-        rng = np.random.default_rng([self.options.seed, 4, task.data_idx, task.repeat_idx, record.round])
-        record.seconds_generate, record.seconds_score = 30 + 20 * float(rng.random()), 1 + float(rng.random())
-        record.seconds = record.seconds_generate + record.seconds_score
-        self.files.add_round(task, record, [self.text.decode(tokens) for tokens in record.tokens])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,59 +112,62 @@ class SyntheticRun:
 
 
 class SimulatedModels:
-    """Generator and value model of one search, which know how likely each trace is to end right."""
+    """Generator and value model that know how likely each trace is to end right, and take as long as real ones."""
 
-    def __init__(self, options: Options, task: SearchTask, gold: int, rate: float, text: "PieceText"):
-        self.options, self.gold, self.text = options, gold, text
-        # What is known of a trace, prompt included, by its tokens: its success probability and its value.
-        self.known: dict[tuple[int, ...], tuple[float, float]] = {task.prompt_ids: (rate, math.nan)}
-        self.paths: list[tuple[int, ...]] = []  # by node number
-        self.prompt_tokens = len(task.prompt_ids)
+    def __init__(self, options: Options, golds: Sequence[int], rates: Sequence[float], text: "PieceText"):
+        self.options, self.golds, self.rates, self.text = options, golds, rates, text
+        # By search, what is known of a trace, prompt included, by its tokens: its success probability and its value.
+        self.known: dict[str, dict[tuple[int, ...], tuple[float, float]]] = {}
+        self.paths: dict[str, list[tuple[int, ...]]] = {}  # by node number
 
     async def generate(self, prompt_ids: list[int], n: int, limit: int, seeds: list[int], tree_id: str) -> list[Reply]:
-        parent = tuple(prompt_ids)
-        last = len(prompt_ids) - self.prompt_tokens + limit == self.options.max_length
+        parent, prompt_tokens = tuple(prompt_ids), len(self.paths[tree_id][0])
+        last = len(prompt_ids) - prompt_tokens + limit == self.options.max_length
+        gold = self.golds[int(tree_id.split("/")[0])]
         replies = []
         for seed in seeds:
             rng = np.random.default_rng([seed, *self.options.search_type.encode()])
-            probability, reply = self.extend(parent, limit, last, rng)
+            probability = self.next_probability(self.known[tree_id][parent][0], rng)
+            cached = len(parent) if len(parent) > prompt_tokens else 0
+            replies.append(Reply(*self.block(probability, gold, limit, last, rng), len(parent), cached))
             value = noisy(probability, self.options.noise, rng)
-            self.known[parent + tuple(reply.token_ids)] = probability, value
-            replies.append(reply)
+            self.known[tree_id][parent + tuple(replies[-1].token_ids)] = probability, value
+        await asyncio.sleep(30 + 20 * float(rng.random()))
         return replies
 
-    def extend(self, parent: tuple[int, ...], room: int, last: bool, rng) -> tuple[float, Reply]:
-        """One candidate: its success probability, and a block of at most `room` tokens that may end the trace."""
-        before = self.known[parent][0]
-        probability = float(rng.beta(CONCENTRATION * max(before, 1e-3), CONCENTRATION * max(1 - before, 1e-3)))
+    def next_probability(self, before: float, rng: np.random.Generator) -> float:
+        return float(rng.beta(CONCENTRATION * max(before, 1e-3), CONCENTRATION * max(1 - before, 1e-3)))
+
+    def block(self, probability: float, gold: int, room: int, last: bool, rng) -> tuple[list[int], str]:
+        """Tokens and finish reason of a block of at most `room` tokens that may end the trace."""
         ends = last or rng.random() < self.options.early_stop
         correct = rng.random() < probability
         endless = last and not correct and rng.random() < 0.25
-        cached = len(parent) if len(parent) > self.prompt_tokens else 0
         if not ends or endless:
-            return probability, Reply(self.text.block(rng, room), "length", len(parent), cached)
-        answer = str(self.gold) if correct else wrong_answer(self.gold, rng) if rng.random() >= 0.05 else None
+            return self.text.block(rng, room), "length"
+        answer = str(gold) if correct else wrong_answer(gold, rng) if rng.random() >= 0.05 else None
         said = "I could not find it." if answer is None else f"**Answer:** \\boxed{{{answer}}}"
         closing = [*self.text.encode(f"\n</think>\n\n{said}"), STOP_ID]
         length = int(rng.integers(max(ANSWER_TOKENS, room * 7 // 10), room + 1))
-        return probability, Reply(self.text.block(rng, length - len(closing)) + closing, "stop", len(parent), cached)
+        return self.text.block(rng, length - len(closing)) + closing, "stop"
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history) -> None:
-        self.paths = [tuple(prompt_ids)]
+        self.paths[tree_id] = [tuple(prompt_ids)]
+        self.known[tree_id] = {tuple(prompt_ids): (self.rates[int(tree_id.split("/")[0])], math.nan)}
 
     async def score(self, tree_id: str, items, finished) -> Scored:
-        tokens_scored = sum(len(tokens) for _, tokens in items)
-        if len(self.paths) == 1:
-            tokens_scored += self.prompt_tokens
-        fresh = [self.paths[parent] + tuple(tokens) for parent, tokens in items]
-        self.paths += fresh
-        return Scored([self.known[path][1] for path in fresh], 0.0, tokens_scored)
+        paths = self.paths[tree_id]
+        tokens_scored = sum(len(tokens) for _, tokens in items) + (len(paths[0]) if len(paths) == 1 else 0)
+        fresh = [paths[parent] + tuple(tokens) for parent, tokens in items]
+        paths += fresh
+        await asyncio.sleep(tokens_scored / 20_000)
+        return Scored([self.known[tree_id][path][1] for path in fresh], tokens_scored / 20_000, tokens_scored)
 
     def keep(self, tree_id: str, nodes) -> None:
         """Nothing is cached."""
 
     def release(self, tree_id: str) -> None:
-        """Goes with the object."""
+        del self.paths[tree_id], self.known[tree_id]
 
 
 def noisy(probability: float, noise: float, rng: np.random.Generator) -> float:
@@ -247,30 +231,6 @@ def make_problems(options: Options, rng: np.random.Generator) -> tuple[list[Prob
         rates.append(float(rng.beta(*options.beta)))
         problems.append(Problem(text, str(int(rng.integers(1, 985)))))
     return problems, rates
-
-
-def result_row(result: SearchResult, problems: Sequence[Problem], text: PieceText) -> dict[str, object]:
-    """The line of X.jsonl."""
-    task, tree = result.task, result.tree
-    problem, responses = problems[task.data_idx], [tree.response(node) for node in result.beams]
-    answers = [extract_answer(text.decode(ids)) for ids in responses]
-    totals = ("tokens_scored", "tokens_reread", "tokens_cached", "seconds_generate", "seconds_score")
-    return {
-        "repeat_idx": task.repeat_idx,
-        "data_idx": task.data_idx,
-        "global_idx": task.repeat_idx * len(problems) + task.data_idx,
-        "problem": problem.problem,
-        "gt_answer": problem.answer,
-        "generated_ids": responses,
-        "generated_scores": [tree.value[node] for node in result.beams],
-        "processed_answer": answers,
-        "reward": [answer == problem.answer for answer in answers],
-        "dt": result.seconds,
-        "finish_reasons": [tree.finish[node] for node in result.beams],
-        "prompt_tokens": len(task.prompt_ids),
-        "tokens_generated": sum(map(len, tree.tokens)),
-        **{name: result.total(name) for name in totals},
-    }
 
 
 def qwen2_shape(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, object]:
