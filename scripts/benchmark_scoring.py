@@ -31,6 +31,7 @@ SHAPES = {
                  num_key_value_heads=2, vocab_size=151936),
 }  # fmt: skip
 Beam = tuple[int, list[int]]  # node number, all tokens
+Interval = tuple[float, float]  # of `time.perf_counter`
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Qwen2ForClassifier:
@@ -45,49 +46,43 @@ def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Q
     return model.eval()
 
 
-def measure(name: str, model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
-    """Print a row for "cached" or "re-reading"; seconds."""
-    if name == "cached":
-        score, tokens = cached(model, args), args.prompt + args.rounds * args.candidates * args.block
-    else:
-        lengths = [args.prompt + (r + 1) * args.block for r in range(args.rounds)]
-        score, tokens = rereading(model), args.candidates * sum(lengths) + args.candidates // 2 * lengths[-1]
-    seconds, beams, values = grow(score, args, last_beams_again=name == "re-reading")
-    print(f"| {name} | {seconds:.2f} | {tokens:,} | {tokens / seconds:,.0f} |", flush=True)
-    if name == "cached":
-        worst = max(abs(value - full_value(model, ids)) for value, (_, ids) in zip(values, beams, strict=True))
-        print(f"\nlargest difference of a value to a full forward pass: {worst:.2e}")
-    return seconds
+def timed(work: Callable, times: list[Interval]) -> Callable:
+    """`work`, which notes when it works."""
 
-
-def grow(score: Callable, args: argparse.Namespace, last_beams_again: bool) -> tuple[float, list[Beam], list[float]]:
-    """Grow one tree as a search does; returns (seconds in `score`, final beams, their values)."""
-    rng, vocabulary, seconds, node = random.Random(1), SHAPES[args.shape]["vocab_size"], 0.0, 0
-
-    def timed_score(*arguments) -> list[float]:
-        nonlocal seconds
-        synchronize(args.device)
+    def worker(*args):
         begin = time.perf_counter()
-        values = score(*arguments)
-        synchronize(args.device)
-        seconds += time.perf_counter() - begin
-        return values
+        result = work(*args)  # values are numbers of Python: a GPU has done its part
+        times.append((begin, time.perf_counter()))
+        return result
 
+    return worker
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Time that lies in any of them."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def grow(score: Callable, args: argparse.Namespace) -> tuple[list[Beam], list[float]]:
+    """Grow one tree as a search does; returns the final beams and their values."""
+    rng, vocabulary, node = random.Random(1), SHAPES[args.shape]["vocab_size"], 0
     beams: list[Beam] = [(0, [rng.randrange(vocabulary) for _ in range(args.prompt)])] * (args.candidates // 2)
     for _ in range(args.rounds):
         blocks = [[rng.randrange(vocabulary) for _ in range(args.block)] for _ in range(args.candidates)]
         parents = [beams[i // 2] for i in range(args.candidates)]
-        values = timed_score(parents, blocks)
+        values = score(parents, blocks)
         order = sorted(range(args.candidates), key=lambda i: -values[i])[: args.candidates // 2]
         beams = [(node + 1 + i, parents[i][1] + blocks[i]) for i in order]
         node += args.candidates
-    if last_beams_again:
-        timed_score(beams, [[]] * len(beams))
-    return seconds, beams, [values[i] for i in order]
+    return beams, [values[i] for i in order]
 
 
-def cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> Callable[[list[Beam], list[list[int]]], list[float]]:
-    scorer = ValueScorer(model, int(args.cache_gb * 1e9) if args.cache_gb else None)
+def measure_cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
+    scorer, times = ValueScorer(model, int(args.cache_gb * 1e9) if args.cache_gb else None), []
 
     def score(parents: list[Beam], blocks: list[list[int]]) -> list[float]:
         if not scorer.usage.tokens_scored:
@@ -96,24 +91,36 @@ def cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> Callable[[lis
             scorer.keep("tree", {node for node, _ in parents})
         return scorer.score("tree", [(node, block) for (node, _), block in zip(parents, blocks, strict=True)])
 
-    return score
+    beams, values = grow(timed(score, times), args)
+    show("cached", length(times), scorer.usage.tokens_scored)
+    worst = max(abs(value - full_value(model, ids)) for value, (_, ids) in zip(values, beams, strict=True))
+    print(f"\nlargest difference of a value to a full forward pass: {worst:.2e}")
+    return length(times)
 
 
-def rereading(model: Qwen2ForClassifier) -> Callable[[list[Beam], list[list[int]]], list[float]]:
-    return lambda parents, blocks: [
-        full_value(model, ids + block) for (_, ids), block in zip(parents, blocks, strict=True)
-    ]
+def measure_rereading(model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
+    tokens, times = [], []
+
+    def score(parents: list[Beam], blocks: list[list[int]]) -> list[float]:
+        traces = [ids + block for (_, ids), block in zip(parents, blocks, strict=True)]
+        tokens.extend(map(len, traces))
+        return [full_value(model, ids) for ids in traces]
+
+    score = timed(score, times)
+    beams, _ = grow(score, args)
+    score(beams, [[]] * len(beams))
+    show("re-reading", length(times), sum(tokens))
+    return length(times)
+
+
+def show(name: str, seconds: float, tokens: int) -> None:
+    print(f"| {name} | {seconds:.2f} | {tokens:,} | {tokens / seconds:,.0f} |", flush=True)
 
 
 @torch.inference_mode()
 def full_value(model: Qwen2ForClassifier, ids: Sequence[int]) -> float:
     hidden = model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[:, -1]
     return torch.softmax(model.score(hidden).float(), -1)[0, 1].item()
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| way | seconds | tokens read | tokens/s |\n|---|---|---|---|")
     model = make_model(args.shape, args.device, dtype, args.attention)
     full_value(model, list(range(16)))  # warm-up
-    again = measure("re-reading", model, args)
-    print(f"re-reading / cached: {again / measure('cached', model, args):.2f} x the time")
+    print(f"re-reading / cached: {measure_rereading(model, args) / measure_cached(model, args):.2f} x the time")
 
 
 if __name__ == "__main__":

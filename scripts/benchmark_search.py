@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from benchmark_scoring import SHAPES, make_model
+from benchmark_scoring import SHAPES, Interval, length, make_model, timed
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
@@ -39,17 +39,6 @@ from engine_lib.choose import choose_engine, make_engine
 from search_lib.scorers import ScorerThread
 from search_lib.search import search, select
 from search_lib.tree import SearchConfig, SearchTask
-
-Interval = tuple[float, float]
-
-
-def length(intervals: Sequence[Interval]) -> float:
-    """Time that lies in any of them."""
-    total, until = 0.0, float("-inf")
-    for begin, end in sorted(intervals):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
 
 
 def both(first: Sequence[Interval], second: Sequence[Interval]) -> float:
@@ -83,18 +72,6 @@ class Bench:
         self.engine_times.append((begin, time.perf_counter()))
         self.tokens_generated += sum(len(reply.token_ids) for reply in replies)
         return replies
-
-
-def timed(work: Callable, times: list[Interval]) -> Callable:
-    """`work`, which notes when it works."""
-
-    def worker(*args):
-        begin = time.perf_counter()
-        result = work(*args)
-        times.append((begin, time.perf_counter()))
-        return result
-
-    return worker
 
 
 async def this_search(bench: Bench) -> None:

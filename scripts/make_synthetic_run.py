@@ -235,22 +235,14 @@ def make_problems(options: Options, rng: np.random.Generator) -> tuple[list[Prob
 
 def qwen2_shape(layers: int, hidden: int, intermediate: int, heads: int, key_value_heads: int) -> dict[str, object]:
     """The shape of a Qwen2 model as `meta.json` gives it (parameters counted without biases and norms)."""
-    head_dim = hidden // heads
-    block = hidden * head_dim * (2 * heads + 2 * key_value_heads) + 3 * hidden * intermediate
+    head_dim, embedding = hidden // heads, 2 * VOCAB_SIZE * hidden
+    layer = hidden * head_dim * (2 * heads + 2 * key_value_heads) + 3 * hidden * intermediate
     return {
-        "path": f"synthetic-{hidden}",
-        "fingerprint": "0" * 16,
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "head_dim": head_dim,
-        "vocab_size": VOCAB_SIZE,
-        "num_parameters": layers * block + 2 * VOCAB_SIZE * hidden,
-        "num_parameters_embedding": 2 * VOCAB_SIZE * hidden,
-        "tie_word_embeddings": False,
-    }
+        "path": f"synthetic-{hidden}", "fingerprint": "0" * 16, "num_hidden_layers": layers, "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": key_value_heads,
+        "head_dim": head_dim, "vocab_size": VOCAB_SIZE, "num_parameters": layers * layer + embedding,
+        "num_parameters_embedding": embedding, "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 def meta(options: Options) -> dict[str, object]:
