@@ -23,10 +23,10 @@ from pathlib import Path
 
 from common_lib.cli import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
 from common_lib.progress import Progress
-from eval_utils import Grader
+from eval_lib.grading import Grader
 from report_lib.analysis import Analysis, analyse
 from report_lib.compare import common_problems, compare
-from report_lib.data import Run, read_run, run_names
+from report_lib.data import RunRecord, read_run, run_names
 from report_lib.page import Decode, PageWriter
 from report_lib.problem import ProblemView
 from report_lib.regrade import regrade
@@ -85,7 +85,7 @@ def load_decoder(name: str | None) -> Decode | None:
     return decode
 
 
-def analyse_all(runs: Sequence[Run], page: PageWriter | None, decode: Decode | None) -> list[Analysis]:
+def analyse_all(runs: Sequence[RunRecord], page: PageWriter | None, decode: Decode | None) -> list[Analysis]:
     """One pass over each run; where there is a page, its data files are written on the way."""
     total = sum(len(run.by_problem) for run in runs)
     done = 0
@@ -103,7 +103,7 @@ def analyse_all(runs: Sequence[Run], page: PageWriter | None, decode: Decode | N
     with Grader() as grader:
         analyses: list[Analysis] = []
         for i, run in enumerate(runs):
-            show = page.problem_writer(i, run, decode) if page else (lambda view: None)
+            show = page.problem_writer(i, decode) if page else (lambda view: None)
             analyses.append(analyse(run, grader, counted(show)))
     if sys.stderr.isatty():
         progress.close()
@@ -129,20 +129,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table_text(runs: Sequence[Run]) -> str:
+def table_text(runs: Sequence[RunRecord]) -> str:
     """The report as text, without files."""
     analyses = analyse_all(runs, None, None)
-    return terminal_text(analyses, [compare(analyses[0].measured, other.measured) for other in analyses[1:]])
+    return terminal_text(
+        analyses, [compare(analyses[0].comparison_input, other.comparison_input) for other in analyses[1:]]
+    )
 
 
-def write_report(folder: Path, runs: Sequence[Run], decode: Decode | None) -> str:
+def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
     from report_lib.plots import write_plots  # imports matplotlib, which takes a second
 
     page = PageWriter(folder)
     try:
         analyses = analyse_all(runs, page, decode)
-        comparisons = [compare(analyses[0].measured, other.measured) for other in analyses[1:]]
+        comparisons = [compare(analyses[0].comparison_input, other.comparison_input) for other in analyses[1:]]
         write_tables(folder, analyses, comparisons)
         plots = write_plots(folder, analyses)
         page.finish(analyses, all_tables(analyses, comparisons), plots)

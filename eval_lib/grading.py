@@ -210,13 +210,6 @@ class Grader:
         numbers: dict[str, int] = {}
         return [numbers.setdefault(root(key), len(numbers)) if key else -1 for key in keys]
 
-    async def aanswer_classes(self, answers: Sequence[str]) -> list[int]:
-        """`answer_classes` for the event loop."""
-        forms = map(normalize_answer, answers)
-        if all(not form or as_integer(form) for form in forms):
-            return self.answer_classes(answers)  # nothing to wait for
-        return await asyncio.to_thread(self.answer_classes, answers)
-
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Pairs of distinct normalised answers that math-verify might call equal, in order, at most MAX_COMPARISONS."""
         integers = {key for key in distinct if as_integer(key)}

@@ -1,6 +1,6 @@
 """Two runs on the same problems, compared at the same N, the same tokens generated, the same FLOPs.
 
-Scores are paired by problem and the interval is clustered by problem (`stats_utils.paired_difference`). Costs grow in
+Scores are paired by problem and the interval is clustered by problem (`eval_lib.intervals.paired_difference`). Costs grow in
 proportion to the pooled repetitions m, so "the same tokens" is a fractional m of each run; a problem's score there is
 interpolated linearly between the whole numbers around it. Budgets that one run does not reach are not extrapolated to.
 """
@@ -13,22 +13,23 @@ from typing import Any
 import numpy as np
 
 from common_lib.cli import UserError
-from eval_lib.summary import METRICS, paired_difference
-from report_lib.data import Run
+from eval_lib.intervals import paired_difference
+from eval_lib.summary import METRICS
+from report_lib.data import RunRecord
 
 MAX_BUDGETS = 5  # rows per basis and metric
 BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}
 
 
 @dataclass
-class Measured:
+class ComparisonInput:
     """What a comparison needs of a run.
 
     scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled); tokens, flops: by data_idx, of one
     repetition (mean).
     """
 
-    run: Run
+    run: RunRecord
     scores: dict[int, dict[str, list[float]]]
     tokens: dict[int, float] | None
     flops: dict[int, float] | None
@@ -39,7 +40,7 @@ def problem_key(line: Mapping[str, Any]) -> str:
     return " ".join(line["problem"].split())
 
 
-def common_problems(one: Run, other: Run) -> list[tuple[int, int]]:
+def common_problems(one: RunRecord, other: RunRecord) -> list[tuple[int, int]]:
     """(data_idx in one, data_idx in other) of problems with the same text. Raises UserError if there is none."""
     places: dict[str, list[int]] = {}
     for data_idx, lines in other.by_problem.items():
@@ -54,7 +55,7 @@ def common_problems(one: Run, other: Run) -> list[tuple[int, int]]:
     return pairs
 
 
-def comparison_note(one: Run, other: Run, pairs: Sequence[tuple[int, int]]) -> str:
+def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int, int]]) -> str:
     """Which problems are compared, and whether the reference answers agree."""
     left_out = len(one.by_problem) + len(other.by_problem) - 2 * len(pairs)
     note = f"{one.name} against {other.name}: paired over {len(pairs)} common problems, clustered by problem"
@@ -84,7 +85,7 @@ def spread(low: float, high: float) -> list[float]:
     return [low * (high / low) ** (i / max(1, steps)) for i in range(steps + 1)]
 
 
-def equal_n_budgets(one: Run, other: Run, most: tuple[int, int]) -> list[tuple[float, float, float]]:
+def equal_n_budgets(one: RunRecord, other: RunRecord, most: tuple[int, int]) -> list[tuple[float, float, float]]:
     """(N, pooled in one, pooled in other) of the N that both runs have, thinned to MAX_BUDGETS."""
     if not one.num_blocks or not other.num_blocks:
         return []
@@ -103,7 +104,7 @@ def equal_cost_budgets(one: float, other: float, most: tuple[int, int]) -> list[
     return [(budget, min(budget / one, most[0]), min(budget / other, most[1])) for budget in budgets]
 
 
-def metric_pairs(one: Run, other: Run) -> list[tuple[str, str]]:
+def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
     """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
     pairs = [(metric, metric) for metric in METRICS]
     if other.search_type == "bon" and one.search_type != "bon":
@@ -113,7 +114,7 @@ def metric_pairs(one: Run, other: Run) -> list[tuple[str, str]]:
     return pairs
 
 
-def compare(one: Measured, other: Measured) -> dict[str, Any]:
+def compare(one: ComparisonInput, other: ComparisonInput) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
     most = (  # repetitions that every common problem has
@@ -132,7 +133,7 @@ def compare(one: Measured, other: Measured) -> dict[str, Any]:
 
 
 def shared_budgets(
-    one: Measured, other: Measured, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+    one: ComparisonInput, other: ComparisonInput, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
 ) -> tuple[dict[str, list[tuple[float, float, float]]], list[str]]:
     """By basis, the budgets that both runs reach; and in words why a basis has none."""
     bases = {"N": equal_n_budgets(one.run, other.run, most)}
@@ -155,8 +156,8 @@ def shared_budgets(
 
 
 def compare_at(
-    one: Measured,
-    other: Measured,
+    one: ComparisonInput,
+    other: ComparisonInput,
     pairs: Sequence[tuple[int, int]],
     basis: str,
     budget: tuple[float, float, float],

@@ -1,15 +1,14 @@
-"""The files of a search run: written so that nothing is lost, read so that a run goes on where it stopped.
+"""The files of a search run: written so that nothing is lost, and a run goes on where it stopped.
 
 X.jsonl       one line per finished search; at the end in the order of global_idx
 X.meta.json   arguments, versions, both models; what a second start is compared with
-X.tree.jsonl  one line per finished round of each search: the journal, and what the viewer reads
+X.tree.jsonl  one line per finished round of each search: the journal, and what a report's page shows
 
-Both .jsonl files only grow. A last line without its newline is torn: it is cut off, said, and done again.
+Both .jsonl files only grow. A last line without its newline is torn: it is cut off, said, and done again. How the files
+are read is in search_lib/run_reader.py.
 """
 
 import contextlib
-import json
-import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -21,39 +20,15 @@ from filelock import FileLock
 from common_lib.cli import UserError
 from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
 from engine_lib.arguments import FREE_ARGUMENTS as ENGINE_ARGUMENTS
+from search_lib.run_reader import FORMAT as FORMAT
+from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
 from search_lib.tree import Round, SearchTask
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
     "batch_size", "value_device", "value_cache_gb", "tracker", "neptune_project", "num_repetitions", "output_path", "benchmark",
     "piref_model", "classifier_ckpt_path", "value_dtype",
 }  # fmt: skip
-
-Key = tuple[int, int]  # data_idx, repeat_idx
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The paths, and whether they can be used
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """The three files of `--output_path X.jsonl`, and the lock that a process that writes them holds."""
-
-    results: Path
-    meta: Path
-    tree: Path
-    lock: Path
-
-    @classmethod
-    def of(cls, output_path: str) -> "RunPaths":
-        results = Path(output_path)
-        stem = results.name.removesuffix(".jsonl")
-        names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f".{stem}.lock")
-        return cls(results, *map(results.with_name, names))
 
 
 def check_output_path(output_path: str) -> RunPaths:
@@ -97,7 +72,7 @@ class RunFiles:
         tree = None
         try:
             tree = LineFile(paths.tree)
-            earlier = _read_meta(paths)
+            earlier = _earlier_meta(paths)
             if earlier is not None:
                 check_same_run(earlier, meta, paths)
             meta["sessions"] = (earlier or {}).get("sessions", [])
@@ -115,17 +90,11 @@ class RunFiles:
             raise
 
     def _read(self) -> None:
-        for _, row in read_rows(self.paths.results):
-            row.pop("generated_ids")
-            self.finished[row["data_idx"], row["repeat_idx"]] = row
-        for _, row in read_rows(self.paths.tree):
-            key = row["data_idx"], row["repeat_idx"]
-            if key in self.finished:
-                continue
-            rounds = self.rounds.setdefault(key, [])
-            if row["round"] != len(rounds):
-                raise UserError(f"{self.paths.tree} is damaged: problem {key[0]}, repetition {key[1]} lacks a round")
-            rounds.append(Round(**{name: row[name] for name in Round.__dataclass_fields__}))
+        lines, _ = read_results(self.paths.results, self.meta["num_problems"])
+        self.finished = {(line["data_idx"], line["repeat_idx"]): line for line in lines}
+        journal = Journal(self.paths.tree)
+        started = [(data_idx, repeat_idx) for data_idx, runs in journal.searches.items() for repeat_idx in runs]
+        self.rounds = {key: journal.read(*key)[0].rounds for key in started if key not in self.finished}
 
     def add_round(self, task: SearchTask, record: Round, texts: list[str]) -> None:
         row = {"data_idx": task.data_idx, "repeat_idx": task.repeat_idx} | vars(record) | {"text": texts}
@@ -180,21 +149,14 @@ class RunFiles:
 # Is it the same run?
 
 
-def _read_meta(paths: RunPaths) -> dict[str, Any] | None:
-    if not any(path.exists() and path.stat().st_size for path in (paths.results, paths.tree)):
-        return None  # nothing has come of an earlier start
-    if not paths.meta.exists():
-        if paths.results.exists() and paths.results.stat().st_size:
-            raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")
+def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
+    """The settings of an earlier start, None where nothing has come of it."""
+    results = paths.results.exists() and paths.results.stat().st_size
+    if not results and not (paths.tree.exists() and paths.tree.stat().st_size):
         return None
-    try:
-        meta = json.loads(paths.meta.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{paths.meta} is not JSON ({error}); give another --output_path") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{paths.meta} has format {meta.get('format')!r}, this program writes {FORMAT}; give another path"
-        )
+    meta = read_meta(paths.meta)
+    if meta is None and results:
+        raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")
     return meta
 
 

@@ -92,7 +92,7 @@ VGS.ink = (value) => (value > 0.55 ? "#111" : "#fff");
 /** How an outcome is shown: right, wrong, or not finished in the length; never by colour alone. */
 VGS.outcome = function (correct, finish) {
   if (correct) return { mark: "✓", word: "right", css: "right" };
-  if (finish === "length") return { mark: "…", word: "truncated", css: "truncated" };
+  if (finish === "length") return { mark: "…", word: "length-limited", css: "limited" };
   return { mark: "✗", word: "wrong", css: "wrong" };
 };
 
