@@ -38,6 +38,10 @@ class VoteRow:
     def count(self) -> int:
         return self.answers.total()
 
+    def forms(self, characters: int) -> list[str]:
+        """The most frequent ways in which the answer was written, cut."""
+        return [answer[:characters] for answer, _ in self.answers.most_common(3)]
+
 
 def vote_rows(
     classes: Sequence[int], answers: Sequence[str], rewards: Sequence[bool], values: Sequence[float]
@@ -95,11 +99,8 @@ def pooled_best(top: Floats, ties: Floats, right: Floats) -> Iterator[Floats]:
     are right. Ties share; 0 where a window has no answer.
     """
     repetitions = top.shape[-1]
-    best, count, good = np.full_like(top, -np.inf), np.zeros_like(top), np.zeros_like(top)
     for m in range(1, repetitions + 1):
-        new_top, new_ties, new_right = (np.roll(x, 1 - m, axis=-1) for x in (top, ties, right))
-        higher, equal = new_top > best, new_top == best
-        count = np.where(higher, new_ties, count + np.where(equal, new_ties, 0))
-        good = np.where(higher, new_right, good + np.where(equal, new_right, 0))
-        best = np.maximum(best, new_top)
-        yield (good / np.maximum(count, 1))[..., : 1 if m == repetitions else repetitions]
+        starts = np.arange(repetitions if m < repetitions else 1)
+        window = (starts[:, None] + np.arange(m)) % repetitions
+        at_top = top[..., window] == top[..., window].max(-1, keepdims=True)
+        yield (right[..., window] * at_top).sum(-1) / np.maximum((ties[..., window] * at_top).sum(-1), 1)

@@ -23,9 +23,8 @@ class Analysis:
 
     run: RunRecord
     rows: list[dict[str, Any]]
-    scores: dict[int, dict[str, list[float]]]
+    comparison_input: ComparisonInput
     flops: dict[str, float] | None  # of one repetition, mean over problems
-    flops_by_problem: dict[int, float] | None
     values: dict[str, Any]
     rounds: list[dict[str, float]]  # seconds a search spent in each round, mean over searches
     waiting: float  # seconds a search waited, neither generating nor being scored; mean
@@ -46,14 +45,6 @@ class Analysis:
     def tokens_per_second(self) -> float | None:
         """Tokens generated per second of wall-clock."""
         return self.tokens_generated / self.seconds if self.seconds and self.tokens_generated else None
-
-    @property
-    def comparison_input(self) -> ComparisonInput:
-        lines = self.run.by_problem.items()
-        tokens = None
-        if all("tokens_generated" in line for line in self.run.lines):
-            tokens = {i: float(np.mean([line["tokens_generated"] for line in problem])) for i, problem in lines}
-        return ComparisonInput(self.run, self.scores, tokens, self.flops_by_problem)
 
 
 def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> Analysis:
@@ -118,16 +109,11 @@ class Gatherer:
             for key in (*COST_KEYS, "flops"):
                 row[key] = flops[key] * row["pooled"] if flops else None
         searches = max(1, len(run.lines))
-        windows = pooled_scores(run.lines, self.classes)
         return Analysis(
             run=run,
             rows=rows,
-            scores={
-                i: {metric: [float(np.mean(w)) for w in by_pooled] for metric, by_pooled in problem.items()}
-                for i, problem in windows.items()
-            },
+            comparison_input=ComparisonInput(run, self.mean_scores(), self.mean_tokens(), by_problem),
             flops=flops,
-            flops_by_problem=by_problem,
             values={"biased": run.biased} | value_report(np.concatenate(self.observations)),
             rounds=[{"generate": float(g), "score": float(s)} for g, s in self.seconds / searches],
             waiting=max(0.0, sum(line["dt"] for line in run.lines) - self.seconds.sum()) / searches,
@@ -136,6 +122,20 @@ class Gatherer:
             tokens_generated=self.tokens if self.journal.searches else None,
             notes=[*run.notes, *self.notes(flops is not None)],
         )
+
+    def mean_scores(self) -> dict[int, dict[str, list[float]]]:
+        windows = pooled_scores(self.run.lines, self.classes)
+        return {
+            i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
+            for i, scores in windows.items()
+        }
+
+    def mean_tokens(self) -> dict[int, float] | None:
+        """Tokens generated in one repetition, by problem."""
+        if not all("tokens_generated" in line for line in self.run.lines):
+            return None
+        by_problem = self.run.by_problem.items()
+        return {i: float(np.mean([line["tokens_generated"] for line in lines])) for i, lines in by_problem}
 
     def notes(self, has_flops: bool) -> list[str]:
         """What the run's files do not tell."""

@@ -31,17 +31,17 @@ class ForwardCost:
     per_token: int
     per_context: int
 
+    @classmethod
+    def of(cls, shape: Mapping[str, Any], output_weights: int) -> "ForwardCost":
+        """Of a Qwen2-like decoder (grouped-query attention, gated MLP) with an output matrix of so many weights."""
+        hidden, head_dim, layers = shape["hidden_size"], shape["head_dim"], shape["num_hidden_layers"]
+        heads, key_value_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+        attention = hidden * head_dim * (2 * heads + 2 * key_value_heads)
+        weights = layers * (attention + 3 * hidden * shape["intermediate_size"]) + output_weights
+        return cls(2 * weights, 4 * layers * heads * head_dim)
+
     def flops(self, tokens: float, contexts: float) -> float:
         return tokens * self.per_token + contexts * self.per_context
-
-
-def forward_cost(shape: Mapping[str, Any], output_weights: int) -> ForwardCost:
-    """Of a Qwen2-like decoder (grouped-query attention, gated MLP) with an output matrix of so many weights."""
-    hidden, head_dim, layers = shape["hidden_size"], shape["head_dim"], shape["num_hidden_layers"]
-    heads, key_value_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * key_value_heads)
-    weights = layers * (attention + 3 * hidden * shape["intermediate_size"]) + output_weights
-    return ForwardCost(2 * weights, 4 * layers * heads * head_dim)
 
 
 def forward_costs(meta: Mapping[str, Any] | None) -> tuple[ForwardCost, ForwardCost] | None:
@@ -50,7 +50,7 @@ def forward_costs(meta: Mapping[str, Any] | None) -> tuple[ForwardCost, ForwardC
         generator, value_model = (meta or {})["generator"], (meta or {})["value_model"]
         head = value_model["hidden_size"] * (value_model["hidden_size"] + (value_model.get("num_labels") or 1))
         output = generator["hidden_size"] * generator["vocab_size"]
-        return forward_cost(generator, output), forward_cost(value_model, head)
+        return ForwardCost.of(generator, output), ForwardCost.of(value_model, head)
     except (KeyError, TypeError):
         return None
 

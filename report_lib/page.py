@@ -25,7 +25,6 @@ DATA = "report_data"
 PART_CHARACTERS = 3_000_000  # of text in one file, more or less
 SETTINGS_SHOWN = (
     "search_type",
-    "num_blocks",
     "block_size",
     "max_length",
     "num_repetitions",
@@ -137,17 +136,11 @@ def beam_texts(search: SearchView, decode: Decode | None) -> list[str]:
 def settings(analysis: Analysis) -> list[tuple[str, str]]:
     """What a run was, in words: name and value."""
     run, meta = analysis.run, analysis.run.meta or {}
-    shown = [("file", str(run.path)), ("searches", f"{len(run.lines)} of {run.planned}")]
-    if meta.get("benchmark"):
-        shown.append(("benchmark", str(meta["benchmark"])))
-    for key, words in (("generator", "generator"), ("value_model", "value model")):
-        if isinstance(meta.get(key), dict):
-            shown.append((words, str(meta[key].get("path", "?"))))
-    arguments = meta.get("arguments", {})
-    shown += [(key, str(arguments[key])) for key in SETTINGS_SHOWN if key in arguments]
-    if run.num_blocks and "num_blocks" not in arguments:
-        shown.append(("num_blocks", str(run.num_blocks)))
-    versions = meta.get("versions")
-    if isinstance(versions, dict):
-        shown.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return shown
+    shown = {"file": run.path, "searches": f"{len(run.lines)} of {run.planned}", "benchmark": meta.get("benchmark")}
+    shown |= {
+        "generator": meta.get("generator", {}).get("path"),
+        "value model": meta.get("value_model", {}).get("path"),
+    }
+    shown |= {"num_blocks": run.num_blocks} | {key: meta.get("arguments", {}).get(key) for key in SETTINGS_SHOWN}
+    shown["versions"] = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+    return [(name, str(value)) for name, value in shown.items() if value not in (None, "")]

@@ -15,7 +15,7 @@ from search_lib.run_reader import Journal, read_token_ids
 from search_lib.tree import ROOT, Round, Tree
 
 Grades = dict[int, tuple[str, bool]]  # finished node -> (answer, is it right)
-MOST_ANSWERS = 8  # classes of a vote that the page shows, each by at most three forms of its answer
+MOST_ANSWERS = 8  # classes of a vote that the page shows
 ANSWER_CHARACTERS = 1000  # of an answer are shown; its text has it all
 
 
@@ -122,39 +122,21 @@ def only_pruned_right(search: SearchView) -> bool:
 
 @dataclass
 class Vote:
-    """The vote among the final beams of some searches. rows: heaviest first; shares: of maj, wmaj, bon, that is right."""
+    """The vote among the final beams of some searches. shares: of maj, wmaj, bon, that is right."""
 
-    rows: list[VoteRow]
+    rows: list[VoteRow]  # the heaviest first
     weight: float  # sum of values, of all rows
     beams: int
+    empty: int  # beams without an answer
     shares: dict[str, float]
-
-    @property
-    def empty(self) -> int:
-        """Beams without an answer."""
-        return self.beams - sum(row.count for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """As the page draws it."""
-        rows = [
-            {
-                "answers": [answer[:ANSWER_CHARACTERS] for answer, _ in row.answers.most_common(3)],
-                "count": row.count,
-                "weight": row.weight,
-                "best": row.best,
-                "right": row.right / row.count,
-                "wins": row.wins,
-            }
+        shown = [
+            vars(row) | {"answers": row.forms(ANSWER_CHARACTERS), "count": row.count, "right": row.right / row.count}
             for row in self.rows[:MOST_ANSWERS]
         ]
-        more = len(self.rows) - len(rows)
-        return self.shares | {
-            "rows": rows,
-            "more": more,
-            "weight": self.weight,
-            "beams": self.beams,
-            "empty": self.empty,
-        }
+        return vars(self) | self.shares | {"rows": shown, "more": len(self.rows) - len(shown)}
 
 
 def count_vote(searches: Sequence[SearchView]) -> Vote:
@@ -171,7 +153,8 @@ def count_vote(searches: Sequence[SearchView]) -> Vote:
         "bon": best_of_n(classes, rewards, values),
     }
     ranked = sorted(rows, key=lambda row: (-row.weight, -row.count))
-    return Vote(ranked, sum(row.weight for row in rows), len(classes), shares)
+    empty = sum(number < 0 for number in classes)
+    return Vote(ranked, sum(row.weight for row in rows), len(classes), empty, shares)
 
 
 def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:

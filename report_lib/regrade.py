@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common_lib.cli import UserError
 from common_lib.files import write_json, write_whole
 from eval_lib.grading import Grader
-from report_lib.data import RunRecord, read_run, run_names
+from report_lib.data import read_run, run_names
 from report_lib.problem import trace_answer
-from search_lib.run_reader import Journal, Key, RunPaths
+from search_lib.run_reader import Journal, RunPaths
 
 MOST_TOLD = 20  # changes that are listed one by one
 
@@ -23,47 +23,37 @@ def regrade(source: Path, target: Path) -> str:
     check_target(source, target)
     run = read_run(source, run_names([source])[0])
     journal = Journal(run.journal_path)
-    with Grader() as grader:
-        graded = regrade_all(run, journal, grader)
+    changes: list[str] = []
+    now_right = 0
 
-    def copy(out: BinaryIO) -> None:
-        with source.open("rb") as samples:
+    def write(out: BinaryIO) -> None:
+        nonlocal now_right
+        with source.open("rb") as samples, Grader() as grader:
             for line in sorted(run.lines, key=lambda line: line["offset"]):
-                answers, rewards = graded[line["data_idx"], line["repeat_idx"]]
+                answers, rewards = grade_again(line, journal, grader)
+                place = f"problem {line['data_idx']}, repetition {line['repeat_idx']}"
+                for beam, (was, now) in enumerate(zip(line["reward"], rewards, strict=True)):
+                    if was != now:
+                        now_right += now
+                        word = "wrong -> right" if now else "right -> wrong"
+                        answer = f"answer {answers[beam]!r:.60}, truth {line['gt_answer']!r:.60}"
+                        changes.append(f"{place}, beam {beam}: {word} ({answer})")
                 samples.seek(line["offset"])
                 record = json.loads(samples.readline()) | {"processed_answer": answers, "reward": rewards}
                 text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
                 out.write(text.encode("utf-8", "surrogatepass") + b"\n")
+        if run.meta is not None:  # before the run's own file, which without it would look like the released code's
+            meta = run.meta | {"regraded_from": source.name, "journal": run.journal_path.name}
+            write_json(RunPaths.of(target).meta, meta, ensure_ascii=True)
 
-    if run.meta is not None:
-        write_json(
-            RunPaths.of(target).meta, run.meta | {"regraded_from": source.name, "journal": run.journal_path.name}, True
-        )
-    write_whole(target, copy)
+    write_whole(target, write)
+    beams = sum(len(line["reward"]) for line in run.lines)
     how = (
         "extracted again from the journal's text" if journal.searches else "as stored (no journal to extract them from)"
     )
-    return "\n".join([*run.notes, *changes(run, graded, f"answers {how}", target)])
-
-
-def changes(run: RunRecord, graded: dict[Key, tuple[list[str], list[bool]]], how: str, target: Path) -> list[str]:
-    """How many rewards changed, and the first of them one by one."""
-    told = []
-    now_right = beams = 0
-    for line in sorted(run.lines, key=lambda line: line["offset"]):
-        answers, rewards = graded[line["data_idx"], line["repeat_idx"]]
-        place = f"problem {line['data_idx']}, repetition {line['repeat_idx']}"
-        for beam, (was, now) in enumerate(zip(line["reward"], rewards, strict=True)):
-            beams += 1
-            if was != now:
-                now_right += now
-                word = "wrong -> right" if now else "right -> wrong"
-                told.append(
-                    f"{place}, beam {beam}: {word} (answer {answers[beam]!r:.60}, truth {line['gt_answer']!r:.60})"
-                )
-    head = f"{target}: {len(told)} of {beams} rewards changed ({now_right} now right, {len(told) - now_right} now wrong); {how}"
-    more = len(told) - MOST_TOLD
-    return [head, *told[:MOST_TOLD], *([f"... and {more} more"] if more > 0 else [])]
+    counts = f"{len(changes)} of {beams} rewards changed ({now_right} now right, {len(changes) - now_right} now wrong)"
+    more = [f"... and {len(changes) - MOST_TOLD} more"] if len(changes) > MOST_TOLD else []
+    return "\n".join([*run.notes, f"{target}: {counts}; answers {how}", *changes[:MOST_TOLD], *more])
 
 
 def check_target(source: Path, target: Path) -> None:
@@ -75,14 +65,11 @@ def check_target(source: Path, target: Path) -> None:
         raise UserError(f"--regrade {target} must lie in the folder of {source.name}, whose journal it refers to")
 
 
-def regrade_all(run: RunRecord, journal: Journal, grader: Grader) -> dict[Key, tuple[list[str], list[bool]]]:
-    """Answers and rewards of the final beams of each search."""
-    found = {}
-    for line in run.lines:
-        search, answers = (line["data_idx"], line["repeat_idx"]), line["processed_answer"]
-        if search[1] in journal.searches.get(search[0], {}):
-            tree, text = journal.read(*search)
-            if len(tree.beams) == len(answers):
-                answers = [trace_answer(tree, text, node) for node in tree.beams]
-        found[search] = answers, grader.grade([(line["gt_answer"], answer) for answer in answers])
-    return found
+def grade_again(line: dict[str, Any], journal: Journal, grader: Grader) -> tuple[list[str], list[bool]]:
+    """Answers and rewards of the final beams of a search."""
+    answers = line["processed_answer"]
+    if line["repeat_idx"] in journal.searches.get(line["data_idx"], {}):
+        tree, text = journal.read(line["data_idx"], line["repeat_idx"])
+        if len(tree.beams) == len(answers):
+            answers = [trace_answer(tree, text, node) for node in tree.beams]
+    return answers, grader.grade([(line["gt_answer"], answer) for answer in answers])

@@ -167,16 +167,13 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         for name, was in earlier["arguments"].items()
         if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
     ]
-    for what, label in (
-        (("problems_sha256",), "the benchmark's problems"),
-        (("generator", "fingerprint"), "the generator's weights"),
-        (("value_model", "fingerprint"), "the value model's weights"),
-        (("numerics",), "engine and dtypes"),
-    ):
-        was, is_now = _pick(earlier, what), _pick(now, what)
-        if was != is_now:
-            shown = f" ({was} -> {is_now})" if what == ("numerics",) else ""
-            differences.append(f"{label} differ{shown}")
+    compared = {
+        "the benchmark's problems differ": lambda meta: meta["problems_sha256"],
+        "the generator's weights differ": lambda meta: meta["generator"]["fingerprint"],
+        "the value model's weights differ": lambda meta: meta["value_model"]["fingerprint"],
+        f"engine and dtypes differ ({earlier['numerics']} -> {now['numerics']})": lambda meta: meta["numerics"],
+    }
+    differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
     if has < had:
         differences.append(f"--num_repetitions was {had} and is {has} (it may only grow)")
@@ -185,10 +182,3 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
             f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
             "earlier settings to go on"
         )
-
-
-def _pick(meta: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    value: Any = meta
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

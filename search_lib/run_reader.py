@@ -8,7 +8,7 @@ results only their number is kept, and a journal is indexed in one pass and then
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,6 @@ from common_lib.files import read_lines
 from search_lib.tree import Round, Tree
 
 FORMAT = 1  # of X.meta.json
-RELEASED_KEYS = ("repeat_idx", "data_idx", "global_idx", "problem", "gt_answer", "generated_ids", "generated_scores",
-                 "processed_answer", "reward", "dt")  # fmt: skip
-COUNTS = ("prompt_tokens", "tokens_generated", "tokens_scored", "tokens_reread", "tokens_cached", "seconds_generate",
-          "seconds_score")  # fmt: skip
-RESULT_KEYS = (*RELEASED_KEYS, "finish_reasons", *COUNTS)
-ROUND_LISTS = ("parent", "tokens", "value", "kept", "finish", "text")
-
 Key = tuple[int, int]  # data_idx, repeat_idx
 
 
@@ -64,20 +57,22 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _parse_lines(path: Path, what: str) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """(line number, byte offset, row) of each line; None for a torn last one. Raises UserError naming what is no row.
+def _parse_lines(path: Path, form: "LineFormat") -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+    """(line number, byte offset, row) of each line; None for a torn last one. Raises UserError.
 
     A last line that lacks nothing but its newline counts.
     """
     for number, offset, raw in read_lines(path):
+        row = None
         try:
             row = json.loads(raw)
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
+                raise ValueError("is not a JSON object")
+            form.check(row)
         except (ValueError, RecursionError) as error:
-            if raw.endswith(b"\n"):
-                raise UserError(f"{path}: line {number} is not {what} ({error}); give a whole file") from None
-            row = None
+            if row is not None or raw.endswith(b"\n"):
+                words = f"is not JSON ({error})" if row is None else str(error)
+                raise UserError(f"{path}: line {number} {words}; is it a file of a run, and whole?") from None
         yield number, offset, row
 
 
@@ -94,16 +89,13 @@ def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, A
     lines: list[dict[str, Any]] = []
     unknown: set[str] = set()
     notes = []
-    for number, offset, row in _parse_lines(path, "a line of a run"):
+    for number, offset, row in _parse_lines(path, RESULT):
         if row is None:
             notes.append(f"{path.name}: its last line is torn (a run in progress, or killed) and was left out")
             continue
-        try:
-            lengths = _check_result(row)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} {error}") from None
-        unknown |= row.keys() - set(RESULT_KEYS)
-        kept = {key: row[key] for key in RESULT_KEYS if key in row and key != "generated_ids"}
+        lengths = list(map(len, row.pop("generated_ids")))
+        unknown |= row.keys() - RESULT.keys
+        kept = {key: value for key, value in row.items() if key in RESULT.keys}
         kept |= {"gt_answer": str(row["gt_answer"]), "reward": list(map(bool, row["reward"]))}
         lines.append(kept | {"lengths": lengths, "offset": offset, "line": number})
     if unknown:
@@ -116,58 +108,7 @@ def read_token_ids(path: Path, line: dict[str, Any]) -> list[Sequence[int]]:
     """The responses of a line of `read_results`, read again from the file: [beams][tokens]."""
     with path.open("rb") as stream:
         stream.seek(line["offset"])
-        return [array("I", ids) for ids in json.loads(stream.readline())["generated_ids"]]
-
-
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _compact(lists: Any) -> list[Sequence[int]]:
-    """Lists of token ids, 4 bytes an id. Raises ValueError for anything else."""
-    try:
-        if not all(isinstance(ids, list) for ids in lists):
-            raise TypeError
-        return [array("I", ids) for ids in lists]
-    except (TypeError, OverflowError):
-        raise ValueError("has token ids that are not lists of whole numbers from 0") from None
-
-
-def _check_result(line: dict[str, Any]) -> list[int]:
-    """The lengths of its responses. Raises ValueError, in words for the user, where a line breaks the format."""
-    if missing := [key for key in RELEASED_KEYS if key not in line]:
-        raise ValueError(f"has no {', '.join(missing)}; is it a run's output file?")
-    for key in ("repeat_idx", "data_idx", "global_idx"):
-        if not is_count(line[key]):
-            raise ValueError(f"{key} is {line[key]!r:.40}, it must be a whole number from 0")
-    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "generated_scores": (_is_share, "values from 0 to 1"),
-        "processed_answer": (lambda value: isinstance(value, str), "strings"),
-        "reward": (lambda value: value in (0, 1), "true or false"),
-    }
-    for key, (is_right, words) in kinds.items():
-        if not isinstance(line[key], list) or not all(map(is_right, line[key])):
-            raise ValueError(f"{key} must be a list of {words}")
-    lengths = list(map(len, _compact(line["generated_ids"])))
-    beams = {"generated_ids": len(lengths)} | {key: len(line[key]) for key in kinds}
-    if isinstance(line.get("finish_reasons"), list):
-        beams["finish_reasons"] = len(line["finish_reasons"])
-    if len(set(beams.values())) > 1 or 0 in beams.values():
-        raise ValueError(f"its lists must have one entry a beam: {beams}")
-    if not _is_number(line["dt"]) or not isinstance(line["problem"], str):
-        raise ValueError("dt must be seconds and problem a string")
-    for key in COUNTS:
-        if key in line and not (_is_number(line[key]) and line[key] >= 0):
-            raise ValueError(f"{key} is {line[key]!r:.40}, it must be a number from 0")
-    return lengths
+        return _compact(json.loads(stream.readline())["generated_ids"])
 
 
 def _check_one_run(path: Path, lines: list[dict[str, Any]], num_problems: int | None) -> None:
@@ -213,15 +154,10 @@ class Journal:
         """Read and check every line once. Raises UserError: a broken line, a round that is missing or there twice."""
         self.path, self.torn = path, False
         self.searches: dict[int, dict[int, array[int]]] = {}
-        for number, offset, row in _parse_lines(path, "a round of a search") if path.is_file() else ():
+        for number, offset, row in _parse_lines(path, ROUND) if path.is_file() else ():
             if row is None:
                 self.torn = True
                 continue
-            try:
-                _check_round(row)
-            except (ValueError, KeyError, TypeError) as error:
-                words = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{path}: line {number} is not a round of a search ({words}); restore it") from None
             offsets = self.searches.setdefault(row["data_idx"], {}).setdefault(row["repeat_idx"], array("Q"))
             if row["round"] < len(offsets):
                 raise self._damage(row, f"is there twice (line {number}); journals of two runs in one file?")
@@ -238,7 +174,7 @@ class Journal:
                 row = json.loads(stream.readline())
                 kept = sum(map(bool, row["kept"]))
                 if row["round"] == 0:
-                    tree = Tree(row["prompt_ids"], kept)
+                    tree = Tree(row.get("prompt_ids", []), kept)
                 if max(row["parent"]) >= len(tree.parent) or kept != len(tree.open_slots):
                     raise self._damage(row, "does not fit the rounds before it")
                 known = {name: row[name] for name in Round.__dataclass_fields__ if name in row}
@@ -251,20 +187,96 @@ class Journal:
         return UserError(f"{self.path}: {place} {what}; restore the journal, or move it away")
 
 
-def _check_round(row: dict[str, Any]) -> None:
-    """Raises ValueError, KeyError or TypeError where a line of a journal breaks the format."""
-    if not all(is_count(row[key]) for key in ("data_idx", "repeat_idx", "round")):
-        raise ValueError("data_idx, repeat_idx and round must be whole numbers from 0")
-    if not all(isinstance(row[key], list) and 0 < len(row[key]) == len(row["parent"]) for key in ROUND_LISTS):
-        raise ValueError(f"{', '.join(ROUND_LISTS)} must be lists of one length")
-    _compact(row["tokens"])
-    if not all(map(is_count, row["parent"])):
-        raise ValueError("a parent is not a node")
-    if not all(map(_is_share, row["value"])) or not all(isinstance(text, str) for text in row["text"]):
-        raise ValueError("values must be from 0 to 1, texts strings")
-    if any(finish not in ("stop", "length", "") for finish in row["finish"]):
-        raise ValueError("finish must be stop, length or empty")
-    if not all(_is_number(row.get(key, 0)) for key in Round.__dataclass_fields__ if key.startswith("seconds")):
-        raise ValueError("seconds must be numbers")
-    if row["round"] == 0 and not isinstance(row["prompt_ids"], list):
-        raise ValueError("prompt_ids must be a list")
+# ---------------------------------------------------------------------------------------------------------------------
+# What a line must be
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any, most: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most and value < math.inf
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_ids(lists: Any) -> bool:
+    try:
+        return all(isinstance(ids, list) for ids in lists) and bool(_compact(lists))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _compact(lists: Iterable[list[int]]) -> list[Sequence[int]]:
+    """Token ids in 4 bytes each."""
+    return [array("I", ids) for ids in lists]
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(map(holds, values))
+
+
+Rules = dict[str, tuple[Callable[[Any], bool], str]]  # key -> does its value hold, and what it must be
+COUNT = (is_count, "a whole number from 0")
+AMOUNT = (_is_number, "a number from 0")
+VALUES = (_list_of(lambda value: _is_number(value, 1)), "a list of values from 0 to 1")
+FLAGS = (_list_of(lambda value: value in (0, 1)), "a list of true and false")
+TEXTS = (_list_of(_is_text), "a list of strings")
+IDS = (_are_ids, "lists of token ids")
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """The keys of a line; those in `parallel` hold lists that run side by side."""
+
+    required: Rules
+    optional: Rules
+    parallel: tuple[str, ...]
+
+    @property
+    def keys(self) -> set[str]:
+        return {*self.required, *self.optional}
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Raises ValueError, in words for the user."""
+        if missing := [key for key in self.required if key not in row]:
+            raise ValueError(f"has no {', '.join(missing)}")
+        for key, (holds, words) in (self.required | self.optional).items():
+            if key in row and not holds(row[key]):
+                raise ValueError(f"has {key} {row[key]!r:.40}, it must be {words}")
+        lengths = {key: len(row[key]) for key in self.parallel if key in row}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise ValueError(f"has lists that do not belong together: {lengths}")
+
+
+SPENT = ("tokens_scored", "tokens_reread", "tokens_cached", "seconds_generate", "seconds_score")
+RESULT = LineFormat(
+    required={  # what the released code writes
+        **dict.fromkeys(("repeat_idx", "data_idx", "global_idx"), COUNT),
+        "problem": (_is_text, "a string"),
+        "gt_answer": (lambda value: True, ""),
+        "generated_ids": IDS,
+        "generated_scores": VALUES,
+        "processed_answer": TEXTS,
+        "reward": FLAGS,
+        "dt": AMOUNT,
+    },
+    optional={"finish_reasons": TEXTS, **dict.fromkeys(("prompt_tokens", "tokens_generated", *SPENT), AMOUNT)},
+    parallel=("generated_ids", "generated_scores", "processed_answer", "reward", "finish_reasons"),
+)
+ROUND = LineFormat(
+    required={
+        **dict.fromkeys(("data_idx", "repeat_idx", "round"), COUNT),
+        "parent": (_list_of(is_count), "a list of node numbers"),
+        "tokens": IDS,
+        "value": VALUES,
+        "kept": FLAGS,
+        "finish": (_list_of(lambda value: value in ("stop", "length", "")), "a list of stop, length or nothing"),
+        "text": TEXTS,
+    },
+    optional={"prompt_ids": (_list_of(is_count), "token ids"), **dict.fromkeys((*SPENT, "seconds"), AMOUNT)},
+    parallel=("parent", "tokens", "value", "kept", "finish", "text"),
+)

@@ -34,7 +34,7 @@ VGS.searchStrip = function (data, at) {
     VGS.el("button", { type: "button", class: "chip", "aria-pressed": String(i === at), "data-search": i, title: `repetition ${search.repeat}${search.over ? "" : ", in progress"}`, onclick: () => VGS.go({ search: i, node: "" }) },
       `${search.repeat} `, search.over
         ? search.beams.slice(0, 16).map((node) => {
-          const outcome = VGS.outcome(search.graded[node][1], search.finish[node]);
+          const outcome = VGS.outcome(search, node);
           return VGS.el("span", { class: `mark ${outcome.css}` }, outcome.mark);
         })
         : "in progress", search.beams.length > 16 ? "…" : "")));
