@@ -95,7 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for other in runs[1:]:
             common_problems(runs[0], other)
         decode = load_decoder(args.tokenizer)
-        show(write_report(args.out, runs, decode) if args.out else terminal_text(*analyse_all(runs)))
+        if args.out:
+            from report_lib.plots import write_plots  # imports matplotlib, which takes a second
+
+            show(write_report(args.out, runs, decode, write_plots))
+        else:
+            show(terminal_text(*analyse_all(runs)))
     except OSError as error:
         raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
     return 0
@@ -125,15 +130,18 @@ def analyse_all(
     return analyses, [compare(first, other) for other in others]
 
 
-def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None) -> str:
+def write_report(
+    folder: Path,
+    runs: Sequence[RunRecord],
+    decode: Decode | None,
+    draw: Callable[[Path, Sequence[Analysis]], list[dict[str, Any]]],
+) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
-    from report_lib.plots import write_plots  # imports matplotlib, which takes a second
-
     page = PageWriter(folder)
     try:
         analyses, comparisons = analyse_all(runs, page, decode)
         write_tables(folder, analyses, comparisons)
-        plots = write_plots(folder, analyses)
+        plots = draw(folder, analyses)
         page.finish(analyses, all_tables(analyses, comparisons), plots)
     except BaseException:
         page.discard()

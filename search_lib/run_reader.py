@@ -5,6 +5,7 @@ wrong with a file is one UserError; a last line that is torn is left out. Token 
 results only their number is kept, and a journal is indexed in one pass and then read search by search.
 """
 
+import contextlib
 import json
 import math
 from array import array
@@ -204,10 +205,9 @@ def _is_text(value: object) -> bool:
 
 
 def _are_ids(lists: Any) -> bool:
-    try:
-        return all(isinstance(ids, list) for ids in lists) and bool(_compact(lists))
-    except (TypeError, OverflowError):
-        return False
+    with contextlib.suppress(TypeError, OverflowError):
+        return len(_compact(lists)) == sum(isinstance(ids, list) for ids in lists)
+    return False
 
 
 def _compact(lists: Iterable[list[int]]) -> list[Sequence[int]]:
