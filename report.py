@@ -33,26 +33,21 @@ from report_lib.problem import ProblemView
 from report_lib.regrade import regrade
 from report_lib.tables import all_tables, terminal_text, write_tables
 
+Draw = Callable[[Path, Sequence[Analysis]], list[dict[str, Any]]]  # `write_plots`
+
 
 def parse_args(argv: Sequence[str] | None):
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN.jsonl", help="output files; the others are compared with the first")
-    add(
-        "--out", type=Path, metavar="FOLDER", help="write report.html, plots and tables there (made if it is not there)"
-    )
+    add("--out", type=Path, metavar="FOLDER", help="write report.html, plots and tables there (made if need be)")
     add(
         "--num_blocks",
         type=int,
-        help="blocks in parallel of one search, for runs that do not say (the released code's)",
+        help="blocks in parallel of one search, for runs without settings (the released code's)",
     )
     add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
-    add(
-        "--regrade",
-        type=Path,
-        metavar="NEW.jsonl",
-        help="grade RUN.jsonl again into this new file, and say what changed",
-    )
+    add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
     args = parser.parse_args(argv)
     if args.num_blocks is not None and args.num_blocks < 1:
         raise UserError(f"--num_blocks is {args.num_blocks}; it must be at least 1")
@@ -130,12 +125,7 @@ def analyse_all(
     return analyses, [compare(first, other) for other in others]
 
 
-def write_report(
-    folder: Path,
-    runs: Sequence[RunRecord],
-    decode: Decode | None,
-    draw: Callable[[Path, Sequence[Analysis]], list[dict[str, Any]]],
-) -> str:
+def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
     page = PageWriter(folder)
     try:

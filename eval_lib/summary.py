@@ -76,9 +76,6 @@ def summarize(
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------- how it is shown
-
-
 def budget_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
 ) -> Table:
@@ -127,9 +124,6 @@ def _row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
     place = f" ({run})" if run else ""
     notes = [f"At {', '.join(pooled)} pooled{place}: {note}." for note, pooled in at.items()]
     return notes + [f"{len(shown)} of {len(rows)} budgets are shown."] * (len(shown) < len(rows))
-
-
-# --------------------------------------------------------------------------------------------------------------- its parts
 
 
 def _read_searches(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[int, list[dict[str, Any]]]:

@@ -28,9 +28,6 @@ def thin(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if few or row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
 
 
-# ---------------------------------------------------------------------------------------------------------------- cells
-
-
 def number(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None or math.isnan(value) else format(value, form)
 
@@ -57,9 +54,6 @@ def short(value: float | None) -> str:
 def printable(text: str) -> str:
     """Without control characters (a file name may hold an escape sequence)."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
-# ---------------------------------------------------------------------------------------------------------------- forms
 
 
 def as_text(table: Table, width: int = 80) -> str:

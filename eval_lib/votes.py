@@ -6,6 +6,7 @@ A vote is among classes of equal answers (`Grader.answer_classes`); an empty ans
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,9 +39,11 @@ class VoteRow:
     def count(self) -> int:
         return self.answers.total()
 
-    def forms(self, characters: int) -> list[str]:
-        """The most frequent ways in which the answer was written, cut."""
-        return [answer[:characters] for answer, _ in self.answers.most_common(3)]
+    def to_json(self, characters: int) -> dict[str, Any]:
+        """For the page: the answer as it was first written, and its most frequent forms, all cut."""
+        forms = [answer[:characters] for answer, _ in self.answers.most_common(3)]
+        answer = next(iter(self.answers))[:characters]
+        return vars(self) | {"answers": forms, "answer": answer, "count": self.count, "right": self.right / self.count}
 
 
 def vote_rows(

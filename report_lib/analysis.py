@@ -1,7 +1,6 @@
 """One pass over a run, problem by problem: what tables, plots and page say is gathered here, in bounded memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,21 +16,106 @@ from report_lib.value import observe_search, value_report
 from search_lib.run_reader import Journal
 
 
-@dataclass
-class Analysis:
-    """What a report says of one run."""
+def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> "Analysis":
+    """Read the run's journal once. `show` is called with every problem, and must not keep what it is given."""
+    journal = Journal(run.journal_path)
+    analysis = Analysis(run, journal)
+    for data_idx in sorted(run.by_problem.keys() | journal.searches.keys()):
+        view = problem_view(run, journal, data_idx, grader)
+        if view.lines:  # else nothing of it is finished: not even its text is known
+            analysis.add(view)
+            show(view)
+    analysis.finish()
+    return analysis
 
-    run: RunRecord
-    rows: list[dict[str, Any]]
-    comparison_input: ComparisonInput
-    flops: dict[str, float] | None  # of one repetition, mean over problems
-    values: dict[str, Any]
-    rounds: list[dict[str, float]]  # seconds a search spent in each round, mean over searches
-    waiting: float  # seconds a search waited, neither generating nor being scored; mean
-    problems: list[dict[str, Any]]
-    pruned_right: int | None  # searches in which only a rejected candidate was right
-    tokens_generated: int | None  # of all searches, unfinished ones too
-    notes: list[str]
+
+class Analysis:
+    """What a report says of one run: sums and columns over its problems, and when it is finished, what follows."""
+
+    def __init__(self, run: RunRecord, journal: Journal):
+        self.run, self.has_journal = run, bool(journal.searches)
+        self.notes = [*run.notes, *journal.notes]
+        if not self.has_journal:
+            lost = "no trees, no rejected candidates, no values inside a trace"
+            self.notes.append(f"{run.name}: no journal ({journal.path.name}): {lost}")
+        self.problems: list[dict[str, Any]] = []
+        self.tokens_generated = 0 if self.has_journal else None  # of all searches, unfinished ones too
+        # searches in which only a rejected candidate was right; None where no rejected ones are seen
+        self.pruned_right = 0 if self.has_journal and run.prunes is not False else None
+        self._forward_costs = forward_costs(run.meta) if self.has_journal else None
+        self._classes: dict[int, dict[int, list[int]]] = {}
+        self._observations: list[NDArray] = []
+        self._flops: dict[int, list[dict[str, float]]] = {}
+        self._without_flops = self._without_journal = 0
+        self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
+
+    def add(self, view: ProblemView) -> None:
+        pruned_right = None
+        if self.pruned_right is not None:
+            pruned_right = sum(map(only_pruned_right, view.searches))
+            self.pruned_right += pruned_right
+        self.problems.append(problem_row(view, pruned_right))
+        self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
+        final_only = bool(self.run.prunes) and not self.run.biased
+        for search in view.searches:
+            if self.tokens_generated is not None:
+                self.tokens_generated += sum(map(len, search.tree.tokens))
+            self._without_journal += not search.in_journal
+            if search.line:
+                self._observations.append(observe_search(view.data_idx, search, final_only))
+                self._add_costs(view.data_idx, search, search.line)
+
+    def _add_costs(self, data_idx: int, search: SearchView, line: dict[str, Any]) -> None:
+        known = self._forward_costs if search.in_journal else None
+        flops = search_flops(search.tree, line, known) if known else None
+        if flops:
+            self._flops.setdefault(data_idx, []).append(flops)
+        self._without_flops += flops is None
+        if "seconds_generate" in line:
+            rounds = np.array([(record.seconds_generate, record.seconds_score) for record in search.tree.rounds])
+            self._seconds.resize((max(len(rounds), len(self._seconds)), 2), refcheck=False)
+            self._seconds[: len(rounds)] += rounds
+
+    def finish(self) -> None:
+        """Sum up."""
+        run, searches = self.run, max(1, len(self.run.lines))
+        if self.has_journal and self._without_journal:
+            lost = f"{self._without_journal} finished searches are not in the journal"
+            self.notes.append(f"{run.name}: {lost}: only their final beams are shown")
+        self.flops = by_problem = None  # of one repetition, mean over problems
+        if self._flops and not self._without_flops:
+            self.flops = mean_costs(self._flops)
+            by_problem = {
+                i: float(np.mean([sum(search[key] for key in COST_KEYS) for search in searches]))
+                for i, searches in self._flops.items()
+            }
+        elif run.meta:
+            needs = "they need both models' shapes in the settings, the journal, and its token counts"
+            self.notes.append(f"{run.name}: no FLOPs ({needs})")
+        planned = run.meta["num_problems"] if run.meta else None
+        self.rows = summarize(run.lines, run.num_blocks, self._classes, planned)
+        for row in self.rows:
+            for key in (*COST_KEYS, "flops"):
+                row[key] = self.flops[key] * row["pooled"] if self.flops else None
+        self.values = {"biased": run.biased} | value_report(np.concatenate(self._observations))
+        # seconds a search spent in each round, and waiting: neither generating nor being scored; mean over searches
+        self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
+        self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches
+        self.comparison_input = ComparisonInput(run, self._mean_scores(), self._mean_tokens(), by_problem)
+
+    def _mean_scores(self) -> dict[int, dict[str, list[float]]]:
+        windows = pooled_scores(self.run.lines, self._classes)
+        return {
+            i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
+            for i, scores in windows.items()
+        }
+
+    def _mean_tokens(self) -> dict[int, float] | None:
+        """Tokens generated in one repetition, by problem."""
+        if not all("tokens_generated" in line for line in self.run.lines):
+            return None
+        by_problem = self.run.by_problem.items()
+        return {i: float(np.mean([line["tokens_generated"] for line in lines])) for i, lines in by_problem}
 
     @property
     def seconds(self) -> float | None:
@@ -45,110 +129,3 @@ class Analysis:
     def tokens_per_second(self) -> float | None:
         """Tokens generated per second of wall-clock."""
         return self.tokens_generated / self.seconds if self.seconds and self.tokens_generated else None
-
-
-def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> Analysis:
-    """Read the run's journal once. `show` is called with every problem, and must not keep what it is given."""
-    journal = Journal(run.journal_path)
-    gather = Gatherer(run, journal)
-    for data_idx in sorted(run.by_problem.keys() | journal.searches.keys()):
-        view = problem_view(run, journal, data_idx, grader)
-        if view.lines:  # else nothing of it is finished: not even its text is known
-            gather.add(view)
-            show(view)
-    return gather.result()
-
-
-class Gatherer:
-    """Sums and columns over the problems of a run."""
-
-    def __init__(self, run: RunRecord, journal: Journal):
-        self.run, self.journal = run, journal
-        self.sees_pruned = bool(journal.searches) and run.prunes is not False
-        self.costs = forward_costs(run.meta) if journal.searches else None
-        self.classes: dict[int, dict[int, list[int]]] = {}
-        self.observations: list[NDArray] = []
-        self.flops: dict[int, list[dict[str, float]]] = {}
-        self.problems: list[dict[str, Any]] = []
-        self.pruned_right = self.tokens = self.without_flops = self.without_journal = 0
-        self.seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
-
-    def add(self, view: ProblemView) -> None:
-        pruned_right = sum(map(only_pruned_right, view.searches)) if self.sees_pruned else None
-        self.pruned_right += pruned_right or 0
-        self.problems.append(problem_row(view, pruned_right))
-        self.classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
-        final_only = bool(self.run.prunes) and not self.run.biased
-        for search in view.searches:
-            self.tokens += sum(map(len, search.tree.tokens))
-            self.without_journal += not search.in_journal
-            if search.line:
-                self.observations.append(observe_search(view.data_idx, search, final_only))
-                self.add_costs(view.data_idx, search, search.line)
-
-    def add_costs(self, data_idx: int, search: SearchView, line: dict[str, Any]) -> None:
-        flops = search_flops(search.tree, line, self.costs) if self.costs and search.in_journal else None
-        if flops:
-            self.flops.setdefault(data_idx, []).append(flops)
-        self.without_flops += flops is None
-        if "seconds_generate" in line:
-            rounds = np.array([(record.seconds_generate, record.seconds_score) for record in search.tree.rounds])
-            self.seconds.resize((max(len(rounds), len(self.seconds)), 2), refcheck=False)
-            self.seconds[: len(rounds)] += rounds
-
-    def result(self) -> Analysis:
-        run, flops, by_problem = self.run, None, None
-        if self.flops and not self.without_flops:
-            flops = mean_costs(self.flops)
-            by_problem = {
-                i: float(np.mean([sum(search[key] for key in COST_KEYS) for search in searches]))
-                for i, searches in self.flops.items()
-            }
-        rows = summarize(run.lines, run.num_blocks, self.classes, run.meta["num_problems"] if run.meta else None)
-        for row in rows:
-            for key in (*COST_KEYS, "flops"):
-                row[key] = flops[key] * row["pooled"] if flops else None
-        searches = max(1, len(run.lines))
-        return Analysis(
-            run=run,
-            rows=rows,
-            comparison_input=ComparisonInput(run, self.mean_scores(), self.mean_tokens(), by_problem),
-            flops=flops,
-            values={"biased": run.biased} | value_report(np.concatenate(self.observations)),
-            rounds=[{"generate": float(g), "score": float(s)} for g, s in self.seconds / searches],
-            waiting=max(0.0, sum(line["dt"] for line in run.lines) - self.seconds.sum()) / searches,
-            problems=self.problems,
-            pruned_right=self.pruned_right if self.sees_pruned else None,
-            tokens_generated=self.tokens if self.journal.searches else None,
-            notes=[*run.notes, *self.notes(flops is not None)],
-        )
-
-    def mean_scores(self) -> dict[int, dict[str, list[float]]]:
-        windows = pooled_scores(self.run.lines, self.classes)
-        return {
-            i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
-            for i, scores in windows.items()
-        }
-
-    def mean_tokens(self) -> dict[int, float] | None:
-        """Tokens generated in one repetition, by problem."""
-        if not all("tokens_generated" in line for line in self.run.lines):
-            return None
-        by_problem = self.run.by_problem.items()
-        return {i: float(np.mean([line["tokens_generated"] for line in lines])) for i, lines in by_problem}
-
-    def notes(self, has_flops: bool) -> list[str]:
-        """What the run's files do not tell."""
-        name, notes = self.run.name, []
-        if not self.journal.searches:
-            journal = self.journal.path.name
-            notes = [f"{name}: no journal ({journal}): no trees, no rejected candidates, no values inside a trace"]
-        elif self.journal.torn:
-            notes = [f"{name}: the journal's last line is torn and was left out"]
-        if self.journal.searches and self.without_journal:
-            without = f"{self.without_journal} finished searches are not in the journal"
-            notes.append(f"{name}: {without}: only their final beams are shown")
-        if self.run.meta and not has_flops:
-            needs = "they need both models' shapes in the settings, the journal, and its token counts"
-            notes.append(f"{name}: no FLOPs ({needs})")
-        return notes

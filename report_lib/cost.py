@@ -44,8 +44,11 @@ class ForwardCost:
         return tokens * self.per_token + contexts * self.per_context
 
 
-def forward_costs(meta: Mapping[str, Any] | None) -> tuple[ForwardCost, ForwardCost] | None:
-    """(generator, value model), or None where the settings do not give both shapes."""
+Costs = tuple[ForwardCost, ForwardCost]  # of the generator, of the value model
+
+
+def forward_costs(meta: Mapping[str, Any] | None) -> Costs | None:
+    """None where the settings do not give both shapes."""
     try:
         generator, value_model = (meta or {})["generator"], (meta or {})["value_model"]
         head = value_model["hidden_size"] * (value_model["hidden_size"] + (value_model.get("num_labels") or 1))
@@ -60,9 +63,7 @@ def contexts_of(start: int, length: int) -> int:
     return length * start + length * (length + 1) // 2
 
 
-def search_flops(
-    tree: Tree, line: Mapping[str, Any], costs: tuple[ForwardCost, ForwardCost]
-) -> dict[str, float] | None:
+def search_flops(tree: Tree, line: Mapping[str, Any], costs: Costs) -> dict[str, float] | None:
     """COST_KEYS of one finished search; None where the line does not tell what was scored and cached.
 
     Cached prompt tokens and re-read tokens are known as sums only, so they are taken to have the mean context of

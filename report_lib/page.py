@@ -23,16 +23,8 @@ from report_lib.problem import ANSWER_CHARACTERS, ProblemView, SearchView, count
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = "report_data"
 PART_CHARACTERS = 3_000_000  # of text in one file, more or less
-SETTINGS_SHOWN = (
-    "search_type",
-    "block_size",
-    "max_length",
-    "num_repetitions",
-    "selection",
-    "temperature",
-    "top_p",
-    "seed",
-)
+SETTINGS_SHOWN = ("search_type", "block_size", "max_length", "num_repetitions", "selection", "temperature", "top_p",
+                  "seed")  # fmt: skip
 Decode = Callable[[list[int]], str]
 
 
@@ -69,7 +61,7 @@ class PageWriter:
         ]
         line = view.lines[0]
         head = {"id": view.data_idx, "problem": line["problem"], "truth": line["gt_answer"][:ANSWER_CHARACTERS]}
-        self.write(name, head | {"vote": count_vote(view.searches).to_json(), "searches": searches})
+        self.write(name, head | {"vote": count_vote(view.searches), "searches": searches})
 
     def write(self, name: str, value: Any) -> None:
         """A data file: one call with ASCII JSON, which is also JavaScript."""
@@ -115,7 +107,7 @@ def search_data(search: SearchView) -> dict[str, Any]:
         "over": line is not None,
         "flat": not search.in_journal,
         "beams": tree.beams if line else [],
-        "vote": count_vote([search]).to_json() if line else None,
+        "vote": count_vote([search]) if line else None,
         "parent": tree.parent,
         "round": tree.round,
         "start": tree.start,

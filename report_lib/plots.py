@@ -67,22 +67,13 @@ def grid(
     return figure, flat[:count]
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many items, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
 def scale_budget(axis: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis with a tick at about each doubling of the budget."""
     axis.set_xscale("log", base=2)
     ticks: list[float] = []
-    last = 0.0
     for value in sorted(values):
-        if not ticks or value >= last * 1.9:
+        if not ticks or value >= ticks[-1] * 1.9:
             ticks.append(value)
-            last = value
     axis.set_xticks(ticks)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -154,9 +145,9 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
     groups = [group for group in analysis.values["groups"] if group["kind"] in ("end", kind)]
     if len(groups) < 2 and kind != "length":
         return None
-    groups = [groups[0], *evenly(groups[1:], MAX_PANELS - 1)]
-    figure, axes = grid(len(groups), width=3.1, height=3.3, columns=3, sharex=True, sharey=True)
-    for axis, group in zip(axes, groups, strict=True):
+    shown = np.linspace(0, len(groups) - 1, min(len(groups), MAX_PANELS)).round().astype(int)
+    figure, axes = grid(len(shown), width=3.1, height=3.3, columns=3, sharex=True, sharey=True)
+    for axis, group in zip(axes, (groups[i] for i in shown), strict=True):
         bins, count = group["bins"], group["count"]
         x, y = [b["mean_value"] for b in bins], [b["share_right"] for b in bins]
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (3, 3)))

@@ -8,14 +8,13 @@ import numpy as np
 
 from common_lib.cli import UserError
 from eval_lib.grading import Grader
-from eval_lib.votes import VoteRow, vote_rows
+from eval_lib.votes import vote_rows
 from eval_utils import best_of_n, extract_answer, majority_vote, weighted_vote
 from report_lib.data import RunRecord
 from search_lib.run_reader import Journal, read_token_ids
 from search_lib.tree import ROOT, Round, Tree
 
 Grades = dict[int, tuple[str, bool]]  # finished node -> (answer, is it right)
-MOST_ANSWERS = 8  # classes of a vote that the page shows
 ANSWER_CHARACTERS = 1000  # of an answer are shown; its text has it all
 
 
@@ -116,45 +115,28 @@ def only_pruned_right(search: SearchView) -> bool:
     return not search.tree.open_slots and bool(right) and right.isdisjoint(search.tree.beams)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The vote
+def count_vote(searches: Sequence[SearchView]) -> dict[str, Any]:
+    """The vote among the final beams of the finished ones of some searches, as the page draws it.
 
-
-@dataclass
-class Vote:
-    """The vote among the final beams of some searches. shares: of maj, wmaj, bon, that is right."""
-
-    rows: list[VoteRow]  # the heaviest first
-    weight: float  # sum of values, of all rows
-    beams: int
-    empty: int  # beams without an answer
-    shares: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """As the page draws it."""
-        shown = [
-            vars(row) | {"answers": row.forms(ANSWER_CHARACTERS), "count": row.count, "right": row.right / row.count}
-            for row in self.rows[:MOST_ANSWERS]
-        ]
-        return vars(self) | self.shares | {"rows": shown, "more": len(self.rows) - len(shown)}
-
-
-def count_vote(searches: Sequence[SearchView]) -> Vote:
-    """Pool the finished ones of some searches."""
+    rows: of the classes, the heaviest first; weight: sum of all values; beams, and how many are empty; maj, wmaj, bon:
+    share of the vote that is right.
+    """
     over = [(search.line, search.classes) for search in searches if search.line is not None]
     classes = [number for _, numbers in over for number in numbers]
     answers, rewards, values = (
         [entry for line, _ in over for entry in line[key]] for key in ("processed_answer", "reward", "generated_scores")
     )
     rows = vote_rows(classes, answers, rewards, values)
-    shares = {
+    ranked = sorted(rows, key=lambda row: (-row.weight, -row.count))
+    return {
+        "rows": [row.to_json(ANSWER_CHARACTERS) for row in ranked],
+        "weight": sum(row.weight for row in rows),
+        "beams": len(classes),
+        "empty": sum(number < 0 for number in classes),
         "maj": majority_vote(classes, rewards),
         "wmaj": weighted_vote(classes, rewards, values),
         "bon": best_of_n(classes, rewards, values),
     }
-    ranked = sorted(rows, key=lambda row: (-row.weight, -row.count))
-    empty = sum(number < 0 for number in classes)
-    return Vote(ranked, sum(row.weight for row in rows), len(classes), empty, shares)
 
 
 def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:
@@ -162,22 +144,23 @@ def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:
     vote, lines = count_vote(view.searches), view.lines
     values = [value for line in lines for value in line["generated_scores"]]
     finish = [reason for line in lines for reason in line.get("finish_reasons", [])]
-    shares = [row.weight / vote.weight for row in vote.rows] if vote.weight else []
-    pairs = vote.beams * (vote.beams - 1)
-    same = sum(n * (n - 1) for n in [vote.empty, *(row.count for row in vote.rows)])
+    rows, beams = vote["rows"], vote["beams"]
+    shares = [row["weight"] / vote["weight"] for row in rows] if vote["weight"] else []
+    pairs = beams * (beams - 1)
+    same = sum(n * (n - 1) for n in [vote["empty"], *(row["count"] for row in rows)])
     return {
         "id": view.data_idx,
         "problem": lines[0]["problem"][:400],
         "truth": lines[0]["gt_answer"][:200],
-        "vote": next(iter(vote.rows[0].answers))[:200] if vote.rows else "",
+        "vote": rows[0]["answer"][:200] if rows else "",
         "margin": shares[0] - (shares[1] if len(shares) > 1 else 0.0) if shares else 0.0,
         "pass1": float(np.mean([np.mean(line["reward"]) for line in lines])),
         "any": any(any(line["reward"]) for line in lines),
         "disagreement": 1 - same / pairs if pairs else 0.0,
-        "truncated": finish.count("length") / vote.beams if finish else 0.0,
-        "empty": vote.empty / vote.beams,
+        "truncated": finish.count("length") / beams if finish else 0.0,
+        "empty": vote["empty"] / beams,
         "value": float(np.mean(values)),
         "rescued": pruned_right,
         "tokens": sum(line.get("tokens_generated", sum(line["lengths"])) for line in lines),
         "searches": len(lines),
-    } | vote.shares
+    } | {metric: vote[metric] for metric in ("maj", "wmaj", "bon")}

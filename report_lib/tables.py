@@ -27,10 +27,6 @@ BIAS_NOTE = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
 def all_tables(analyses: Sequence[Analysis], comparisons: Sequence[dict], brief: bool = False) -> list[Table]:
     """Accuracy of each run, comparisons, costs and values of each run. What explains several tables is said once."""
     by_run = [(*run_tables(analysis.rows, analysis.run.name), *flops_tables(analysis)) for analysis in analyses]
@@ -132,10 +128,6 @@ def comparison_cells(row: dict[str, Any]) -> list[str]:
         "+" * (row["difference"] >= 0) + percent(row["difference"], row["ci"]),
         "<0.001" if row["p_value"] is not None and row["p_value"] < 0.001 else number(row["p_value"]),
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed and written
 
 
 def terminal_text(analyses: Sequence[Analysis], comparisons: Sequence[dict]) -> str:

@@ -11,11 +11,8 @@ are read is in search_lib/run_reader.py.
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from filelock import FileLock
 
 from common_lib.cli import UserError
 from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
@@ -47,31 +44,19 @@ def check_output_path(output_path: str) -> RunPaths:
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
-
-
-@dataclass
 class RunFiles:
     """The open files of one run, and what an earlier start left: finished searches, and rounds of unfinished ones."""
 
-    paths: RunPaths
-    meta: dict[str, Any]
-    held: FileLock
-    results: LineFile
-    tree: LineFile
-    finished: dict[Key, dict[str, Any]] = field(default_factory=dict)  # without generated_ids
-    rounds: dict[Key, list[Round]] = field(default_factory=dict)
+    finished: dict[Key, dict[str, Any]]  # without generated_ids
+    rounds: dict[Key, list[Round]]
 
-    @classmethod
-    def open(cls, paths: RunPaths, meta: dict[str, Any]) -> "RunFiles":
+    def __init__(self, paths: RunPaths, meta: dict[str, Any]):
         """Lock the files, compare `meta` with an earlier start's, read what is there. Raises UserError, OutputError."""
-        held = lock(
-            paths.lock, f"another process is writing to {paths.results}; wait for it, or give another --output_path"
-        )
-        tree = None
-        try:
-            tree = LineFile(paths.tree)
+        self.paths, self.meta = paths, meta
+        with contextlib.ExitStack() as stack:
+            busy = f"another process is writing to {paths.results}; wait for it, or give another --output_path"
+            stack.callback(lock(paths.lock, busy).release)
+            self.tree = stack.enter_context(contextlib.closing(LineFile(paths.tree)))
             earlier = _earlier_meta(paths)
             if earlier is not None:
                 check_same_run(earlier, meta, paths)
@@ -80,14 +65,14 @@ class RunFiles:
             meta["tracker_ids"] = (earlier or {}).get("tracker_ids", {})
             meta["sessions"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0})
             write_json(paths.meta, meta)
-            run = cls(paths, meta, held, LineFile(paths.results), tree)
-            run._read()
-            return run
-        except BaseException:
-            if tree:
-                tree.close()
-            held.release()
-            raise
+            self.results = LineFile(paths.results)
+            stack.callback(lambda: self.results.close())
+            self._read()
+            self._opened = stack.pop_all()
+
+    @classmethod
+    def open(cls, paths: RunPaths, meta: dict[str, Any]) -> "RunFiles":
+        return cls(paths, meta)
 
     def _read(self) -> None:
         lines, _ = read_results(self.paths.results, self.meta["num_problems"])
@@ -138,15 +123,7 @@ class RunFiles:
 
     def close(self) -> None:
         """Flush and unlock."""
-        try:
-            self.results.close()
-        finally:
-            self.tree.close()
-            self.held.release()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it the same run?
+        self._opened.close()
 
 
 def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
@@ -168,10 +145,12 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
     ]
     compared = {
-        "the benchmark's problems differ": lambda meta: meta["problems_sha256"],
-        "the generator's weights differ": lambda meta: meta["generator"]["fingerprint"],
-        "the value model's weights differ": lambda meta: meta["value_model"]["fingerprint"],
-        f"engine and dtypes differ ({earlier['numerics']} -> {now['numerics']})": lambda meta: meta["numerics"],
+        "the benchmark's problems differ": lambda meta: meta.get("problems_sha256"),
+        "the generator's weights differ": lambda meta: meta.get("generator", {}).get("fingerprint"),
+        "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
+        f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})": lambda meta: meta.get(
+            "numerics"
+        ),
     }
     differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common_lib.cli import UserError
 from common_lib.files import read_lines
@@ -58,10 +58,10 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _parse_lines(path: Path, form: "LineFormat") -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """(line number, byte offset, row) of each line; None for a torn last one. Raises UserError.
+def _parse_lines(path: Path, form: "LineFormat", notes: list[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number, byte offset, row) of each line. Raises UserError.
 
-    A last line that lacks nothing but its newline counts.
+    A last line that lacks nothing but its newline counts; one that is torn is left out, with a note.
     """
     for number, offset, raw in read_lines(path):
         row = None
@@ -70,11 +70,12 @@ def _parse_lines(path: Path, form: "LineFormat") -> Iterator[tuple[int, int, dic
             if not isinstance(row, dict):
                 raise ValueError("is not a JSON object")
             form.check(row)
+            yield number, offset, row
         except (ValueError, RecursionError) as error:
             if row is not None or raw.endswith(b"\n"):
                 words = f"is not JSON ({error})" if row is None else str(error)
                 raise UserError(f"{path}: line {number} {words}; is it a file of a run, and whole?") from None
-        yield number, offset, row
+            notes.append(f"{path.name}: its last line is torn (a run in progress, or killed) and was left out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,12 +89,9 @@ def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, A
     num_problems: of the run, None where nothing tells it. Raises UserError, also for lines of several runs.
     """
     lines: list[dict[str, Any]] = []
+    notes: list[str] = []
     unknown: set[str] = set()
-    notes = []
-    for number, offset, row in _parse_lines(path, RESULT):
-        if row is None:
-            notes.append(f"{path.name}: its last line is torn (a run in progress, or killed) and was left out")
-            continue
+    for number, offset, row in _parse_lines(path, RESULT, notes):
         lengths = list(map(len, row.pop("generated_ids")))
         unknown |= row.keys() - RESULT.keys
         kept = {key: value for key, value in row.items() if key in RESULT.keys}
@@ -114,30 +112,29 @@ def read_token_ids(path: Path, line: dict[str, Any]) -> list[Sequence[int]]:
 
 def _check_one_run(path: Path, lines: list[dict[str, Any]], num_problems: int | None) -> None:
     """Raises UserError where lines cannot be of one run: repeated searches, other problems, another problem count."""
+
+    def refuse(line: dict[str, Any], words: str) -> NoReturn:
+        raise UserError(
+            f"{path}: line {line['line']} {words}; lines of several runs in one file? Report each from its own file"
+        )
+
     seen: dict[Key, int] = {}
     first: dict[int, dict[str, Any]] = {}
     for line in lines:
-        number, data_idx, repeat_idx = line["line"], line["data_idx"], line["repeat_idx"]
+        data_idx, repeat_idx = line["data_idx"], line["repeat_idx"]
+        search = f"repetition {repeat_idx} of problem {data_idx}"
         if (data_idx, repeat_idx) in seen:
-            raise UserError(
-                f"{path}: line {number} repeats problem {data_idx}, repetition {repeat_idx} of line "
-                f"{seen[data_idx, repeat_idx]}; two runs in one file? Report each from its own file"
-            )
-        seen[data_idx, repeat_idx] = number
+            refuse(line, f"is {search} again, after line {seen[data_idx, repeat_idx]}")
+        seen[data_idx, repeat_idx] = line["line"]
         other = first.setdefault(data_idx, line)
         if (other["problem"], other["gt_answer"]) != (line["problem"], line["gt_answer"]):
-            raise UserError(
-                f"{path}: lines {other['line']} and {number} have different problems under data_idx {data_idx}; runs on "
-                "different benchmarks in one file? Report each from its own file"
-            )
+            refuse(line, f"has another problem under data_idx {data_idx} than line {other['line']}")
         rest = line["global_idx"] - data_idx
         if num_problems is None and repeat_idx:
             num_problems = rest // repeat_idx
         if num_problems is not None and rest != repeat_idx * num_problems:
-            raise UserError(
-                f"{path}: line {number} has global_idx {line['global_idx']}, which in a run of {num_problems} problems "
-                f"is not repetition {repeat_idx} of problem {data_idx}; lines of several runs in one file?"
-            )
+            place = f"global_idx {line['global_idx']}, which in a run of {num_problems} problems"
+            refuse(line, f"has {place} is not {search}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,18 +144,15 @@ def _check_one_run(path: Path, lines: list[dict[str, Any]], num_problems: int | 
 class Journal:
     """Where the rounds of each search lie in X.tree.jsonl, whose lines interleave: 8 bytes a round are held.
 
-    searches: data_idx -> repeat_idx -> byte offsets of its rounds; empty also where there is no file. torn: the last line
-    is not whole and was left out.
+    searches: data_idx -> repeat_idx -> byte offsets of its rounds; empty also where there is no file.
     """
 
     def __init__(self, path: Path):
         """Read and check every line once. Raises UserError: a broken line, a round that is missing or there twice."""
-        self.path, self.torn = path, False
+        self.path = path
+        self.notes: list[str] = []
         self.searches: dict[int, dict[int, array[int]]] = {}
-        for number, offset, row in _parse_lines(path, ROUND) if path.is_file() else ():
-            if row is None:
-                self.torn = True
-                continue
+        for number, offset, row in _parse_lines(path, ROUND, self.notes) if path.is_file() else ():
             offsets = self.searches.setdefault(row["data_idx"], {}).setdefault(row["repeat_idx"], array("Q"))
             if row["round"] < len(offsets):
                 raise self._damage(row, f"is there twice (line {number}); journals of two runs in one file?")

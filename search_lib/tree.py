@@ -79,10 +79,6 @@ def request_seed(seed: int, data_idx: int, repeat_idx: int, round_idx: int, beam
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tree
-
-
 @dataclass
 class Round:
     """One finished round of one search: its candidates side by side. This is what the journal holds."""

@@ -1,6 +1,7 @@
 // One problem: its text and truth, the vote with its weights, its searches.
 "use strict";
 
+VGS.MOST_ANSWERS = 8;
 VGS.view = { pooled: true, whole: false };
 
 /** The vote of all repetitions or of one, as it was counted; what wins a vote is bold. */
@@ -10,7 +11,8 @@ VGS.voteTable = function (data, at) {
   const word = (share) => (share === 1 ? "right" : share === 0 ? "wrong" : `right to ${VGS.percent(share)} (tie, or a mixed answer)`);
   const bar = (wins, share, ...text) => VGS.el("td", { class: wins ? "number top" : "number" }, VGS.el("span", { class: "bar", style: { width: `${70 * share}px` } }), text);
   const part = (wins, shown, share) => bar(wins, share, shown, ` (${VGS.percent(share)})`);
-  const body = ((vote && vote.rows) || []).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
+  const rest = vote ? vote.rows.length - VGS.MOST_ANSWERS : 0;
+  const body = (vote ? vote.rows : []).slice(0, VGS.MOST_ANSWERS).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
     VGS.el("td", { class: "words" }, VGS.el("b", { class: `mark ${row.right > 0 ? "right" : "wrong"}` }, row.right === 1 ? "✓" : row.right > 0 ? "½" : "✗"), " ", VGS.oneLine(row.answers.join("  =  "), 60)),
     part(row.wins.maj, row.count, row.count / (vote.beams - vote.empty)),
     part(row.wins.wmaj, row.weight.toFixed(2), vote.weight ? row.weight / vote.weight : 0),
@@ -24,7 +26,7 @@ VGS.voteTable = function (data, at) {
       VGS.el("thead", {}, VGS.el("tr", {}, ["Answer", "Beams", "Sum of values", "Best value"].map((name, i) => VGS.el("th", { class: i ? "number" : "words" }, name)))),
       VGS.el("tbody", {}, body)),
     VGS.el("p", { class: "note" }, vote
-      ? [vote.more ? `${vote.more} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
+      ? [rest > 0 ? `${rest} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
         `Majority: ${word(vote.maj)}. Value-weighted: ${word(vote.wmaj)}. Best of N: ${word(vote.bon)}.`]
       : "This search is not over; it has no vote yet."));
 };

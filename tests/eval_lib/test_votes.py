@@ -22,7 +22,8 @@ def test_a_row_for_each_class_says_what_it_wins():
     assert half.answers == Counter({"1/2": 1, "0.5": 1})
     assert (half.count, half.weight, half.best, half.right) == (2, pytest.approx(1.3), 0.9, 2)
     assert half.wins == {"maj": False, "wmaj": True, "bon": True}
-    assert three.forms(1) == ["3", "0"]
+    shown = three.to_json(characters=1)
+    assert (shown["answers"], shown["answer"], shown["right"]) == (["3", "0"], "3", 1 / 3)
     assert (three.count, three.weight, three.best, three.right) == (3, pytest.approx(0.6), 0.3, 1)
     assert three.wins == {"maj": True, "wmaj": False, "bon": False}
     shares = {"maj": majority_vote(classes, rewards), "wmaj": weighted_vote(classes, rewards, values)}

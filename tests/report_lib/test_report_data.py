@@ -110,7 +110,7 @@ def test_a_torn_last_line_is_left_out_and_the_run_is_partial(run_path, capsys):
     printed = capsys.readouterr().out
     assert "run.jsonl: its last line is torn (a run in progress, or killed) and was left out" in printed
     assert "run: PARTIAL, 11 of 12 searches finished; 4 problems, 2 to 3 repetitions of each" in printed
-    assert "the journal's last line is torn" in printed
+    assert "run.tree.jsonl: its last line is torn (a run in progress, or killed) and was left out" in printed
     assert "1 of 4 problems lack 3 repetitions" in " ".join(printed.split())
 
 
@@ -174,8 +174,8 @@ BAD = {
     ),
     "another file": (lambda path: path.write_text('{"question": "?"}\n'), "has no repeat_idx, data_idx, global_idx"),
     "a missing key": (spoil(lambda rows: rows[3].pop("reward")), "line 4 has no reward; is it a file of a run, and whole?"),
-    "two runs": (spoil(lambda rows: rows.append(rows[0])), "line 13 repeats problem 0, repetition 0 of line 1"),
-    "other problems": (spoil(lambda rows: rows[5].update(problem="?")), "different problems under data_idx 1"),
+    "two runs": (spoil(lambda rows: rows.append(rows[0])), "line 13 is repetition 0 of problem 0 again, after line 1"),
+    "other problems": (spoil(lambda rows: rows[5].update(problem="?")), "has another problem under data_idx 1 than line "),
     "another size": (spoil(lambda rows: rows[9].update(global_idx=31)), "in a run of 4 problems"),
     "uneven lists": (spoil(lambda rows: rows[0]["reward"].pop()), "has lists that do not belong together"),
     "no beams": (
