@@ -10,11 +10,17 @@ from eval_lib.summary import METRICS, budget_table, run_tables
 from eval_lib.tables import Table, as_csv, as_markdown, as_text, number, percent, printable, short
 from report_lib.analysis import Analysis
 from report_lib.compare import BASES
-from report_lib.cost import COST_KEYS, FORMULA
+from report_lib.cost import FORMULA
 from report_lib.value import bias_words
 
 MIN_CLUSTERS = 5  # an interval over fewer problems is not worth showing
 BRIEF_METRICS = {("maj", "maj"), ("wmaj", "wmaj"), ("wmaj", "maj"), ("maj", "wmaj")}
+FLOPS_COLUMNS = {
+    "decode": (short, "flops_decode"),
+    "prefill": (short, "flops_prefill"),
+    "value model": (short, "flops_score"),
+    "total": (short, "flops"),
+}
 VALUE_NOTE = (
     "One observation per finished candidate and block end. AUC (pooled): chance that a right one has the higher value. "
     "AUC within: mean of the AUC inside each problem that has right and wrong ones (how many), with a 95 % interval "
@@ -29,11 +35,15 @@ BIAS_NOTE = (
 
 def all_tables(analyses: Sequence[Analysis], comparisons: Sequence[dict], brief: bool = False) -> list[Table]:
     """Accuracy of each run, comparisons, costs and values of each run. What explains several tables is said once."""
-    by_run = [(*run_tables(analysis.rows, analysis.run.name), *flops_tables(analysis)) for analysis in analyses]
-    tables = [accuracy for accuracy, *_ in by_run]
+    by_run = [run_tables(analysis.rows, analysis.run.name) for analysis in analyses]
+    tables = [accuracy for accuracy, _, _ in by_run]
     tables += [comparison_table(comparison, brief) for comparison in comparisons]
-    tables += [table for _, *others in by_run for table in others]
-    tables += [value_table(analysis) for analysis in analyses]
+    for analysis, (_, noise, cost) in zip(analyses, by_run, strict=True):
+        tables += [noise, replace(cost, notes=[*cost.notes, *wall_clock(analysis)])]
+        if analysis.flops:
+            title = f"FLOPs of one problem, generator (decode, prefill) and value model: {analysis.run.name}"
+            tables.append(budget_table(title, analysis.rows, FLOPS_COLUMNS, [FORMULA]))
+    tables += map(value_table, analyses)
     told: set[str] = set()
     once = []
     for table in tables:
@@ -42,22 +52,15 @@ def all_tables(analyses: Sequence[Analysis], comparisons: Sequence[dict], brief:
     return once
 
 
-def flops_tables(analysis: Analysis) -> list[Table]:
-    """One table, where FLOPs are known."""
-    if not analysis.flops:
+def wall_clock(analysis: Analysis) -> list[str]:
+    """A note, where it is known."""
+    if not analysis.tokens_per_second:
         return []
-    notes = [FORMULA]
-    if analysis.tokens_per_second:
-        sessions = (analysis.run.meta or {})["sessions"]
-        hardware = ", ".join(sorted({str(s["hardware"]) for s in sessions if s.get("hardware")}))
-        notes.append(
-            f"{analysis.run.name}: wall-clock {analysis.seconds:,.0f} s in {len(sessions)} session(s)"
-            f"{' on ' + hardware if hardware else ''}, {analysis.tokens_per_second:,.0f} tokens generated per second."
-        )
-    keys = dict(zip(("decode", "prefill", "value model", "total"), (*COST_KEYS, "flops"), strict=True))
-    columns = {head: (short, key) for head, key in keys.items()}
-    title = f"FLOPs of one problem, generator (decode, prefill) and value model: {analysis.run.name}"
-    return [budget_table(title, analysis.rows, columns, notes)]
+    sessions = (analysis.run.meta or {})["sessions"]
+    hardware = ", ".join(sorted({str(s["hardware"]) for s in sessions if s.get("hardware")}))
+    where = f"{len(sessions)} session(s){' on ' + hardware if hardware else ''}"
+    rate = f"{analysis.tokens_per_second:,.0f} tokens generated per second"
+    return [f"{analysis.run.name}: wall-clock {analysis.seconds:,.0f} s in {where}, {rate}."]
 
 
 def value_table(analysis: Analysis) -> Table:

@@ -48,11 +48,9 @@ def simulate(rng: np.random.Generator, rates: Floats, repetitions: int) -> dict[
     }
 
 
-def study(
-    alpha: float, beta: float, simulations: int, problems: int, repetitions: int, seed: int
-) -> list[list[float | str]]:
+def study(alpha: float, beta: float, simulations: int, problems: int, seed: int) -> list[list[float | str]]:
     """Rows: statistic, pooled, truth, cover of the clustered interval, of the repeat-noise-only one, share warned."""
-    rng = np.random.default_rng([seed, int(alpha * 1000), int(beta * 1000)])
+    rng, repetitions = np.random.default_rng([seed, int(alpha * 1000), int(beta * 1000)]), max(POOLED)
     means: dict[tuple[str, int], list[float]] = {}
     for _ in range(TRUTH_PROBLEMS // 5000):
         for name, by_size in simulate(rng, rng.beta(alpha, beta, 5000), repetitions).items():
@@ -90,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start, rows = time.monotonic(), []
     for alpha, beta in GATED + UNGATED:
-        for name, m, truth, share, *others in study(
-            alpha, beta, args.simulations, args.problems, max(POOLED), args.seed
-        ):
+        for name, m, truth, share, *others in study(alpha, beta, args.simulations, args.problems, args.seed):
             low, high = (0.035, 0.06) if str(name).startswith("paired") else (0.93, 0.97)
             outside = (alpha, beta) in GATED and not low <= float(share) <= high
             shares = [number(float(x), ".1%") for x in (share, *others)]

@@ -201,6 +201,10 @@ def test_the_vote_shows_answers_weights_and_truth(page, small):
     expected = sorted(weight.items(), key=lambda item: -item[1])[:8]
     assert [cells[0].split()[1] for cells in shown] == [answer for answer, _ in expected]
     assert [float(cells[2].split()[0]) for cells in shown] == [pytest.approx(w, abs=0.006) for _, w in expected]
+    tops = page.run(
+        "[...document.querySelectorAll('.vote tbody tr')].map((tr) => tr.cells[2].classList.contains('top'))"
+    )
+    assert tops == [True] + [False] * (len(expected) - 1)  # what wins the weighted vote is bold
     assert f"Value-weighted: {'right' if row['wmaj'] == 1 else 'wrong'}" in page.run(
         "document.querySelector('.vote .note').textContent"
     )
