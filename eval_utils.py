@@ -1,24 +1,12 @@
-"""Answers: extraction from a response, votes, and (handed on from eval_lib.grading) grading. Pure Python, no torch."""
+"""Answers: extraction from a response, classes of equal ones, votes. Grading is eval_lib.grading's. No torch."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eval_lib.grading import Grader, GradingError, as_integer, normalize_answer
-
-__all__ = [
-    "Grader",
-    "GradingError",
-    "as_integer",
-    "best_of_n",
-    "extract_answer",
-    "majority_vote",
-    "normalize_answer",
-    "pass_at_k",
-    "problem_classes",
-    "weighted_vote",
-]
+from eval_lib.grading import Grader
+from eval_lib.votes import winners
 
 # ----------------------------------------------------------------------------------------------------------- extraction
 
@@ -106,15 +94,14 @@ def weighted_vote(classes: Sequence[int], rewards: Sequence[bool], weights: Sequ
         raise ValueError("the weights of a vote must be finite and not negative")
     if not any(w for _, _, w in votes):
         votes = [(c, r, 1.0) for c, r, _ in votes]
-    weights_of: dict[int, list[float]] = {}
-    right_of: dict[int, list[float]] = {}
+    by_class: dict[int, list[tuple[bool, float]]] = {}
     for c, r, w in votes:
-        weights_of.setdefault(c, []).append(w)
-        right_of.setdefault(c, []).append(w if r else 0.0)
+        by_class.setdefault(c, []).append((r, w))
     # fsum is exact up to its one rounding: the order of the answers cannot change a sum, nor make or break a tie.
-    total = {c: math.fsum(ws) for c, ws in weights_of.items()}
-    winners = [c for c in total if total[c] >= max(total.values()) * (1 - 1e-9)]
-    return math.fsum(math.fsum(right_of[c]) / total[c] for c in winners) / len(winners) if winners else 0.0
+    total = [math.fsum(w for _, w in members) for members in by_class.values()]
+    right = [math.fsum(w for r, w in members if r) for members in by_class.values()]
+    shares = [r / t for r, t, wins in zip(right, total, winners(total), strict=True) if wins]
+    return math.fsum(shares) / len(shares) if shares else 0.0
 
 
 def best_of_n(classes: Sequence[int], rewards: Sequence[bool], scores: Sequence[float]) -> float:
@@ -123,8 +110,8 @@ def best_of_n(classes: Sequence[int], rewards: Sequence[bool], scores: Sequence[
     if any(math.isnan(score) for score, _ in answers):
         raise ValueError("a score is not a number")
     top = max((score for score, _ in answers), default=0.0)
-    winners = [right for score, right in answers if score == top]
-    return sum(winners) / len(winners) if winners else 0.0
+    best = [right for score, right in answers if score == top]
+    return sum(best) / len(best) if best else 0.0
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

@@ -20,41 +20,34 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common_lib.cli import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
 from common_lib.progress import Progress
-from eval_utils import Grader
+from eval_lib.grading import Grader
 from report_lib.analysis import Analysis, analyse
 from report_lib.compare import common_problems, compare
-from report_lib.data import Run, read_run, run_names
+from report_lib.data import RunRecord, read_run, run_names
 from report_lib.page import Decode, PageWriter
 from report_lib.problem import ProblemView
 from report_lib.regrade import regrade
 from report_lib.tables import all_tables, terminal_text, write_tables
 
+Draw = Callable[[Path, Sequence[Analysis]], list[dict[str, Any]]]  # `write_plots`
+
 
 def parse_args(argv: Sequence[str] | None):
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN.jsonl", help="output files; the others are compared with the first"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write report.html, plots and tables there (made if it is not there)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN.jsonl", help="output files; the others are compared with the first")
+    add("--out", type=Path, metavar="FOLDER", help="write report.html, plots and tables there (made if need be)")
+    add(
         "--num_blocks",
         type=int,
-        help="blocks in parallel of one search, for runs that do not say (the released code's)",
+        help="blocks in parallel of one search, for runs without settings (the released code's)",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal"
-    )
-    parser.add_argument(
-        "--regrade",
-        type=Path,
-        metavar="NEW.jsonl",
-        help="grade RUN.jsonl again into this new file, and say what changed",
-    )
+    add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
+    add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
     args = parser.parse_args(argv)
     if args.num_blocks is not None and args.num_blocks < 1:
         raise UserError(f"--num_blocks is {args.num_blocks}; it must be at least 1")
@@ -85,31 +78,6 @@ def load_decoder(name: str | None) -> Decode | None:
     return decode
 
 
-def analyse_all(runs: Sequence[Run], page: PageWriter | None, decode: Decode | None) -> list[Analysis]:
-    """One pass over each run; where there is a page, its data files are written on the way."""
-    total = sum(len(run.by_problem) for run in runs)
-    done = 0
-    progress = Progress(lambda: f"{done} of {total} problems read")
-
-    def counted(show: Callable[[ProblemView], None]) -> Callable[[ProblemView], None]:
-        def step(view: ProblemView) -> None:
-            nonlocal done
-            show(view)
-            done += 1
-            progress.update()
-
-        return step
-
-    with Grader() as grader:
-        analyses: list[Analysis] = []
-        for i, run in enumerate(runs):
-            show = page.problem_writer(i, run, decode) if page else (lambda view: None)
-            analyses.append(analyse(run, grader, counted(show)))
-    if sys.stderr.isatty():
-        progress.close()
-    return analyses
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     args = parse_args(argv)
@@ -117,34 +85,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.regrade:
             show(regrade(args.runs[0], args.regrade))
             return 0
-        runs = [
-            read_run(path, name, args.num_blocks) for path, name in zip(args.runs, run_names(args.runs), strict=True)
-        ]
+        names = run_names(args.runs)
+        runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
         for other in runs[1:]:
             common_problems(runs[0], other)
         decode = load_decoder(args.tokenizer)
-        show(write_report(args.out, runs, decode) if args.out else table_text(runs))
+        if args.out:
+            from report_lib.plots import write_plots  # imports matplotlib, which takes a second
+
+            show(write_report(args.out, runs, decode, write_plots))
+        else:
+            show(terminal_text(*analyse_all(runs)))
     except OSError as error:
         raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
     return 0
 
 
-def table_text(runs: Sequence[Run]) -> str:
-    """The report as text, without files."""
-    analyses = analyse_all(runs, None, None)
-    return terminal_text(analyses, [compare(analyses[0].measured, other.measured) for other in analyses[1:]])
+def analyse_all(
+    runs: Sequence[RunRecord], page: PageWriter | None = None, decode: Decode | None = None
+) -> tuple[list[Analysis], list[dict[str, Any]]]:
+    """One pass over each run, and comparisons with the first; a page's data files are written on the way."""
+    total, done = sum(len(run.by_problem) for run in runs), 0
+    progress = Progress(lambda: f"{done} of {total} problems read")
+    analyses: list[Analysis] = []
+    with Grader() as grader:
+        for i, run in enumerate(runs):
+            write = page.problem_writer(i, decode) if page else (lambda view: None)
+
+            def step(view: ProblemView, write: Callable[[ProblemView], None] = write) -> None:
+                nonlocal done
+                write(view)
+                done += 1
+                progress.update()
+
+            analyses.append(analyse(run, grader, step))
+    if sys.stderr.isatty():
+        progress.close()
+    first, *others = [analysis.comparison_input for analysis in analyses]
+    return analyses, [compare(first, other) for other in others]
 
 
-def write_report(folder: Path, runs: Sequence[Run], decode: Decode | None) -> str:
+def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
-    from report_lib.plots import write_plots  # imports matplotlib, which takes a second
-
     page = PageWriter(folder)
     try:
-        analyses = analyse_all(runs, page, decode)
-        comparisons = [compare(analyses[0].measured, other.measured) for other in analyses[1:]]
+        analyses, comparisons = analyse_all(runs, page, decode)
         write_tables(folder, analyses, comparisons)
-        plots = write_plots(folder, analyses)
+        plots = draw(folder, analyses)
         page.finish(analyses, all_tables(analyses, comparisons), plots)
     except BaseException:
         page.discard()

@@ -1,1 +1,1 @@
-"""What eval_utils and stats_utils are made of: grading in worker processes, intervals, calibration."""
+"""How a run is judged: grading in worker processes, votes, intervals, calibration, and the table of a run."""

@@ -1,12 +1,11 @@
 """How good values are as predictions of success: AUC (pooled, within problems), Brier score, calibration. No torch."""
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eval_lib.intervals import clustered_interval
+from eval_lib.intervals import clustered_interval, or_none
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
@@ -36,7 +35,7 @@ def auc_within(labels: ArrayLike, scores: ArrayLike, problems: ArrayLike) -> dic
     if not values:
         return {"auc": None, "ci": None, "problems": 0}
     mean, half = clustered_interval(values)
-    return {"auc": float(mean), "ci": None if math.isnan(half) else float(half), "problems": len(values)}
+    return {"auc": float(mean), "ci": or_none(half), "problems": len(values)}
 
 
 def brier_score(labels: ArrayLike, values: ArrayLike) -> float:

@@ -55,7 +55,7 @@ WORKER = Path(__file__).with_name("grading_worker.py")
 PAIR_SECONDS = 30  # the most that one comparison may take before its worker is replaced
 START_SECONDS = 120  # the most that a worker may take to start: importing SymPy from a slow network disk
 MAX_ANSWER_CHARS = 20_000  # a longer answer equals only itself
-MAX_COMPARISONS = 5_000  # pairs given to math-verify for the classes of one problem
+MAX_COMPARISONS = 5_000
 
 
 class GradingError(RuntimeError):
@@ -65,8 +65,8 @@ class GradingError(RuntimeError):
 class _Worker:
     """One worker process, and the bounded dialogue with it."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, str(WORKER)]
+    def __init__(self, program: Path) -> None:
+        command = [sys.executable, str(program)]
         # SymPy's order of terms depends on string hashes: a fixed seed makes verdicts repeatable.
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         pipe = subprocess.PIPE
@@ -129,11 +129,18 @@ class Grader:
 
     Verdicts are cached. Integers and equal strings are decided at once; a worker starts when it is first needed. A pair
     that takes longer than `pair_seconds`, or whose worker dies, is False with a warning, and the worker is replaced.
+    max_comparisons: pairs given to math-verify for the classes of one problem. program: what a worker runs.
     """
 
-    def __init__(self, num_workers: int | None = None, pair_seconds: float = PAIR_SECONDS) -> None:
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        pair_seconds: float = PAIR_SECONDS,
+        max_comparisons: int = MAX_COMPARISONS,
+        program: Path = WORKER,
+    ) -> None:
         self.num_workers = num_workers or min(8, os.cpu_count() or 1)
-        self.pair_seconds = pair_seconds
+        self.pair_seconds, self.max_comparisons, self.program = pair_seconds, max_comparisons, program
         self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="grading")
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(self.num_workers):
@@ -147,6 +154,11 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are running."""
+        return [worker.process.pid for worker in self._workers]
 
     def close(self) -> None:
         """End the workers. Pairs that still wait are not graded: their callers get an error. Idempotent."""
@@ -177,7 +189,7 @@ class Grader:
 
         Classes are the connected components of "math-verify says equal, with either as gold". That relation is not
         transitive; components do not depend on the order of the answers. Answers whose numbers differ are not compared;
-        of the rest at most MAX_COMPARISONS pairs are, frequent answers first (a warning says so where that cuts).
+        of the rest at most max_comparisons pairs are, frequent answers first (a warning says so where that cuts).
         """
         forms = [normalize_answer(answer) for answer in answers]
         keys = [as_integer(form) or form for form in forms]
@@ -210,15 +222,8 @@ class Grader:
         numbers: dict[str, int] = {}
         return [numbers.setdefault(root(key), len(numbers)) if key else -1 for key in keys]
 
-    async def aanswer_classes(self, answers: Sequence[str]) -> list[int]:
-        """`answer_classes` for the event loop."""
-        forms = map(normalize_answer, answers)
-        if all(not form or as_integer(form) for form in forms):
-            return self.answer_classes(answers)  # nothing to wait for
-        return await asyncio.to_thread(self.answer_classes, answers)
-
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Pairs of distinct normalised answers that math-verify might call equal, in order, at most MAX_COMPARISONS."""
+        """Pairs of distinct normalised answers that math-verify might call equal, in order, at most max_comparisons."""
         integers = {key for key in distinct if as_integer(key)}
         asked = {key: self._submit("numbers", key) for key in distinct if key not in integers}
         numbers = {key: [float(key)] for key in integers} | {key: _known(future) for key, future in asked.items()}
@@ -231,7 +236,7 @@ class Grader:
             for earlier in others_before if key in integers else before:
                 if _far_apart(numbers[key], numbers[earlier]):
                     continue
-                if count == MAX_COMPARISONS:
+                if count == self.max_comparisons:
                     cut = "%d distinct answers to one problem: only %d pairs were compared, frequent answers first"
                     logger.warning(cut, len(distinct), count)
                     return
@@ -266,7 +271,7 @@ class Grader:
         worker = self._idle.get()
         try:
             if worker is None:
-                worker = _Worker()
+                worker = _Worker(self.program)
                 self._workers.add(worker)
             reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
             if self._closed:

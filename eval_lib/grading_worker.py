@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -86,7 +87,7 @@ def _numbers(text: str) -> list[float]:
     return []
 
 
-def serve() -> None:
+def serve(equal: Callable[[str, str], bool] = _equal, numbers: Callable[[str], list[float]] = _numbers) -> None:
     """One JSON request a line on stdin, one JSON reply a line on stdout, until stdin ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle
         signal.signal(number, signal.SIG_IGN)
@@ -109,7 +110,7 @@ def serve() -> None:
         reply: dict[str, object]
         try:
             answers = request["answers"]
-            reply = {"result": _equal(*answers) if request["do"] == "equal" else _numbers(*answers)}
+            reply = {"result": equal(*answers) if request["do"] == "equal" else numbers(*answers)}
         except TimeoutException:
             reply = {"failure": "took too long"}
         except Exception as error:  # RecursionError, MemoryError, and what SymPy did not foresee

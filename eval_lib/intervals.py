@@ -91,8 +91,8 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> d
     mean, half, p_value = paired_test([one[i] - other[i] for i in common])
     return {
         "difference": float(mean),
-        "ci": _or_none(half),
-        "p_value": _or_none(p_value),
+        "ci": or_none(half),
+        "p_value": or_none(p_value),
         "problems": len(common),
         "only_one": len(one) - len(common),
         "only_other": len(other) - len(common),
@@ -121,6 +121,7 @@ def variance_warning(values: ArrayLike) -> str | None:
     return None
 
 
-def _or_none(value: ArrayLike) -> float | None:
+def or_none(value: ArrayLike) -> float | None:
+    """A number for JSON, which has no NaN."""
     number = float(np.asarray(value))
     return None if math.isnan(number) else number

@@ -1,5 +1,5 @@
 """What `report.py` is made of. Imports neither torch nor any model.
 
-lines, data, trees: a run's files, read and checked. problem, analysis, cost, value: one pass over a run.
-compare: runs against each other. tables, plots, page (and assets): how it is shown. regrade: grading again.
+data, problem: a run and its problems. analysis, cost, value: one pass over a run. compare: runs against each other.
+tables, plots, page (and assets): how it is shown. regrade: grading again.
 """

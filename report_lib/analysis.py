@@ -1,37 +1,121 @@
 """One pass over a run, problem by problem: what tables, plots and page say is gathered here, in bounded memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from eval_lib.grading import Grader
 from eval_lib.summary import pooled_scores, summarize
-from eval_utils import Grader
-from report_lib.compare import Measured
+from report_lib.compare import ComparisonInput
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
-from report_lib.data import Run
-from report_lib.problem import ProblemView, problem_row, problem_view
-from report_lib.trees import SearchTree, TreeFile, open_trees
-from report_lib.value import Observations, observe_line, observe_tree, only_final_beams, rescued_searches, value_report
+from report_lib.data import RunRecord
+from report_lib.problem import ProblemView, SearchView, only_pruned_right, problem_row, problem_view
+from report_lib.value import observe_search, value_report
+from search_lib.run_reader import Journal
 
 
-@dataclass
+def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> "Analysis":
+    """Read the run's journal once. `show` is called with every problem, and must not keep what it is given."""
+    journal = Journal(run.journal_path)
+    analysis = Analysis(run, journal)
+    for data_idx in sorted(run.by_problem.keys() | journal.searches.keys()):
+        view = problem_view(run, journal, data_idx, grader)
+        if view.lines:  # else nothing of it is finished: not even its text is known
+            analysis.add(view)
+            show(view)
+    analysis.finish()
+    return analysis
+
+
 class Analysis:
-    """What a report says of one run."""
+    """What a report says of one run: sums and columns over its problems, and when it is finished, what follows."""
 
-    run: Run
-    rows: list[dict[str, Any]]
-    scores: dict[int, dict[str, list[float]]]
-    flops: dict[str, float] | None  # of one repetition, mean over problems
-    flops_by_problem: dict[int, float] | None
-    values: dict[str, Any]
-    rounds: list[dict[str, float]]  # seconds a search spent in each round, mean over searches
-    waiting: float  # seconds a search waited, neither generating nor being scored; mean
-    problems: list[dict[str, Any]]
-    rescued: int | None
-    tokens_generated: int | None  # of all searches, unfinished ones too
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, run: RunRecord, journal: Journal):
+        self.run, self.has_journal = run, bool(journal.searches)
+        self.notes = [*run.notes, *journal.notes]
+        if not self.has_journal:
+            lost = "no trees, no rejected candidates, no values inside a trace"
+            self.notes.append(f"{run.name}: no journal ({journal.path.name}): {lost}")
+        self.problems: list[dict[str, Any]] = []
+        self.tokens_generated = 0 if self.has_journal else None  # of all searches, unfinished ones too
+        # searches in which only a rejected candidate was right; None where no rejected ones are seen
+        self.pruned_right = 0 if self.has_journal and run.prunes is not False else None
+        self._forward_costs = forward_costs(run.meta) if self.has_journal else None
+        self._classes: dict[int, dict[int, list[int]]] = {}
+        self._observations: list[NDArray] = []
+        self._flops: dict[int, list[dict[str, float]]] = {}
+        self._without_flops = self._without_journal = 0
+        self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
+
+    def add(self, view: ProblemView) -> None:
+        pruned_right = None
+        if self.pruned_right is not None:
+            pruned_right = sum(map(only_pruned_right, view.searches))
+            self.pruned_right += pruned_right
+        self.problems.append(problem_row(view, pruned_right))
+        self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
+        final_only = bool(self.run.prunes) and not self.run.biased
+        for search in view.searches:
+            if self.tokens_generated is not None:
+                self.tokens_generated += sum(map(len, search.tree.tokens))
+            self._without_journal += not search.in_journal
+            if search.line:
+                self._observations.append(observe_search(view.data_idx, search, final_only))
+                self._add_costs(view.data_idx, search, search.line)
+
+    def _add_costs(self, data_idx: int, search: SearchView, line: dict[str, Any]) -> None:
+        known = self._forward_costs if search.in_journal else None
+        flops = search_flops(search.tree, line, known) if known else None
+        if flops:
+            self._flops.setdefault(data_idx, []).append(flops)
+        self._without_flops += flops is None
+        if "seconds_generate" in line:
+            rounds = np.array([(record.seconds_generate, record.seconds_score) for record in search.tree.rounds])
+            self._seconds.resize((max(len(rounds), len(self._seconds)), 2), refcheck=False)
+            self._seconds[: len(rounds)] += rounds
+
+    def finish(self) -> None:
+        """Sum up."""
+        run, searches = self.run, max(1, len(self.run.lines))
+        if self.has_journal and self._without_journal:
+            lost = f"{self._without_journal} finished searches are not in the journal"
+            self.notes.append(f"{run.name}: {lost}: only their final beams are shown")
+        self.flops = by_problem = None  # of one repetition, mean over problems
+        if self._flops and not self._without_flops:
+            self.flops = mean_costs(self._flops)
+            by_problem = {
+                i: float(np.mean([sum(search[key] for key in COST_KEYS) for search in searches]))
+                for i, searches in self._flops.items()
+            }
+        elif run.meta:
+            needs = "they need both models' shapes in the settings, the journal, and its token counts"
+            self.notes.append(f"{run.name}: no FLOPs ({needs})")
+        planned = run.meta["num_problems"] if run.meta else None
+        self.rows = summarize(run.lines, run.num_blocks, self._classes, planned)
+        for row in self.rows:
+            for key in (*COST_KEYS, "flops"):
+                row[key] = self.flops[key] * row["pooled"] if self.flops else None
+        self.values = {"biased": run.biased} | value_report(np.concatenate(self._observations))
+        # seconds a search spent in each round, and waiting: neither generating nor being scored; mean over searches
+        self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
+        self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches
+        self.comparison_input = ComparisonInput(run, self._mean_scores(), self._mean_tokens(), by_problem)
+
+    def _mean_scores(self) -> dict[int, dict[str, list[float]]]:
+        windows = pooled_scores(self.run.lines, self._classes)
+        return {
+            i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
+            for i, scores in windows.items()
+        }
+
+    def _mean_tokens(self) -> dict[int, float] | None:
+        """Tokens generated in one repetition, by problem."""
+        if not all("tokens_generated" in line for line in self.run.lines):
+            return None
+        by_problem = self.run.by_problem.items()
+        return {i: float(np.mean([line["tokens_generated"] for line in lines])) for i, lines in by_problem}
 
     @property
     def seconds(self) -> float | None:
@@ -45,135 +129,3 @@ class Analysis:
     def tokens_per_second(self) -> float | None:
         """Tokens generated per second of wall-clock."""
         return self.tokens_generated / self.seconds if self.seconds and self.tokens_generated else None
-
-    @property
-    def measured(self) -> Measured:
-        lines = self.run.by_problem.items()
-        tokens = None
-        if all("tokens_generated" in line for line in self.run.lines):
-            tokens = {i: float(np.mean([line["tokens_generated"] for line in problem])) for i, problem in lines}
-        return Measured(self.run, self.scores, tokens, self.flops_by_problem)
-
-
-def analyse(run: Run, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> Analysis:
-    """Read the run's journal once. `show` is called with every problem, and must not keep what it is given."""
-    notes: list[str] = []
-    trees = open_trees(run.tree_path)
-    if trees is None:
-        notes.append(
-            f"{run.name}: no journal ({run.tree_path.name}): no trees, no rejected candidates, no values inside a trace"
-        )
-    elif trees.torn:
-        notes.append(f"{run.name}: the journal's last line is torn and was left out")
-    gather = Gatherer(run, trees)
-    classes: dict[int, dict[int, list[int]]] = {}
-    for data_idx in sorted(run.by_problem.keys() | set(trees.problems if trees else [])):
-        view = problem_view(run, trees, data_idx, grader)
-        if not any(view.lines):  # nothing of it is finished: not even its text is known
-            continue
-        classes[data_idx] = {
-            line["repeat_idx"]: numbers for line, numbers in zip(view.lines, view.classes, strict=True) if line
-        }
-        gather.add(view)
-        show(view)
-    windows = pooled_scores(run.lines, classes)
-    planned = run.meta["num_problems"] if run.meta else None
-    return gather.result(
-        rows=summarize(run.lines, run.num_blocks, classes, planned),
-        scores={
-            i: {metric: [float(np.mean(w)) for w in by_pooled] for metric, by_pooled in problem.items()}
-            for i, problem in windows.items()
-        },
-        notes=notes,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All problems
-
-
-class Gatherer:
-    """Sums and columns over the problems of a run."""
-
-    def __init__(self, run: Run, trees: TreeFile | None):
-        self.run, self.has_trees = run, trees is not None
-        self.prunes = trees is not None and (run.meta is None or run.meta["search"]["branch"] > 1)
-        self.costs = forward_costs(run.meta) if trees else None
-        self.observations = Observations()
-        self.flops: dict[int, list[dict[str, float]]] = {}
-        self.problems: list[dict[str, Any]] = []
-        self.rescued = 0
-        self.tokens = 0
-        self.without_flops = self.without_journal = 0
-        self.seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
-        self.total_seconds = 0.0
-
-    def add(self, view: ProblemView) -> None:
-        right = [{node: verdict for node, (_, verdict) in grades.items()} for grades in view.grades]
-        self.tokens += sum(sum(tree.length) for tree in view.trees)
-        rescued = rescued_searches(view.trees, right) if self.prunes else None
-        self.rescued += rescued or 0
-        self.without_journal += view.journal.count(False)
-        for line, tree, verdicts, journal in zip(view.lines, view.trees, right, view.journal, strict=True):
-            if line is None:
-                continue
-            if journal:
-                observe_tree(self.observations, tree, verdicts, only_final_beams(self.run))
-            else:
-                observe_line(self.observations, line)
-            self.add_seconds(line, tree)
-            flops = search_flops(tree, line, self.costs) if self.costs and journal else None
-            if flops:
-                self.flops.setdefault(view.data_idx, []).append(flops)
-            self.without_flops += flops is None
-        self.problems.append(problem_row(view, rescued))
-
-    def result(self, rows: list[dict], scores: dict, notes: list[str]) -> Analysis:
-        run = self.run
-        if self.has_trees and self.without_journal:
-            notes.append(
-                f"{run.name}: {self.without_journal} finished searches are not in the journal: only their final "
-                "beams are shown"
-            )
-        flops = by_problem = None
-        if self.flops and not self.without_flops:
-            flops = mean_costs(self.flops)
-            by_problem = {
-                i: float(np.mean([sum(search[key] for key in COST_KEYS) for search in searches]))
-                for i, searches in self.flops.items()
-            }
-        elif run.meta:
-            notes.append(
-                f"{run.name}: no FLOPs (they need both models' shapes in the settings, the journal, and its token "
-                "counts)"
-            )
-        for row in rows:
-            for key in (*COST_KEYS, "flops"):
-                row[key] = flops[key] * row["pooled"] if flops else None
-        return Analysis(
-            run=run,
-            rows=rows,
-            scores=scores,
-            flops=flops,
-            flops_by_problem=by_problem,
-            values=value_report(run, self.observations),
-            rounds=self.time_by_round(),
-            waiting=max(0.0, self.total_seconds - self.seconds.sum()) / max(1, len(run.lines)),
-            problems=self.problems,
-            rescued=self.rescued if self.prunes else None,
-            tokens_generated=self.tokens if self.has_trees else None,
-            notes=[*run.notes, *notes],
-        )
-
-    def add_seconds(self, line: dict, tree: SearchTree) -> None:
-        self.total_seconds += line["dt"]
-        rounds = (
-            tree.seconds or [(line["seconds_generate"], line["seconds_score"])] if "seconds_generate" in line else []
-        )
-        if len(rounds) > len(self.seconds):
-            self.seconds = np.vstack([self.seconds, np.zeros((len(rounds) - len(self.seconds), 2))])
-        self.seconds[: len(rounds)] += np.array(rounds).reshape(-1, 2)
-
-    def time_by_round(self) -> list[dict[str, float]]:
-        means = self.seconds / max(1, len(self.run.lines))
-        return [{"generate": float(generate), "score": float(score)} for generate, score in means]

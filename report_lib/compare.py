@@ -1,119 +1,42 @@
 """Two runs on the same problems, compared at the same N, the same tokens generated, the same FLOPs.
 
-Scores are paired by problem and the interval is clustered by problem (`stats_utils.paired_difference`). Costs grow in
-proportion to the pooled repetitions m, so "the same tokens" is a fractional m of each run; a problem's score there is
-interpolated linearly between the whole numbers around it. Budgets that one run does not reach are not extrapolated to.
+Scores are paired by problem and the interval is clustered by problem (`paired_difference`). Costs grow in proportion to
+the pooled repetitions m, so "the same tokens" is a fractional m of each run; a problem's score there is interpolated
+linearly between the whole numbers around it. Budgets that one run does not reach are not extrapolated to.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from common_lib.cli import UserError
-from eval_lib.summary import METRICS, paired_difference
-from report_lib.data import Run
+from eval_lib.intervals import paired_difference
+from eval_lib.summary import METRICS
+from report_lib.data import RunRecord
 
 MAX_BUDGETS = 5  # rows per basis and metric
 BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}
+Budget = tuple[float, float, float]  # how much, repetitions pooled in the one run, and in the other
 
 
 @dataclass
-class Measured:
+class ComparisonInput:
     """What a comparison needs of a run.
 
     scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled); tokens, flops: by data_idx, of one
     repetition (mean).
     """
 
-    run: Run
+    run: RunRecord
     scores: dict[int, dict[str, list[float]]]
     tokens: dict[int, float] | None
     flops: dict[int, float] | None
 
 
-def problem_key(line: Mapping[str, Any]) -> str:
-    """What makes a problem the same in two runs: its text, white space apart."""
-    return " ".join(line["problem"].split())
-
-
-def common_problems(one: Run, other: Run) -> list[tuple[int, int]]:
-    """(data_idx in one, data_idx in other) of problems with the same text. Raises UserError if there is none."""
-    places: dict[str, list[int]] = {}
-    for data_idx, lines in other.by_problem.items():
-        places.setdefault(problem_key(lines[0]), []).append(data_idx)
-    pairs = []
-    for data_idx, lines in one.by_problem.items():
-        same = places.get(problem_key(lines[0]))
-        if same:
-            pairs.append((data_idx, same.pop(0)))
-    if not pairs:
-        raise UserError(f"{one.path} and {other.path} have no problem in common; report them one by one")
-    return pairs
-
-
-def comparison_note(one: Run, other: Run, pairs: Sequence[tuple[int, int]]) -> str:
-    """Which problems are compared, and whether the reference answers agree."""
-    left_out = len(one.by_problem) + len(other.by_problem) - 2 * len(pairs)
-    note = f"{one.name} against {other.name}: paired over {len(pairs)} common problems, clustered by problem"
-    if left_out:
-        note += f"; {left_out} that only one of them has are left out"
-    differing = sum(one.by_problem[a][0]["gt_answer"] != other.by_problem[b][0]["gt_answer"] for a, b in pairs)
-    if differing:
-        note += f"; WARNING: {differing} of them have different reference answers in the two runs"
-    return (
-        note
-        + "; tokens are those generated, FLOPs those of both models; p-values are not corrected for the number of rows"
-    )
-
-
-def score_at(scores: Sequence[float], pooled: float) -> float:
-    """Score at a fractional number of pooled repetitions, 1 <= pooled <= len(scores), linear between whole numbers."""
-    low = min(math.floor(pooled), len(scores))
-    high = min(low + 1, len(scores))
-    return scores[low - 1] + (pooled - low) * (scores[high - 1] - scores[low - 1])
-
-
-def spread(low: float, high: float) -> list[float]:
-    """At most MAX_BUDGETS budgets from low to high in equal ratios, about doubling."""
-    if low > high * (1 + 1e-9):
-        return []
-    steps = min(MAX_BUDGETS - 1, max(1, round(math.log2(high / low)))) if high > low else 0
-    return [low * (high / low) ** (i / max(1, steps)) for i in range(steps + 1)]
-
-
-def equal_n_budgets(one: Run, other: Run, most: tuple[int, int]) -> list[tuple[float, float, float]]:
-    """(N, pooled in one, pooled in other) of the N that both runs have, thinned to MAX_BUDGETS."""
-    if not one.num_blocks or not other.num_blocks:
-        return []
-    first = {one.num_blocks * m: m for m in range(1, most[0] + 1)}
-    second = {other.num_blocks * m: m for m in range(1, most[1] + 1)}
-    both = sorted(first.keys() & second.keys())
-    wanted = (
-        {min(both, key=lambda n: abs(math.log(n / target))) for target in spread(both[0], both[-1])} if both else set()
-    )
-    return [(n, first[n], second[n]) for n in sorted(wanted)]
-
-
-def equal_cost_budgets(one: float, other: float, most: tuple[int, int]) -> list[tuple[float, float, float]]:
-    """(budget, pooled in one, pooled in other), where a repetition costs `one` and `other`."""
-    budgets = spread(max(one, other), min(one * most[0], other * most[1]))
-    return [(budget, min(budget / one, most[0]), min(budget / other, most[1])) for budget in budgets]
-
-
-def metric_pairs(one: Run, other: Run) -> list[tuple[str, str]]:
-    """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
-    pairs = [(metric, metric) for metric in METRICS]
-    if other.search_type == "bon" and one.search_type != "bon":
-        pairs.append(("wmaj", "maj"))
-    if one.search_type == "bon" and other.search_type != "bon":
-        pairs.append(("maj", "wmaj"))
-    return pairs
-
-
-def compare(one: Measured, other: Measured) -> dict[str, Any]:
+def compare(one: ComparisonInput, other: ComparisonInput) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
     most = (  # repetitions that every common problem has
@@ -132,8 +55,8 @@ def compare(one: Measured, other: Measured) -> dict[str, Any]:
 
 
 def shared_budgets(
-    one: Measured, other: Measured, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
-) -> tuple[dict[str, list[tuple[float, float, float]]], list[str]]:
+    one: ComparisonInput, other: ComparisonInput, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+) -> tuple[dict[str, list[Budget]], list[str]]:
     """By basis, the budgets that both runs reach; and in words why a basis has none."""
     bases = {"N": equal_n_budgets(one.run, other.run, most)}
     missing = []
@@ -155,11 +78,11 @@ def shared_budgets(
 
 
 def compare_at(
-    one: Measured,
-    other: Measured,
+    one: ComparisonInput,
+    other: ComparisonInput,
     pairs: Sequence[tuple[int, int]],
     basis: str,
-    budget: tuple[float, float, float],
+    budget: Budget,
     metrics: tuple[str, str],
 ) -> dict[str, Any]:
     """One row: both scores at one budget and their paired difference."""
@@ -176,3 +99,71 @@ def compare_at(
         "one": float(np.mean(list(first.values()))),
         "other": float(np.mean(list(second.values()))),
     } | paired_difference(first, second)
+
+
+def common_problems(one: RunRecord, other: RunRecord) -> list[tuple[int, int]]:
+    """(data_idx in one, data_idx in other) of problems with the same text, white space apart. UserError: none is."""
+    places: dict[str, list[int]] = {}
+    for data_idx, lines in other.by_problem.items():
+        places.setdefault(" ".join(lines[0]["problem"].split()), []).append(data_idx)
+    pairs = []
+    for data_idx, lines in one.by_problem.items():
+        if same := places.get(" ".join(lines[0]["problem"].split())):
+            pairs.append((data_idx, same.pop(0)))
+    if not pairs:
+        raise UserError(f"{one.path} and {other.path} have no problem in common; report them one by one")
+    return pairs
+
+
+def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int, int]]) -> str:
+    """Which problems are compared, and whether the reference answers agree."""
+    note = f"{one.name} against {other.name}: paired over {len(pairs)} common problems, clustered by problem"
+    if left_out := len(one.by_problem) + len(other.by_problem) - 2 * len(pairs):
+        note += f"; {left_out} that only one of them has are left out"
+    if differing := sum(one.by_problem[a][0]["gt_answer"] != other.by_problem[b][0]["gt_answer"] for a, b in pairs):
+        note += f"; WARNING: {differing} of them have different reference answers in the two runs"
+    costs = "tokens are those generated, FLOPs those of both models"
+    return f"{note}; {costs}; p-values are not corrected for the number of rows"
+
+
+def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
+    """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
+    pairs = [(metric, metric) for metric in METRICS]
+    if other.search_type == "bon" and one.search_type != "bon":
+        pairs.append(("wmaj", "maj"))
+    if one.search_type == "bon" and other.search_type != "bon":
+        pairs.append(("maj", "wmaj"))
+    return pairs
+
+
+def score_at(scores: Sequence[float], pooled: float) -> float:
+    """Score at a fractional number of pooled repetitions, 1 <= pooled <= len(scores), linear between whole numbers."""
+    low = min(math.floor(pooled), len(scores))
+    high = min(low + 1, len(scores))
+    return scores[low - 1] + (pooled - low) * (scores[high - 1] - scores[low - 1])
+
+
+def spread(low: float, high: float) -> list[float]:
+    """At most MAX_BUDGETS budgets from low to high in equal ratios, about doubling."""
+    if low > high * (1 + 1e-9):
+        return []
+    steps = min(MAX_BUDGETS - 1, max(1, round(math.log2(high / low)))) if high > low else 0
+    return [low * (high / low) ** (i / max(1, steps)) for i in range(steps + 1)]
+
+
+def equal_n_budgets(one: RunRecord, other: RunRecord, most: tuple[int, int]) -> list[Budget]:
+    """The N that both runs have, thinned to MAX_BUDGETS."""
+    if not one.num_blocks or not other.num_blocks:
+        return []
+    first = {one.num_blocks * m: m for m in range(1, most[0] + 1)}
+    second = {other.num_blocks * m: m for m in range(1, most[1] + 1)}
+    both = sorted(first.keys() & second.keys())
+    targets = spread(both[0], both[-1]) if both else []
+    wanted = {min(both, key=lambda n: abs(math.log(n / target))) for target in targets}
+    return [(n, first[n], second[n]) for n in sorted(wanted)]
+
+
+def equal_cost_budgets(one: float, other: float, most: tuple[int, int]) -> list[Budget]:
+    """Costs that both runs reach, where a repetition costs `one` and `other`."""
+    budgets = spread(max(one, other), min(one * most[0], other * most[1]))
+    return [(budget, min(budget / one, most[0]), min(budget / other, most[1])) for budget in budgets]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from report_lib.trees import SearchTree
+from search_lib.tree import Tree
 
 FORMULA = (
     "FLOPs of a forward pass = tokens x 2 x weights in matrices + 4 x layers x heads x head_dim x (tokens attended to, "
@@ -20,15 +20,6 @@ FORMULA = (
     "et al. 2022 (arXiv 2203.15556, app. F). Decode: tokens generated. Prefill: prompt tokens that the generator's cache "
     "did not hold; it depends on the engine (transformers keeps none between rounds). Value model: tokens scored. Shapes "
     "from meta.json."
-)
-SHAPE_KEYS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
 )
 COST_KEYS = ("flops_decode", "flops_prefill", "flops_score")
 
@@ -40,35 +31,31 @@ class ForwardCost:
     per_token: int
     per_context: int
 
+    @classmethod
+    def of(cls, shape: Mapping[str, Any], output_weights: int) -> "ForwardCost":
+        """Of a Qwen2-like decoder (grouped-query attention, gated MLP) with an output matrix of so many weights."""
+        hidden, head_dim, layers = shape["hidden_size"], shape["head_dim"], shape["num_hidden_layers"]
+        heads, key_value_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+        attention = hidden * head_dim * (2 * heads + 2 * key_value_heads)
+        weights = layers * (attention + 3 * hidden * shape["intermediate_size"]) + output_weights
+        return cls(2 * weights, 4 * layers * heads * head_dim)
+
     def flops(self, tokens: float, contexts: float) -> float:
         return tokens * self.per_token + contexts * self.per_context
 
 
-def forward_cost(shape: Mapping[str, Any], output_weights: int) -> ForwardCost:
-    """Of a Qwen2-like decoder (grouped-query attention, gated MLP) with an output matrix of so many weights."""
-    hidden, head_dim, layers = shape["hidden_size"], shape["head_dim"], shape["num_hidden_layers"]
-    heads, key_value_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    attention = hidden * head_dim * (2 * heads + 2 * key_value_heads)
-    weights = layers * (attention + 3 * hidden * shape["intermediate_size"]) + output_weights
-    return ForwardCost(2 * weights, 4 * layers * heads * head_dim)
+Costs = tuple[ForwardCost, ForwardCost]  # of the generator, of the value model
 
 
-def forward_costs(meta: Mapping[str, Any] | None) -> tuple[ForwardCost, ForwardCost] | None:
-    """(generator, value model), or None where the settings do not give both shapes."""
-    settings: Mapping[str, Any] = meta or {}
-    generator, value_model = settings.get("generator"), settings.get("value_model")
-    if not has_shapes(generator) or not has_shapes(value_model):
+def forward_costs(meta: Mapping[str, Any] | None) -> Costs | None:
+    """None where the settings do not give both shapes."""
+    try:
+        generator, value_model = (meta or {})["generator"], (meta or {})["value_model"]
+        head = value_model["hidden_size"] * (value_model["hidden_size"] + (value_model.get("num_labels") or 1))
+        output = generator["hidden_size"] * generator["vocab_size"]
+        return ForwardCost.of(generator, output), ForwardCost.of(value_model, head)
+    except (KeyError, TypeError):
         return None
-    assert generator and value_model
-    head = value_model["hidden_size"] * (value_model["hidden_size"] + (value_model.get("num_labels") or 1))
-    return (
-        forward_cost(generator, generator["hidden_size"] * generator["vocab_size"]),
-        forward_cost(value_model, head),
-    )
-
-
-def has_shapes(model: Any) -> bool:
-    return isinstance(model, dict) and all(isinstance(model.get(key), int) for key in SHAPE_KEYS)
 
 
 def contexts_of(start: int, length: int) -> int:
@@ -76,9 +63,7 @@ def contexts_of(start: int, length: int) -> int:
     return length * start + length * (length + 1) // 2
 
 
-def search_flops(
-    tree: SearchTree, line: Mapping[str, Any], costs: tuple[ForwardCost, ForwardCost]
-) -> dict[str, float] | None:
+def search_flops(tree: Tree, line: Mapping[str, Any], costs: Costs) -> dict[str, float] | None:
     """COST_KEYS of one finished search; None where the line does not tell what was scored and cached.
 
     Cached prompt tokens and re-read tokens are known as sums only, so they are taken to have the mean context of
@@ -87,10 +72,10 @@ def search_flops(
     if "tokens_scored" not in line or "tokens_cached" not in line:
         return None
     generator, value_model = costs
-    prompt = tree.prompt_tokens
-    generated = sum(tree.length)
-    contexts = sum(contexts_of(prompt + tree.start[node], tree.length[node]) for node in tree.nodes)
-    asked = [prompt + tree.start[node] for node in tree.nodes]  # prompt tokens of the request that wrote the node
+    prompt = len(tree.prompt_ids)
+    generated = sum(map(len, tree.tokens))
+    asked = [prompt + start for start in tree.start[1:]]  # prompt tokens of the request that wrote the node
+    contexts = sum(contexts_of(before, len(tokens)) for before, tokens in zip(asked, tree.tokens[1:], strict=True))
     uncached = max(0.0, 1 - line["tokens_cached"] / max(1, sum(asked)))
     scored_share = line["tokens_scored"] / max(1, prompt + generated)
     return {

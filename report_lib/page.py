@@ -16,25 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.cli import UserError
+from eval_lib.tables import Table
 from report_lib.analysis import Analysis
-from report_lib.data import Run
-from report_lib.problem import ProblemView, read_token_ids, search_votes
+from report_lib.problem import ANSWER_CHARACTERS, ProblemView, SearchView, count_vote
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = "report_data"
 PART_CHARACTERS = 3_000_000  # of text in one file, more or less
-ANSWER_CHARACTERS = 1000  # of an answer are shown; its text has it all
-SETTINGS_SHOWN = (
-    "search_type",
-    "num_blocks",
-    "block_size",
-    "max_length",
-    "num_repetitions",
-    "selection",
-    "temperature",
-    "top_p",
-    "seed",
-)
+SETTINGS_SHOWN = ("search_type", "block_size", "max_length", "num_repetitions", "selection", "temperature", "top_p",
+                  "seed")  # fmt: skip
 Decode = Callable[[list[int]], str]
 
 
@@ -55,40 +45,30 @@ class PageWriter:
         """Remove what is not finished; an earlier report stays as it is."""
         shutil.rmtree(self.data, ignore_errors=True)
 
-    def problem_writer(self, number: int, run: Run, decode: Decode | None) -> Callable[[ProblemView], None]:
+    def problem_writer(self, number: int, decode: Decode | None) -> Callable[[ProblemView], None]:
         """What to call with each problem of run `number`. `decode`: ids to text, for runs without a journal."""
         (self.data / f"run{number}").mkdir()
-        return lambda view: self._write_problem(f"run{number}/p{view.data_idx}", run, view, decode)
+        return lambda view: self._write_problem(f"run{number}/p{view.data_idx}", view, decode)
 
-    def _write_problem(self, name: str, run: Run, view: ProblemView, decode: Decode | None) -> None:
-        lines = [line for line in view.lines if line is not None]
-        parts = TextParts(self, name)
-        searches = []
-        for i, tree in enumerate(view.trees):
-            texts = tree.text
-            line = view.lines[i]
-            if not view.journal[i] and line is not None:
-                texts = ["", *beam_texts(run, line, decode)]
-            flags = {"flat": not view.journal[i], "ids": not view.journal[i] and decode is None}
-            searches.append(search_data(view, i) | flags | parts.add(texts))
-        parts.flush()
-        self.write(
-            name,
-            {
-                "id": view.data_idx,
-                "problem": lines[0]["problem"],
-                "truth": lines[0]["gt_answer"][:ANSWER_CHARACTERS],
-                "votes": search_votes(view, view.over),
-                "searches": searches,
-            },
-        )
+    def _write_problem(self, name: str, view: ProblemView, decode: Decode | None) -> None:
+        parts = in_parts([search.text if search.in_journal else beam_texts(search, decode) for search in view.searches])
+        places = [{"texts": f"{name}-text{i}", "at": at} for i, part in enumerate(parts) for at in range(len(part))]
+        for i, part in enumerate(parts):
+            self.write(f"{name}-text{i}", part)
+        searches = [
+            search_data(search) | {"ids": not search.in_journal and decode is None} | place
+            for search, place in zip(view.searches, places, strict=True)
+        ]
+        line = view.lines[0]
+        head = {"id": view.data_idx, "problem": line["problem"], "truth": line["gt_answer"][:ANSWER_CHARACTERS]}
+        self.write(name, head | {"vote": count_vote(view.searches), "searches": searches})
 
     def write(self, name: str, value: Any) -> None:
         """A data file: one call with ASCII JSON, which is also JavaScript."""
         text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         (self.data / f"{name}.js").write_text(f'VGS.receive("{name}",{text});\n', encoding="ascii")
 
-    def finish(self, analyses: Sequence[Analysis], tables: Sequence[dict], plots: Sequence[dict]) -> None:
+    def finish(self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: Sequence[dict]) -> None:
         """index.js; then the data take the place of an earlier report's, and the page is written last."""
         runs = [
             {
@@ -100,75 +80,59 @@ class PageWriter:
             }
             for i, analysis in enumerate(analyses)
         ]
-        self.write("index", {"runs": runs, "tables": list(tables), "plots": list(plots)})
+        self.write("index", {"runs": runs, "tables": list(map(vars, tables)), "plots": list(plots)})
         shutil.rmtree(self.final, ignore_errors=True)
         self.data.rename(self.final)
         shutil.copyfile(ASSETS / "report.html", self.folder / "report.html")
 
 
-class TextParts:
-    """Texts of a problem's searches, in as many files as it takes to keep each small."""
-
-    def __init__(self, page: PageWriter, name: str):
-        self._page, self._name = page, name
-        self._held: list[list[str]] = []
-        self._size = self._written = 0
-
-    def add(self, texts: list[str]) -> dict[str, Any]:
-        """Where the page finds the texts of this search."""
-        place = {"texts": f"{self._name}-text{self._written}", "at": len(self._held)}
-        self._held.append(texts)
-        self._size += sum(map(len, texts))
-        if self._size >= PART_CHARACTERS:
-            self.flush()
-        return place
-
-    def flush(self) -> None:
-        if self._held:
-            self._page.write(f"{self._name}-text{self._written}", self._held)
-            self._held, self._size, self._written = [], 0, self._written + 1
+def in_parts(texts: Sequence[list[str]]) -> list[list[list[str]]]:
+    """The texts of searches, in as many parts as it takes to keep each small."""
+    parts: list[list[list[str]]] = [[]]
+    size = 0
+    for text in texts:
+        if size >= PART_CHARACTERS:
+            parts.append([])
+            size = 0
+        parts[-1].append(text)
+        size += sum(map(len, text))
+    return parts
 
 
-def search_data(view: ProblemView, i: int) -> dict[str, Any]:
+def search_data(search: SearchView) -> dict[str, Any]:
     """A search as the page draws it; lists by node number."""
-    tree, line = view.trees[i], view.lines[i]
+    tree, line = search.tree, search.line
     return {
-        "repeat": tree.repeat_idx,
+        "repeat": search.repeat_idx,
         "over": line is not None,
-        "seconds": line and line["dt"],
+        "flat": not search.in_journal,
         "beams": tree.beams if line else [],
-        "classes": view.classes[i] if line else [],
-        "votes": search_votes(view, [i]) if line else None,
+        "vote": count_vote([search]) if line else None,
         "parent": tree.parent,
         "round": tree.round,
         "start": tree.start,
-        "length": tree.length,
-        "value": [round(value, 5) for value in tree.value],
-        "kept": [int(kept) for kept in tree.kept],
+        "length": list(map(len, tree.tokens)),
+        "value": [0.0, *(round(value, 5) for value in tree.value[1:])],
+        "kept": list(map(int, tree.kept)),
         "finish": tree.finish,
-        "graded": {node: [answer[:ANSWER_CHARACTERS], int(right)] for node, (answer, right) in view.grades[i].items()},
+        "graded": {node: [answer[:ANSWER_CHARACTERS], int(right)] for node, (answer, right) in search.grades.items()},
     }
 
 
-def beam_texts(run: Run, line: dict, decode: Decode | None) -> list[str]:
-    """Texts of a line's beams where there is no journal: decoded, or the ids themselves."""
-    return [decode(ids) if decode else " ".join(map(str, ids)) for ids in read_token_ids(run, line)]
+def beam_texts(search: SearchView, decode: Decode | None) -> list[str]:
+    """Texts by node where there is no journal: decoded, or the ids themselves."""
+    responses = map(search.tree.response, search.tree.beams)
+    return ["", *(decode(ids) if decode else " ".join(map(str, ids)) for ids in responses)]
 
 
 def settings(analysis: Analysis) -> list[tuple[str, str]]:
     """What a run was, in words: name and value."""
     run, meta = analysis.run, analysis.run.meta or {}
-    shown = [("file", str(run.path)), ("searches", f"{len(run.lines)} of {run.planned}")]
-    if meta.get("benchmark"):
-        shown.append(("benchmark", str(meta["benchmark"])))
-    for key, words in (("generator", "generator"), ("value_model", "value model")):
-        if isinstance(meta.get(key), dict):
-            shown.append((words, str(meta[key].get("path", "?"))))
-    arguments = meta.get("arguments", {})
-    shown += [(key, str(arguments[key])) for key in SETTINGS_SHOWN if key in arguments]
-    if run.num_blocks and "num_blocks" not in arguments:
-        shown.append(("num_blocks", str(run.num_blocks)))
-    versions = meta.get("versions")
-    if isinstance(versions, dict):
-        shown.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return shown
+    shown = {"file": run.path, "searches": f"{len(run.lines)} of {run.planned}", "benchmark": meta.get("benchmark")}
+    shown |= {
+        "generator": meta.get("generator", {}).get("path"),
+        "value model": meta.get("value_model", {}).get("path"),
+    }
+    shown |= {"num_blocks": run.num_blocks} | {key: meta.get("arguments", {}).get(key) for key in SETTINGS_SHOWN}
+    shown["versions"] = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+    return [(name, str(value)) for name, value in shown.items() if value not in (None, "")]

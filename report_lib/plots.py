@@ -1,7 +1,6 @@
 """Plots of a report as PNG and SVG. Lines differ in dash and marker as well as in shade, so they read in greyscale."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from eval_lib.summary import METRICS
+from eval_lib.tables import printable, short
 from report_lib.analysis import Analysis
-from report_lib.tables import printable, short
 from report_lib.value import bias_words
 
 STYLE: Any = {
@@ -44,10 +44,10 @@ RUN_LINES = [
     ("#5f9e8f", (0, (1, 1.2)), "^"),
     ("#777777", (0, (4, 1.5, 1, 1.5)), "D"),
 ]
-AXES = {
-    "N": ("N", "N (blocks in parallel, all pooled repetitions)"),
-    "tokens": ("tokens_generated", "tokens generated per problem"),
-    "flops": ("flops", "FLOPs per problem, generator and value model"),
+AXES = {  # basis -> key of a row, label of the axis, words of the caption
+    "n": ("N", "N (blocks in parallel, all pooled repetitions)", "the budget N"),
+    "tokens": ("tokens_generated", "tokens generated per problem", "tokens generated (rejected candidates too)"),
+    "flops": ("flops", "FLOPs per problem, generator and value model", "FLOPs of generator and value model"),
 }
 MAX_PANELS = 6
 
@@ -67,22 +67,13 @@ def grid(
     return figure, flat[:count]
 
 
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many items, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
 def scale_budget(axis: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis with a tick at about each doubling of the budget."""
     axis.set_xscale("log", base=2)
     ticks: list[float] = []
-    last = 0.0
     for value in sorted(values):
-        if not ticks or value >= last * 1.9:
+        if not ticks or value >= ticks[-1] * 1.9:
             ticks.append(value)
-            last = value
     axis.set_xticks(ticks)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -93,23 +84,32 @@ def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: 
     """One line with its band: the mean over problems and the problem-clustered 95 % interval."""
     colour, dash, marker = style
     rows = [row for row in rows if row[key]]
-    x = [row[key] for row in rows]
-    y = [row[f"{metric}_m"] for row in rows]
-    if all(row[f"{metric}_ci"] is not None for row in rows):
-        low = [max(0.0, row[f"{metric}_m"] - row[f"{metric}_ci"]) for row in rows]
-        high = [min(1.0, row[f"{metric}_m"] + row[f"{metric}_ci"]) for row in rows]
+    x, y = [row[key] for row in rows], [row[f"{metric}_m"] for row in rows]
+    half = [row[f"{metric}_ci"] for row in rows]
+    if None not in half:
+        low, high = np.clip(np.subtract(y, half), 0, None), np.clip(np.add(y, half), None, 1)
         axis.fill_between(x, low, high, color=colour, alpha=0.06, linewidth=0)
         for edge in (low, high):
             axis.plot(x, edge, color=colour, linewidth=0.6, linestyle=dash, alpha=0.4)
-    doublings = [i for i, row in enumerate(rows) if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
-    axis.plot(
-        x, y, color=colour, linestyle=dash, marker=marker, markevery=doublings, markersize=4, linewidth=1.7, label=label
-    )
+    marked: Any = [i for i, row in enumerate(rows) if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
+    axis.plot(x, y, color=colour, ls=dash, marker=marker, markevery=marked, markersize=4, linewidth=1.7, label=label)
+
+
+def finish_accuracy(figure: Figure, axes: Sequence[Axes], columns: int) -> Figure:
+    """Scale and legend of panels that share their y-axis."""
+    for axis in axes:
+        axis.tick_params(labelbottom=True)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0].set_ylim(top=1.02)  # shared, and only now: it ends the automatic scaling
+    axes[0].set_ylabel("accuracy (mean over problems)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
+    return figure
 
 
 def accuracy_figure(analyses: Sequence[Analysis], basis: str) -> Figure | None:
     """Accuracy against N, tokens or FLOPs: a panel a run, a line an aggregator."""
-    key, label = AXES[basis]
+    key, label, _ = AXES[basis]
     shown = [analysis for analysis in analyses if all(row[key] for row in analysis.rows)][:MAX_PANELS]
     if not shown:
         return None
@@ -118,42 +118,26 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str) -> Figure | None:
         for metric, style in LINES.items():
             draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric])
         axis.set(title=printable(analysis.run.name), xlabel=label)
-        axis.tick_params(labelbottom=True)
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes[0].set_ylim(top=1.02)  # shared, and only now: it ends the automatic scaling
     scale_budget(axes[0], [row[key] for analysis in shown for row in analysis.rows])
-    axes[0].set_ylabel("accuracy (mean over problems)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(LINES) if len(shown) > 1 else 3, handlelength=3.2
-    )
-    return figure
+    return finish_accuracy(figure, axes, len(LINES) if len(shown) > 1 else 3)
 
 
 def comparison_figure(analyses: Sequence[Analysis]) -> Figure | None:
     """All runs in one panel, for each basis that all have: value-weighted vote, for `bon` runs also majority."""
-    bases = [
-        basis for basis, (key, _) in AXES.items() if all(row[key] for analysis in analyses for row in analysis.rows)
-    ]
-    if len(analyses) < 2 or not bases:
+    shown = [axis for axis in AXES.values() if all(row[axis[0]] for analysis in analyses for row in analysis.rows)]
+    if len(analyses) < 2 or not shown:
         return None
-    figure, axes = grid(len(bases), width=4.8, height=4.0, columns=3, sharey=True)
-    for axis, basis in zip(axes, bases, strict=True):
-        key, label = AXES[basis]
+    figure, axes = grid(len(shown), width=4.8, height=4.0, columns=3, sharey=True)
+    for axis, (key, label, _) in zip(axes, shown, strict=True):
         for i, analysis in enumerate(analyses):
             for metric in ("wmaj", "maj") if analysis.run.search_type == "bon" else ("wmaj",):
                 style: tuple = RUN_LINES[i % len(RUN_LINES)]
                 style = (style[0], (0, (3, 1, 1, 1, 1, 1)), "x") if metric == "maj" else style
-                draw_metric(
-                    axis, analysis.rows, key, metric, style, f"{printable(analysis.run.name)}: {METRICS[metric]}"
-                )
+                name = f"{printable(analysis.run.name)}: {METRICS[metric]}"
+                draw_metric(axis, analysis.rows, key, metric, style, name)
         scale_budget(axis, [row[key] for analysis in analyses for row in analysis.rows])
         axis.set(xlabel=label)
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes[0].set_ylabel("accuracy (mean over problems)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=3.2)
-    return figure
+    return finish_accuracy(figure, axes, 4)
 
 
 def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
@@ -161,24 +145,17 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
     groups = [group for group in analysis.values["groups"] if group["kind"] in ("end", kind)]
     if len(groups) < 2 and kind != "length":
         return None
-    groups = [groups[0], *evenly(groups[1:], MAX_PANELS - 1)]
-    figure, axes = grid(len(groups), width=3.1, height=3.3, columns=3, sharex=True, sharey=True)
-    for axis, group in zip(axes, groups, strict=True):
+    shown = np.linspace(0, len(groups) - 1, min(len(groups), MAX_PANELS)).round().astype(int)
+    figure, axes = grid(len(shown), width=3.1, height=3.3, columns=3, sharex=True, sharey=True)
+    for axis, group in zip(axes, (groups[i] for i in shown), strict=True):
         bins, count = group["bins"], group["count"]
         x, y = [b["mean_value"] for b in bins], [b["share_right"] for b in bins]
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (3, 3)))
         axis.plot(x, y, color="#0b2a6f", linewidth=1.2)
-        axis.scatter(
-            x,
-            y,
-            s=[12 + 240 * b["count"] / count for b in bins],
-            color="#0b2a6f",
-            alpha=0.55,
-            edgecolors="white",
-            clip_on=False,
-        )
-        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=group["label"])
-        axis.title.set_fontsize(8.5)
+        size = [12 + 240 * b["count"] / count for b in bins]
+        axis.scatter(x, y, s=size, color="#0b2a6f", alpha=0.55, edgecolors="white", clip_on=False)
+        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axis.set_title(group["label"], fontsize=8.5)
         auc = "–" if group["auc"] is None else f"{group['auc']:.3f}"
         words = f"n {count:,}\nECE {group['ece']:.3f}\nBrier {group['brier']:.3f}\nAUC {auc}"
         axis.text(0.97, 0.04, words, ha="right", va="bottom", fontsize=7.5, transform=axis.transAxes)
@@ -192,35 +169,20 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
 
 def trace_figure(analyses: Sequence[Analysis]) -> Figure | None:
     """Value along the trace for right and wrong finished candidates: mean, and the middle half as a band."""
-    shown = [analysis for analysis in analyses if len({row["block"] for row in analysis.values["trace"]}) > 1][
-        :MAX_PANELS
-    ]
+    blocks = [len({row["block"] for row in analysis.values["trace"]}) for analysis in analyses]
+    shown = [analysis for analysis, count in zip(analyses, blocks, strict=True) if count > 1][:MAX_PANELS]
     if not shown:
         return None
     figure, axes = grid(len(shown), sharey=True)
     for axis, analysis in zip(axes, shown, strict=True):
         for right, colour, dash, marker in ((True, "#0b2a6f", "-", "o"), (False, "#c4661f", (0, (5, 1.5)), "s")):
             rows = [row for row in analysis.values["trace"] if row["right"] == right]
-            x = [row["position"] for row in rows]
-            axis.fill_between(
-                x, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, alpha=0.13, linewidth=0
-            )
-            axis.plot(
-                x,
-                [row["mean"] for row in rows],
-                color=colour,
-                linestyle=dash,
-                marker=marker,
-                markersize=4,
-                label="right" if right else "wrong",
-            )
-        words = bias_words(analysis.values["biased"])
-        axis.set(
-            title=f"{printable(analysis.run.name)}\n({words})",
-            xlabel="response tokens at the block's end (mean)",
-            ylim=(0, 1),
-        )
-        axis.title.set_fontsize(9)
+            x, mean, low, high = ([row[key] for row in rows] for key in ("position", "mean", "low", "high"))
+            axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            label = "right" if right else "wrong"
+            axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, markersize=4, label=label)
+        axis.set(xlabel="response tokens at the block's end (mean)", ylim=(0, 1))
+        axis.set_title(f"{printable(analysis.run.name)}\n({bias_words(analysis.values['biased'])})", fontsize=9)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value else "0"))
         axis.legend(title="finished candidates", loc="best")
     axes[0].set_ylabel("value: mean, middle half")
@@ -239,72 +201,49 @@ def time_figure(analyses: Sequence[Analysis]) -> Figure | None:
         "wait": ("#e4e4e4", "....", "waiting"),
     }
     for y, analysis in enumerate(reversed(shown)):
-        left = 0.0
-        rounds = analysis.rounds
-        parts = [(kind, row[kind]) for row in rounds for kind in ("generate", "score")] if len(rounds) <= 8 else [
-            (kind, sum(row[kind] for row in rounds)) for kind in ("generate", "score")
-        ]  # fmt: skip
+        left, rounds = 0.0, analysis.rounds
+        sums = {kind: sum(row[kind] for row in rounds) for kind in ("generate", "score")}
+        parts = [part for row in rounds for part in row.items()] if len(rounds) <= 8 else list(sums.items())
         for kind, seconds in [*parts, ("wait", analysis.waiting)]:
             colour, hatch, _ = kinds[kind]
             axis.barh(y, seconds, left=left, height=0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.8)
             left += seconds
-        share = sum(row["score"] for row in rounds) / max(1e-9, sum(sum(row.values()) for row in rounds))
+        share = sums["score"] / max(1e-9, sum(sums.values()))
         axis.text(left, y, f"  {left:,.1f} s, scoring {share:.1%}", va="center", fontsize=8)
     axis.set_yticks(range(len(shown)), [printable(analysis.run.name) for analysis in reversed(shown)])
     axis.set(xlabel="seconds of one search, mean over searches; rounds from left to right")
     axis.margins(x=0.22)
     axis.grid(axis="y", visible=False)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white")
-        for colour, hatch, _ in kinds.values()
-    ]
-    figure.legend(handles, [words for _, _, words in kinds.values()], loc="outside upper center", ncols=3)
+    for colour, hatch, words in kinds.values():
+        axis.barh(0, 0, color=colour, hatch=hatch, edgecolor="white", label=words)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
-def figures(analyses: Sequence[Analysis]) -> list[tuple[str, str, Callable[[], Figure | None]]]:
-    """(file stem, caption, how to draw it) of every plot; drawing gives None where the runs do not tell enough."""
-    band = "Mean over problems; bands are 95 % intervals clustered by problem. "
-    plots: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        ("accuracy_n", band + "Accuracy against the budget N.", lambda: accuracy_figure(analyses, "N")),
-        (
-            "accuracy_tokens",
-            band + "Accuracy against tokens generated (rejected candidates too).",
-            lambda: accuracy_figure(analyses, "tokens"),
-        ),
-        (
-            "accuracy_flops",
-            band + "Accuracy against FLOPs of generator and value model.",
-            lambda: accuracy_figure(analyses, "flops"),
-        ),
-        ("comparison", band + "The runs together.", lambda: comparison_figure(analyses)),
-    ]
+def figures(analyses: Sequence[Analysis]) -> Iterator[tuple[str, str, Figure | None]]:
+    """(file stem, caption, figure) of every plot; None where the runs do not tell enough."""
+    band = "Mean over problems; bands are 95 % intervals clustered by problem."
+    for basis, (_, _, words) in AXES.items():
+        yield f"accuracy_{basis}", f"{band} Accuracy against {words}.", accuracy_figure(analyses, basis)
+    yield "comparison", f"{band} The runs together.", comparison_figure(analyses)
     for i, analysis in enumerate(analyses):
         end = f"_{i + 1}" if len(analyses) > 1 else ""
         for kind, words in (("block", "round"), ("length", "length")):
             caption = (
-                f"Reliability of {analysis.run.name}, first at the end of the trace, then by {words}. On the "
-                "diagonal, values "
-                "are calibrated; a point's size is its share of the observations."
+                f"Reliability of {analysis.run.name}, first at the end of the trace, then by {words}. On the diagonal, "
+                "values are calibrated; a point's size is its share of the observations."
             )
-            plots.append((f"reliability_{kind}{end}", caption, partial(reliability_figure, analysis, kind)))
-    plots += [
-        (
-            "value_trace",
-            "Value along the trace of finished candidates that turned out right or wrong.",
-            lambda: trace_figure(analyses),
-        ),
-        ("time", "Where the time of a search went.", lambda: time_figure(analyses)),
-    ]
-    return plots
+            yield f"reliability_{kind}{end}", caption, reliability_figure(analysis, kind)
+    trace = "Value along the trace of finished candidates that turned out right or wrong."
+    yield "value_trace", trace, trace_figure(analyses)
+    yield "time", "Where the time of a search went.", time_figure(analyses)
 
 
 def write_plots(folder: Path, analyses: Sequence[Analysis]) -> list[dict[str, Any]]:
     """Draw every plot into `folder` as PNG and SVG. Returns, for the page, their file names, titles and captions."""
     written = []
     with plt.rc_context(STYLE):
-        for stem, caption, draw in figures(analyses):
-            figure = draw()
+        for stem, caption, figure in figures(analyses):
             if figure is None:
                 continue
             for ending in ("png", "svg"):

@@ -1,6 +1,5 @@
-"""One problem of a run: its output lines and its trees joined, graded, with the classes of equal answers."""
+"""One problem of a run: its output lines and its trees joined, graded, with the classes of equal answers and the votes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,154 +7,160 @@ from typing import Any
 import numpy as np
 
 from common_lib.cli import UserError
-from eval_utils import Grader, best_of_n, extract_answer, majority_vote, weighted_vote
-from report_lib.data import Run
-from report_lib.trees import ROOT, SearchTree, TreeFile
+from eval_lib.grading import Grader
+from eval_lib.votes import vote_rows
+from eval_utils import best_of_n, extract_answer, majority_vote, weighted_vote
+from report_lib.data import RunRecord
+from search_lib.run_reader import Journal, read_token_ids
+from search_lib.tree import ROOT, Round, Tree
 
 Grades = dict[int, tuple[str, bool]]  # finished node -> (answer, is it right)
+ANSWER_CHARACTERS = 1000  # of an answer are shown; its text has it all
+
+
+@dataclass
+class SearchView:
+    """One search, finished or not, ready to be shown.
+
+    line: None where it is in progress. text: by node, empty where there is no journal. classes: of the beams' answers, -1
+    for none; one numbering for the problem.
+    """
+
+    repeat_idx: int
+    line: dict[str, Any] | None
+    tree: Tree
+    text: list[str]
+    in_journal: bool
+    grades: Grades
+    classes: list[int]
 
 
 @dataclass
 class ProblemView:
-    """All searches of one problem, finished or not, ready to be shown. Lists run in parallel, by repetition.
-
-    lines: None for a search in progress. classes: of the beams' answers, -1 for none. journal: is the tree a real one?
-    """
+    """All searches of one problem, by repetition."""
 
     data_idx: int
-    lines: list[dict | None]
-    trees: list[SearchTree]
-    grades: list[Grades]
-    classes: list[list[int]]
-    journal: list[bool]
+    searches: list[SearchView]
 
     @property
-    def over(self) -> list[int]:
-        """Which of the searches are finished."""
-        return [i for i, line in enumerate(self.lines) if line is not None]
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the finished searches."""
+        return [search.line for search in self.searches if search.line is not None]
 
 
-def problem_view(run: Run, trees: TreeFile | None, data_idx: int, grader: Grader) -> ProblemView:
+def problem_view(run: RunRecord, journal: Journal, data_idx: int, grader: Grader) -> ProblemView:
     """Join output lines and journal of one problem; grade what is not graded; find the classes of equal answers."""
     lines = {line["repeat_idx"]: line for line in run.by_problem.get(data_idx, [])}
-    journal = {tree.repeat_idx: tree for tree in trees.trees(data_idx)} if trees else {}
-    repeats = sorted(lines.keys() | journal.keys())
-    found = [journal.get(r) or tree_of_line(lines[r]) for r in repeats]
-    for repeat, tree in zip(repeats, found, strict=True):
-        if repeat in lines and repeat in journal:
-            check_same_search(run, lines[repeat], tree)
+    recorded = journal.searches.get(data_idx, {})
     gold = next(iter(lines.values()))["gt_answer"] if lines else ""
-    grades = [grade_finished(tree, lines.get(r), gold, grader) for r, tree in zip(repeats, found, strict=True)]
-    answers = [
-        [grade[node][0] if node in grade else "" for node in tree.beams]
-        for tree, grade in zip(found, grades, strict=True)
-    ]
-    numbers = iter(grader.answer_classes([answer for beams in answers for answer in beams]))
-    classes = [[next(numbers) for _ in beams] for beams in answers]
-    return ProblemView(
-        data_idx, [lines.get(r) for r in repeats], found, grades, classes, [r in journal for r in repeats]
-    )
+    searches = []
+    for repeat_idx in sorted(lines.keys() | recorded.keys()):
+        line, in_journal = lines.get(repeat_idx), repeat_idx in recorded
+        if in_journal:
+            tree, text = journal.read(data_idx, repeat_idx)
+        else:
+            tree, text = tree_of_line(run, lines[repeat_idx])
+        if line and in_journal:
+            check_same_search(run, line, tree)
+        grades = grade_finished(tree, text, line, gold, grader)
+        searches.append(SearchView(repeat_idx, line, tree, text, in_journal, grades, []))
+    beams = [[s.grades[node][0] if node in s.grades else "" for node in s.tree.beams] for s in searches]
+    numbers = iter(grader.answer_classes([answer for answers in beams for answer in answers]))
+    for search, answers in zip(searches, beams, strict=True):
+        search.classes = [next(numbers) for _ in answers]
+    return ProblemView(data_idx, searches)
 
 
-def tree_of_line(line: dict) -> SearchTree:
+def tree_of_line(run: RunRecord, line: dict[str, Any]) -> tuple[Tree, list[str]]:
     """A tree of one round for a search of which only the output line is known: the final beams, under the prompt."""
     beams = len(line["reward"])
     finish = line.get("finish_reasons") or ["end"] * beams
-    return SearchTree(
-        data_idx=line["data_idx"],
-        repeat_idx=line["repeat_idx"],
-        prompt_tokens=int(line.get("prompt_tokens", 0)),
-        parent=[-1] + [ROOT] * beams,
-        round=[-1] + [0] * beams,
-        start=[0] * (beams + 1),
-        length=[0, *line["lengths"]],
-        value=[0.0, *line["generated_scores"]],
-        kept=[True] * (beams + 1),
-        finish=["", *finish],
-        text=[""] * (beams + 1),
-        beams=list(range(1, beams + 1)),
-    )
+    ids = read_token_ids(run.path, line)
+    tree = Tree([], beams)
+    seconds = line.get("seconds_generate", 0.0), line.get("seconds_score", 0.0)
+    tree.add(Round(0, [ROOT] * beams, ids, line["generated_scores"], [True] * beams, finish, *seconds))
+    return tree, [""] * (beams + 1)
 
 
-def check_same_search(run: Run, line: dict, tree: SearchTree) -> None:
+def check_same_search(run: RunRecord, line: dict[str, Any], tree: Tree) -> None:
     """Raises UserError where a journal is not of the same run as the output file."""
-    lengths = [tree.start[node] + tree.length[node] for node in tree.beams]
-    if tree.is_over and lengths == line["lengths"]:
-        return
-    raise UserError(
-        f"{run.tree_path}: problem {line['data_idx']}, repetition {line['repeat_idx']} ends with beams of {lengths} "
-        "tokens, "
-        f"in {run.path.name} with {line['lengths']}; the journal is of another run, or not whole: restore it or move "
-        "it away"
-    )
+    lengths = [tree.end(node) for node in tree.beams]
+    if tree.open_slots or lengths != line["lengths"]:
+        raise UserError(
+            f"{run.journal_path}: problem {line['data_idx']}, repetition {line['repeat_idx']} ends with beams of "
+            f"{lengths} tokens, in {run.path.name} with {line['lengths']}; the journal is of another run, or not whole: "
+            "restore it or move it away"
+        )
 
 
-def grade_finished(tree: SearchTree, line: dict | None, gold: str, grader: Grader) -> Grades:
+def trace_answer(tree: Tree, text: Sequence[str], node: int) -> str:
+    """The answer in the response up to the end of `node`."""
+    return extract_answer("".join(text[above] for above in tree.path(node)))
+
+
+def grade_finished(tree: Tree, text: Sequence[str], line: dict[str, Any] | None, gold: str, grader: Grader) -> Grades:
     """Answer and verdict of every finished candidate: final beams as stored, rejected ones graded from their text."""
     grades: Grades = {}
     if line is not None:
         grades = dict(zip(tree.beams, zip(line["processed_answer"], line["reward"], strict=True), strict=True))
     rest = [node for node in tree.finished if node not in grades]
-    answers = [extract_answer(tree.trace_text(node)) for node in rest]
+    answers = [trace_answer(tree, text, node) for node in rest]
     verdicts = grader.grade([(gold, answer) for answer in answers])
     return grades | dict(zip(rest, zip(answers, verdicts, strict=True), strict=True))
 
 
-def search_votes(view: ProblemView, searches: Sequence[int]) -> dict[str, float]:
-    """maj, wmaj, bon over the final beams of some searches (indices into the view), pooled."""
-    classes, rewards, values = [], [], []
-    for i in searches:
-        tree, grades = view.trees[i], view.grades[i]
-        classes += view.classes[i]
-        rewards += [grades[node][1] for node in tree.beams]
-        values += [tree.value[node] for node in tree.beams]
+def only_pruned_right(search: SearchView) -> bool:
+    """Was a rejected, finished candidate of a search that is over right, and no final beam?"""
+    right = {node for node, (_, verdict) in search.grades.items() if verdict}
+    return not search.tree.open_slots and bool(right) and right.isdisjoint(search.tree.beams)
+
+
+def count_vote(searches: Sequence[SearchView]) -> dict[str, Any]:
+    """The vote among the final beams of the finished ones of some searches, as the page draws it.
+
+    rows: of the classes, the heaviest first; weight: sum of all values; beams, and how many are empty; maj, wmaj, bon:
+    share of the vote that is right.
+    """
+    over = [(search.line, search.classes) for search in searches if search.line is not None]
+    classes = [number for _, numbers in over for number in numbers]
+    answers, rewards, values = (
+        [entry for line, _ in over for entry in line[key]] for key in ("processed_answer", "reward", "generated_scores")
+    )
+    rows = vote_rows(classes, answers, rewards, values)
+    ranked = sorted(rows, key=lambda row: (-row.weight, -row.count))
     return {
+        "rows": [row.to_json(ANSWER_CHARACTERS) for row in ranked],
+        "weight": sum(row.weight for row in rows),
+        "beams": len(classes),
+        "empty": sum(number < 0 for number in classes),
         "maj": majority_vote(classes, rewards),
         "wmaj": weighted_vote(classes, rewards, values),
         "bon": best_of_n(classes, rewards, values),
     }
 
 
-def problem_row(view: ProblemView, rescued: int | None) -> dict[str, Any]:
+def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:
     """What the list of problems says of one: JSON-able, long texts cut."""
-    over = view.over
-    lines = [line for line in view.lines if line is not None]
-    classes = [number for i in over for number in view.classes[i]]
+    vote, lines = count_vote(view.searches), view.lines
     values = [value for line in lines for value in line["generated_scores"]]
-    answers = [answer for line in lines for answer in line["processed_answer"]]
-    rewards = [reward for line in lines for reward in line["reward"]]
     finish = [reason for line in lines for reason in line.get("finish_reasons", [])]
-    weight: dict[int, float] = {}
-    count: dict[int, int] = {}
-    for number, value in zip(classes, values, strict=True):
-        if number >= 0:
-            weight[number] = weight.get(number, 0.0) + value
-            count[number] = count.get(number, 0) + 1
-    ranked = sorted(weight, key=lambda number: -weight[number])
-    total, beams = sum(weight.values()), len(classes)
-    shares = [weight[number] / total for number in ranked] if total else []
+    rows, beams = vote["rows"], vote["beams"]
+    shares = [row["weight"] / vote["weight"] for row in rows] if vote["weight"] else []
     pairs = beams * (beams - 1)
-    same = sum(n * (n - 1) for n in count.values()) + (beams - sum(count.values())) * (beams - sum(count.values()) - 1)
+    same = sum(n * (n - 1) for n in [vote["empty"], *(row["count"] for row in rows)])
     return {
         "id": view.data_idx,
         "problem": lines[0]["problem"][:400],
         "truth": lines[0]["gt_answer"][:200],
-        "vote": answers[classes.index(ranked[0])][:200] if ranked else "",
+        "vote": rows[0]["answer"][:200] if rows else "",
         "margin": shares[0] - (shares[1] if len(shares) > 1 else 0.0) if shares else 0.0,
         "pass1": float(np.mean([np.mean(line["reward"]) for line in lines])),
-        "any": any(rewards),
+        "any": any(any(line["reward"]) for line in lines),
         "disagreement": 1 - same / pairs if pairs else 0.0,
         "truncated": finish.count("length") / beams if finish else 0.0,
-        "empty": sum(number < 0 for number in classes) / beams,
+        "empty": vote["empty"] / beams,
         "value": float(np.mean(values)),
-        "rescued": rescued,
+        "rescued": pruned_right,
         "tokens": sum(line.get("tokens_generated", sum(line["lengths"])) for line in lines),
         "searches": len(lines),
-    } | search_votes(view, over)
-
-
-def read_token_ids(run: Run, line: dict) -> list[list[int]]:
-    """The token ids of a line, read again from the file: [beams][tokens]."""
-    with run.path.open("rb") as file:
-        file.seek(line["offset"])
-        return json.loads(file.read(line["size"]))["generated_ids"]
+    } | {metric: vote[metric] for metric in ("maj", "wmaj", "bon")}

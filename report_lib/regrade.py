@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from common_lib.cli import UserError
-from eval_utils import Grader, extract_answer
-from report_lib.data import read_run, run_names, sibling
-from report_lib.trees import TreeFile, open_trees
+from common_lib.files import write_json, write_whole
+from eval_lib.grading import Grader
+from report_lib.data import read_run, run_names
+from report_lib.problem import trace_answer
+from search_lib.run_reader import Journal, RunPaths
 
 MOST_TOLD = 20  # changes that are listed one by one
 
@@ -19,38 +22,42 @@ def regrade(source: Path, target: Path) -> str:
     """
     check_target(source, target)
     run = read_run(source, run_names([source])[0])
-    trees = open_trees(run.tree_path)
+    journal = Journal(run.journal_path)
     changes: list[str] = []
-    counts = [0, 0]
-    with Grader() as grader:
-        verdicts = regrade_all(run, trees, grader)
-    beside = target.with_name(target.name + ".tmp")
-    with source.open("rb") as samples, beside.open("wb") as out:
-        for line in sorted(run.lines, key=lambda line: line["offset"]):
-            answers, rewards = verdicts[line["data_idx"], line["repeat_idx"]]
-            place = f"problem {line['data_idx']}, repetition {line['repeat_idx']}"
-            for beam, (was, now) in enumerate(zip(line["reward"], rewards, strict=True)):
-                if was != now:
-                    answer = f"answer {answers[beam]!r:.60}, truth {line['gt_answer']!r:.60}"
-                    changes.append(f"{place}, beam {beam}: {word(was)} -> {word(now)} ({answer})")
-                    counts[now] += 1
-            samples.seek(line["offset"])
-            record = json.loads(samples.read(line["size"])) | {"processed_answer": answers, "reward": rewards}
-            text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            out.write(text.encode("utf-8", "surrogatepass") + b"\n")
-    if run.meta is not None:
-        meta = run.meta | {"regraded_from": source.name, "journal": str(run.tree_path.name)}
-        sibling(target, "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    beside.rename(target)
+    now_right = 0
+
+    def write(out: BinaryIO) -> None:
+        nonlocal now_right
+        with source.open("rb") as samples, Grader() as grader:
+            for line in sorted(run.lines, key=lambda line: line["offset"]):
+                answers, rewards = grade_again(line, journal, grader)
+                place = f"problem {line['data_idx']}, repetition {line['repeat_idx']}"
+                for beam, (was, now) in enumerate(zip(line["reward"], rewards, strict=True)):
+                    if was != now:
+                        now_right += now
+                        word = "wrong -> right" if now else "right -> wrong"
+                        answer = f"answer {answers[beam]!r:.60}, truth {line['gt_answer']!r:.60}"
+                        changes.append(f"{place}, beam {beam}: {word} ({answer})")
+                samples.seek(line["offset"])
+                record = json.loads(samples.readline()) | {"processed_answer": answers, "reward": rewards}
+                text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+                out.write(text.encode("utf-8", "surrogatepass") + b"\n")
+        if run.meta is not None:  # before the run's own file, which without it would look like the released code's
+            meta = run.meta | {"regraded_from": source.name, "journal": run.journal_path.name}
+            write_json(RunPaths.of(target).meta, meta, ensure_ascii=True)
+
+    write_whole(target, write)
     beams = sum(len(line["reward"]) for line in run.lines)
-    how = "extracted again from the journal's text" if trees else "as stored (no journal to extract them from)"
-    head = f"{target}: {len(changes)} of {beams} rewards changed ({counts[1]} now right, {counts[0]} now wrong); "
-    rest = [f"... and {len(changes) - MOST_TOLD} more"] if len(changes) > MOST_TOLD else []
-    return "\n".join([*run.notes, f"{head}answers {how}", *changes[:MOST_TOLD], *rest])
+    how = (
+        "extracted again from the journal's text" if journal.searches else "as stored (no journal to extract them from)"
+    )
+    counts = f"{len(changes)} of {beams} rewards changed ({now_right} now right, {len(changes) - now_right} now wrong)"
+    more = [f"... and {len(changes) - MOST_TOLD} more"] if len(changes) > MOST_TOLD else []
+    return "\n".join([*run.notes, f"{target}: {counts}; answers {how}", *changes[:MOST_TOLD], *more])
 
 
 def check_target(source: Path, target: Path) -> None:
-    if target.exists() or sibling(target, "meta.json").exists():
+    if target.exists() or RunPaths.of(target).meta.exists():
         raise UserError(f"--regrade {target} exists; samples and earlier grades are never overwritten, give a new name")
     if not target.name.endswith(".jsonl") or target.name.endswith(".tree.jsonl"):
         raise UserError(f"--regrade {target} must be a file name that ends in .jsonl")
@@ -58,20 +65,11 @@ def check_target(source: Path, target: Path) -> None:
         raise UserError(f"--regrade {target} must lie in the folder of {source.name}, whose journal it refers to")
 
 
-def word(reward: bool) -> str:
-    return "right" if reward else "wrong"
-
-
-def regrade_all(run, trees: TreeFile | None, grader: Grader) -> dict[tuple[int, int], tuple[list[str], list[bool]]]:
-    """(data_idx, repeat_idx) -> answers and rewards of the final beams."""
-    found = {}
-    for data_idx, lines in run.by_problem.items():
-        journal = {tree.repeat_idx: tree for tree in trees.trees(data_idx)} if trees else {}
-        for line in lines:
-            answers = line["processed_answer"]
-            tree = journal.get(line["repeat_idx"])
-            if tree is not None and len(tree.beams) == len(answers):
-                answers = [extract_answer(tree.trace_text(node)) for node in tree.beams]
-            rewards = grader.grade([(line["gt_answer"], answer) for answer in answers])
-            found[data_idx, line["repeat_idx"]] = (answers, rewards)
-    return found
+def grade_again(line: dict[str, Any], journal: Journal, grader: Grader) -> tuple[list[str], list[bool]]:
+    """Answers and rewards of the final beams of a search."""
+    answers = line["processed_answer"]
+    if line["repeat_idx"] in journal.searches.get(line["data_idx"], {}):
+        tree, text = journal.read(line["data_idx"], line["repeat_idx"])
+        if len(tree.beams) == len(answers):
+            answers = [trace_answer(tree, text, node) for node in tree.beams]
+    return answers, grader.grade([(line["gt_answer"], answer) for answer in answers])

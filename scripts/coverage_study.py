@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_lib.summary import clustered_interval, paired_test, pooled_votes, repeat_noise_half_width, variance_warning
+from eval_lib.intervals import Floats, clustered_interval, paired_test, repeat_noise_half_width, variance_warning
+from eval_lib.tables import Table, as_text, number
+from eval_lib.votes import pooled_votes
 
 GATED = [(2.0, 2.0), (0.5, 0.5), (0.3, 0.5)]
 UNGATED = [(0.1, 0.9), (0.05, 0.02)]  # so skewed that 30 problems cannot tell
 POOLED = (1, 4, 16)
 WRONG_ANSWERS = 2
 TRUTH_PROBLEMS = 100_000
-Floats = NDArray[np.float64]
 
 
 def simulate(rng: np.random.Generator, rates: Floats, repetitions: int) -> dict[str, dict[int, Floats]]:
@@ -48,11 +48,9 @@ def simulate(rng: np.random.Generator, rates: Floats, repetitions: int) -> dict[
     }
 
 
-def study(
-    alpha: float, beta: float, simulations: int, problems: int, repetitions: int, seed: int
-) -> list[list[float | str]]:
+def study(alpha: float, beta: float, simulations: int, problems: int, seed: int) -> list[list[float | str]]:
     """Rows: statistic, pooled, truth, cover of the clustered interval, of the repeat-noise-only one, share warned."""
-    rng = np.random.default_rng([seed, int(alpha * 1000), int(beta * 1000)])
+    rng, repetitions = np.random.default_rng([seed, int(alpha * 1000), int(beta * 1000)]), max(POOLED)
     means: dict[tuple[str, int], list[float]] = {}
     for _ in range(TRUTH_PROBLEMS // 5000):
         for name, by_size in simulate(rng, rng.beta(alpha, beta, 5000), repetitions).items():
@@ -88,20 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--problems", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
-    start, outside = time.monotonic(), 0
-    print(f"{args.simulations:,} runs of {args.problems} problems x {max(POOLED)} repetitions; 95 % intervals\n")
-    print(f"{'rates':<15}{'statistic':<20}{'pooled':>6}{'truth':>7}{'by problem':>11}{'repeat noise':>13}{'warned':>8}")
+    start, rows = time.monotonic(), []
     for alpha, beta in GATED + UNGATED:
-        for name, m, truth, share, *others in study(
-            alpha, beta, args.simulations, args.problems, max(POOLED), args.seed
-        ):
+        for name, m, truth, share, *others in study(alpha, beta, args.simulations, args.problems, args.seed):
             low, high = (0.035, 0.06) if str(name).startswith("paired") else (0.93, 0.97)
-            bad = (alpha, beta) in GATED and not low <= float(share) <= high
-            outside += bad
-            noise, warned = ("-" if math.isnan(float(x)) else f"{x:.1%}" for x in others)
-            row = f"{f'Beta({alpha:g},{beta:g})':<15}{name:<20}{m:>6}{truth:>7.3f}{share:>11.1%}{noise:>13}{warned:>8}"
-            print(row + " outside" * bad)
-    print(f"\n{outside} gated figures outside 93-97 % (paired test: 3.5-6 %); {time.monotonic() - start:.0f} s")
+            outside = (alpha, beta) in GATED and not low <= float(share) <= high
+            shares = [number(float(x), ".1%") for x in (share, *others)]
+            verdict = "outside" if outside else ""
+            rows.append([f"Beta({alpha:g},{beta:g})", str(name), str(m), number(float(truth)), *shares, verdict])
+    columns = ["rates", "statistic", "pooled", "truth", "by problem", "repeat noise", "warned", "band"]
+    size = f"{args.simulations:,} runs of {args.problems} problems x {max(POOLED)} repetitions; 95 % intervals"
+    outside = sum(row[-1] != "" for row in rows)
+    band = f"{outside} gated figures outside 93-97 % (paired test: 3.5-6 %); {time.monotonic() - start:.0f} s"
+    print(as_text(Table(size, columns, rows, [band], words=["rates", "statistic", "band"])))
     return int(outside > 0)
 
 

@@ -1,59 +1,31 @@
-"""The files of a search run: written so that nothing is lost, read so that a run goes on where it stopped.
+"""The files of a search run: written so that nothing is lost, and a run goes on where it stopped.
 
 X.jsonl       one line per finished search; at the end in the order of global_idx
 X.meta.json   arguments, versions, both models; what a second start is compared with
-X.tree.jsonl  one line per finished round of each search: the journal, and what the viewer reads
+X.tree.jsonl  one line per finished round of each search: the journal, and what a report's page shows
 
-Both .jsonl files only grow. A last line without its newline is torn: it is cut off, said, and done again.
+Both .jsonl files only grow. A last line without its newline is torn: it is cut off, said, and done again. How the files
+are read is in search_lib/run_reader.py.
 """
 
 import contextlib
-import json
-import logging
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from filelock import FileLock
 
 from common_lib.cli import UserError
 from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
 from engine_lib.arguments import FREE_ARGUMENTS as ENGINE_ARGUMENTS
+from search_lib.run_reader import FORMAT as FORMAT
+from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
 from search_lib.tree import Round, SearchTask
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
     "batch_size", "value_device", "value_cache_gb", "tracker", "neptune_project", "num_repetitions", "output_path", "benchmark",
     "piref_model", "classifier_ckpt_path", "value_dtype",
 }  # fmt: skip
-
-Key = tuple[int, int]  # data_idx, repeat_idx
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The paths, and whether they can be used
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """The three files of `--output_path X.jsonl`, and the lock that a process that writes them holds."""
-
-    results: Path
-    meta: Path
-    tree: Path
-    lock: Path
-
-    @classmethod
-    def of(cls, output_path: str) -> "RunPaths":
-        results = Path(output_path)
-        stem = results.name.removesuffix(".jsonl")
-        names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f".{stem}.lock")
-        return cls(results, *map(results.with_name, names))
 
 
 def check_output_path(output_path: str) -> RunPaths:
@@ -72,32 +44,20 @@ def check_output_path(output_path: str) -> RunPaths:
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
-
-
-@dataclass
 class RunFiles:
     """The open files of one run, and what an earlier start left: finished searches, and rounds of unfinished ones."""
 
-    paths: RunPaths
-    meta: dict[str, Any]
-    held: FileLock
-    results: LineFile
-    tree: LineFile
-    finished: dict[Key, dict[str, Any]] = field(default_factory=dict)  # without generated_ids
-    rounds: dict[Key, list[Round]] = field(default_factory=dict)
+    finished: dict[Key, dict[str, Any]]  # without generated_ids
+    rounds: dict[Key, list[Round]]
 
-    @classmethod
-    def open(cls, paths: RunPaths, meta: dict[str, Any]) -> "RunFiles":
+    def __init__(self, paths: RunPaths, meta: dict[str, Any]):
         """Lock the files, compare `meta` with an earlier start's, read what is there. Raises UserError, OutputError."""
-        held = lock(
-            paths.lock, f"another process is writing to {paths.results}; wait for it, or give another --output_path"
-        )
-        tree = None
-        try:
-            tree = LineFile(paths.tree)
-            earlier = _read_meta(paths)
+        self.paths, self.meta = paths, meta
+        with contextlib.ExitStack() as stack:
+            busy = f"another process is writing to {paths.results}; wait for it, or give another --output_path"
+            stack.callback(lock(paths.lock, busy).release)
+            self.tree = stack.enter_context(contextlib.closing(LineFile(paths.tree)))
+            earlier = _earlier_meta(paths)
             if earlier is not None:
                 check_same_run(earlier, meta, paths)
             meta["sessions"] = (earlier or {}).get("sessions", [])
@@ -105,27 +65,21 @@ class RunFiles:
             meta["tracker_ids"] = (earlier or {}).get("tracker_ids", {})
             meta["sessions"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0})
             write_json(paths.meta, meta)
-            run = cls(paths, meta, held, LineFile(paths.results), tree)
-            run._read()
-            return run
-        except BaseException:
-            if tree:
-                tree.close()
-            held.release()
-            raise
+            self.results = LineFile(paths.results)
+            stack.callback(lambda: self.results.close())
+            self._read()
+            self._opened = stack.pop_all()
+
+    @classmethod
+    def open(cls, paths: RunPaths, meta: dict[str, Any]) -> "RunFiles":
+        return cls(paths, meta)
 
     def _read(self) -> None:
-        for _, row in read_rows(self.paths.results):
-            row.pop("generated_ids")
-            self.finished[row["data_idx"], row["repeat_idx"]] = row
-        for _, row in read_rows(self.paths.tree):
-            key = row["data_idx"], row["repeat_idx"]
-            if key in self.finished:
-                continue
-            rounds = self.rounds.setdefault(key, [])
-            if row["round"] != len(rounds):
-                raise UserError(f"{self.paths.tree} is damaged: problem {key[0]}, repetition {key[1]} lacks a round")
-            rounds.append(Round(**{name: row[name] for name in Round.__dataclass_fields__ if name in row}))
+        lines, _ = read_results(self.paths.results, self.meta["num_problems"])
+        self.finished = {(line["data_idx"], line["repeat_idx"]): line for line in lines}
+        journal = Journal(self.paths.tree)
+        started = [(data_idx, repeat_idx) for data_idx, runs in journal.searches.items() for repeat_idx in runs]
+        self.rounds = {key: journal.read(*key)[0].rounds for key in started if key not in self.finished}
 
     def add_round(self, task: SearchTask, record: Round, texts: list[str]) -> None:
         row = {"data_idx": task.data_idx, "repeat_idx": task.repeat_idx} | vars(record) | {"text": texts}
@@ -169,32 +123,17 @@ class RunFiles:
 
     def close(self) -> None:
         """Flush and unlock."""
-        try:
-            self.results.close()
-        finally:
-            self.tree.close()
-            self.held.release()
+        self._opened.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it the same run?
-
-
-def _read_meta(paths: RunPaths) -> dict[str, Any] | None:
-    if not any(path.exists() and path.stat().st_size for path in (paths.results, paths.tree)):
-        return None  # nothing has come of an earlier start
-    if not paths.meta.exists():
-        if paths.results.exists() and paths.results.stat().st_size:
-            raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")
+def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
+    """The settings of an earlier start, None where nothing has come of it."""
+    results = paths.results.exists() and paths.results.stat().st_size
+    if not results and not (paths.tree.exists() and paths.tree.stat().st_size):
         return None
-    try:
-        meta = json.loads(paths.meta.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{paths.meta} is not JSON ({error}); give another --output_path") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{paths.meta} has format {meta.get('format')!r}, this program writes {FORMAT}; give another path"
-        )
+    meta = read_meta(paths.meta)
+    if meta is None and results:
+        raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")
     return meta
 
 
@@ -205,16 +144,15 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         for name, was in earlier["arguments"].items()
         if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
     ]
-    for what, label in (
-        (("problems_sha256",), "the benchmark's problems"),
-        (("generator", "fingerprint"), "the generator's weights"),
-        (("value_model", "fingerprint"), "the value model's weights"),
-        (("numerics",), "engine and dtypes"),
-    ):
-        was, is_now = _pick(earlier, what), _pick(now, what)
-        if was != is_now:
-            shown = f" ({was} -> {is_now})" if what == ("numerics",) else ""
-            differences.append(f"{label} differ{shown}")
+    compared = {
+        "the benchmark's problems differ": lambda meta: meta.get("problems_sha256"),
+        "the generator's weights differ": lambda meta: meta.get("generator", {}).get("fingerprint"),
+        "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
+        f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})": lambda meta: meta.get(
+            "numerics"
+        ),
+    }
+    differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
     if has < had:
         differences.append(f"--num_repetitions was {had} and is {has} (it may only grow)")
@@ -223,10 +161,3 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
             f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
             "earlier settings to go on"
         )
-
-
-def _pick(meta: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    value: Any = meta
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

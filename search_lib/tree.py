@@ -79,17 +79,13 @@ def request_seed(seed: int, data_idx: int, repeat_idx: int, round_idx: int, beam
     return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little") & 0x7FFFFFFF
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tree
-
-
 @dataclass
 class Round:
     """One finished round of one search: its candidates side by side. This is what the journal holds."""
 
     round: int
     parent: list[int]  # node numbers
-    tokens: list[list[int]]
+    tokens: Sequence[Sequence[int]]
     value: list[float]
     kept: list[bool]
     finish: list[str]  # "stop", "length" (max_length reached), or "" (goes on if kept)
@@ -98,30 +94,45 @@ class Round:
     tokens_scored: int = 0
     tokens_reread: int = 0
     tokens_cached: int = 0
-    seconds: float = 0.0  # wall-clock, waiting included; 0 in journals of earlier versions
+    seconds: float = 0.0  # wall-clock, waiting included; 0 in journals that do not tell
 
 
 class Tree:
-    """All nodes of a search and the beams that are still held. Built round by round, live or from a journal alike."""
+    """All nodes of a search and the beams that are still held. Built round by round, live or from a journal alike.
+
+    Lists are by node number; node 0 is the prompt, with parent and round -1, value NaN and no tokens. start: response
+    tokens before the node's own. beams: the nodes now held, in the order of an output line.
+    """
 
     def __init__(self, prompt_ids: Sequence[int], num_beams: int):
         self.prompt_ids = list(prompt_ids)
-        self.parent, self.finish, self.value = [-1], [""], [math.nan]
-        self.tokens: list[list[int]] = [[]]
+        self.parent, self.round, self.start = [-1], [-1], [0]
+        self.tokens: list[Sequence[int]] = [[]]
+        self.value, self.kept, self.finish = [math.nan], [True], [""]
         self.beams = [ROOT] * num_beams
         self.rounds: list[Round] = []
 
     @property
     def open_slots(self) -> list[int]:
-        """Places of the beams that are not finished."""
+        """Places of the beams that are not finished; none where the search is over."""
         return [slot for slot, node in enumerate(self.beams) if not self.finish[node]]
 
+    @property
+    def finished(self) -> list[int]:
+        """Candidates that ended, kept or not."""
+        return [node for node, finish in enumerate(self.finish) if finish]
+
     def path(self, node: int) -> list[int]:
+        """From the first block to `node`; the prompt is left out."""
         path = []
         while node != ROOT:
             path.append(node)
             node = self.parent[node]
         return path[::-1]
+
+    def end(self, node: int) -> int:
+        """Response tokens up to the end of this node."""
+        return self.start[node] + len(self.tokens[node])
 
     def response(self, node: int) -> list[int]:
         """Response tokens from the prompt's end to the end of this node."""
@@ -130,16 +141,19 @@ class Tree:
     def add(self, record: Round) -> None:
         """Append a round. Kept candidates take the places of the beams they replace, in the order of the candidates."""
         first = len(self.parent)
+        self.start += [self.end(parent) for parent in record.parent]
         self.parent += record.parent
+        self.round += [record.round] * len(record.parent)
         self.tokens += record.tokens
         self.value += record.value
+        self.kept += record.kept
         self.finish += record.finish
         kept = [first + i for i, keep in enumerate(record.kept) if keep]
         for slot, node in zip(self.open_slots, kept, strict=True):
             self.beams[slot] = node
         self.rounds.append(record)
 
-    def history(self) -> list[tuple[int, list[int]]]:
+    def history(self) -> list[tuple[int, Sequence[int]]]:
         """(parent, tokens) of every node but the prompt, for a scorer that has not seen them."""
         return list(zip(self.parent[1:], self.tokens[1:], strict=True))
 

@@ -5,11 +5,11 @@ VGS.MOST_SIBLINGS = 12;
 
 VGS.valueChip = function (search, node, choose, current = false) {
   const value = search.value[node];
-  const end = search.finish[node] ? " " + VGS.outcome(search.graded[node] && search.graded[node][1], search.finish[node]).mark : "";
+  const outcome = VGS.outcome(search, node);
   return VGS.el("button", {
     type: "button", class: `value-chip ${search.kept[node] ? "kept" : "rejected"}`, "aria-current": current ? "true" : null, "data-go": node,
     title: VGS.nodeLabel(search, node), style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) }, onclick: () => choose(node),
-  }, `#${node} ${value.toFixed(2)}${end}`);
+  }, `#${node} ${value.toFixed(2)}${outcome ? " " + outcome.mark : ""}`);
 };
 
 /** Values at the block ends along the path, as a line from 0 to 1. */
@@ -26,9 +26,8 @@ VGS.sparkline = function (search, node) {
 VGS.blockFacts = function (search, node) {
   const rank = search.value.filter((value, i) => i && search.round[i] === search.round[node] && (value > search.value[node] || (value === search.value[node] && i < node))).length + 1;
   const among = search.round.filter((round) => round === search.round[node]).length;
-  const graded = search.graded[node];
   const finish = search.finish[node];
-  const outcome = VGS.outcome(graded && graded[1], finish);
+  const outcome = VGS.outcome(search, node);
   const facts = [
     ["value", `${search.value[node].toFixed(4)} (rank ${rank} of ${among} in round ${search.round[node] + 1})`],
     ["fate", search.kept[node] ? "kept" : "rejected"],
@@ -36,7 +35,7 @@ VGS.blockFacts = function (search, node) {
   ];
   if (finish) facts.push(["end", finish === "length" ? "reached max_length" : finish === "stop" ? "stop token" : "end (how is not known)"]);
   const list = facts.map(([name, value]) => [VGS.el("dt", {}, name), VGS.el("dd", {}, value)]);
-  if (finish) list.push([VGS.el("dt", {}, "answer"), VGS.el("dd", {}, VGS.oneLine((graded && graded[0]) || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`))]);
+  if (finish) list.push([VGS.el("dt", {}, "answer"), VGS.el("dd", {}, VGS.oneLine(search.graded[node]?.[0] || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`))]);
   return VGS.el("dl", { class: "facts" }, list);
 };
 

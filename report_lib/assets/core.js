@@ -6,8 +6,7 @@ const VGS = {
   index: null, // what index.js holds: runs, tables, plots
   order: [], // data_idx of the problems in the order the list shows them
   keys: {}, // key -> action of the view that is shown
-  waiting: new Map(),
-  held: new Map(), // loaded data files, least recently used first
+  files: new Map(), // data files asked for, least recently used first
   MAX_HELD: 12,
 };
 
@@ -28,40 +27,31 @@ VGS.SVG_TAGS = new Set(["svg", "g", "rect", "path", "line", "circle", "polyline"
 
 /** Data of report_data/<name>.js, by a script tag: this works from a file, where fetch does not. */
 VGS.load = function (name) {
-  if (VGS.held.has(name)) {
-    const value = VGS.held.get(name);
-    VGS.held.delete(name);
-    VGS.held.set(name, value);
-    return Promise.resolve(value);
-  }
-  if (!VGS.waiting.has(name)) {
-    let settle;
-    const promise = new Promise((resolve, reject) => (settle = { resolve, reject }));
-    VGS.waiting.set(name, { promise, ...settle });
-    const script = VGS.el("script", { src: `report_data/${name}.js` });
-    const end = () => script.remove();
-    script.addEventListener("load", end);
-    script.addEventListener("error", () => {
-      end();
-      VGS.waiting.delete(name);
-      settle.reject(new Error(`report_data/${name}.js cannot be read; is the folder beside the page whole?`));
-    });
-    document.head.append(script);
-  }
-  return VGS.waiting.get(name).promise;
+  const file = VGS.files.get(name) || VGS.request(name);
+  VGS.files.delete(name);
+  VGS.files.set(name, file);
+  if (VGS.files.size > VGS.MAX_HELD) VGS.files.delete(VGS.files.keys().next().value);
+  return file.promise;
+};
+
+VGS.request = function (name) {
+  const file = {};
+  file.promise = new Promise((resolve, reject) => Object.assign(file, { resolve, reject }));
+  const script = VGS.el("script", { src: `report_data/${name}.js` });
+  script.addEventListener("load", () => script.remove());
+  script.addEventListener("error", () => {
+    script.remove();
+    VGS.files.delete(name);
+    file.reject(new Error(`report_data/${name}.js cannot be read; is the folder beside the page whole?`));
+  });
+  document.head.append(script);
+  return file;
 };
 
 VGS.receive = function (name, value) {
-  if (name === "index") {
-    VGS.index = value;
-    VGS.start();
-    return;
-  }
-  VGS.held.set(name, value);
-  while (VGS.held.size > VGS.MAX_HELD) VGS.held.delete(VGS.held.keys().next().value);
-  const waiting = VGS.waiting.get(name);
-  VGS.waiting.delete(name);
-  if (waiting) waiting.resolve(value);
+  if (name !== "index") return VGS.files.get(name)?.resolve(value);
+  VGS.index = value;
+  VGS.start();
 };
 
 // ---------------------------------------------------------------------------------------------- numbers and colours
@@ -89,10 +79,11 @@ VGS.colour = function (value) {
 };
 VGS.ink = (value) => (value > 0.55 ? "#111" : "#fff");
 
-/** How an outcome is shown: right, wrong, or not finished in the length; never by colour alone. */
-VGS.outcome = function (correct, finish) {
-  if (correct) return { mark: "✓", word: "right", css: "right" };
-  if (finish === "length") return { mark: "…", word: "truncated", css: "truncated" };
+/** How a finished block is shown: right, wrong, or length-limited; never by colour alone. Others: null. */
+VGS.outcome = function (search, node) {
+  if (!search.finish[node]) return null;
+  if (search.graded[node]?.[1]) return { mark: "✓", word: "right", css: "right" };
+  if (search.finish[node] === "length") return { mark: "…", word: "length-limited", css: "limited" };
   return { mark: "✗", word: "wrong", css: "wrong" };
 };
 

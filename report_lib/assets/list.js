@@ -7,7 +7,7 @@ VGS.FILTERS = [
   ["wrong", "Wrong vote", (p) => p.wmaj < 1],
   ["lost", "Wrong vote, right answer there", (p) => p.wmaj < 1 && p.pass1 > 0],
   ["close", "Close vote", (p) => p.margin < VGS.CLOSE_MARGIN],
-  ["truncated", "Truncated or empty", (p) => p.truncated > 0 || p.empty > 0],
+  ["truncated", "Length-limited or empty", (p) => p.truncated > 0 || p.empty > 0],
   ["pruned", "Only a pruned candidate was right", (p) => p.rescued > 0],
 ];
 VGS.WORDS = new Set(["problem", "truth", "wmaj"]); // columns that are set left
@@ -20,7 +20,7 @@ VGS.COLUMNS = [
   ["Margin", "share of the first answer minus the second's, in the weighted vote", "margin", (p) => VGS.bar(p.margin), false],
   ["Right", "share of final beams that are right (pass@1)", "pass1", (p) => VGS.bar(p.pass1), false],
   ["Disagree", "chance that two final beams, drawn at random, answer differently", "disagreement", (p) => VGS.percent(p.disagreement), true],
-  ["Truncated", "share of final beams that reached max_length", "truncated", (p) => VGS.percent(p.truncated), true],
+  ["Length-limited", "share of final beams that reached max_length", "truncated", (p) => VGS.percent(p.truncated), true],
   ["Value", "mean value of the final beams", "value", (p) => VGS.value(p.value), true],
   ["Pruned right", "searches in which a pruned, finished candidate was right and no kept one was", "rescued", (p) => (p.rescued === null ? "–" : p.rescued), true],
   ["Tokens", "tokens generated, all repetitions", "tokens", (p) => VGS.short(p.tokens), true],
@@ -31,7 +31,7 @@ VGS.bar = function (share) {
 };
 
 VGS.voteCell = function (problem) {
-  const css = problem.wmaj === 1 ? "right" : problem.wmaj === 0 ? "wrong" : "truncated";
+  const css = problem.wmaj === 1 ? "right" : problem.wmaj === 0 ? "wrong" : "limited";
   const mark = problem.wmaj === 1 ? "✓" : problem.wmaj === 0 ? "✗" : "½";
   return VGS.el("span", {}, VGS.el("b", { class: `mark ${css}` }, mark), " ", VGS.oneLine(problem.vote || "(no answer)", 18));
 };

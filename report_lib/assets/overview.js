@@ -2,14 +2,14 @@
 "use strict";
 
 VGS.table = function (table) {
-  const cell = (tag, value, i) => VGS.el(tag, { class: table.text && table.text.includes(i) ? "words" : "number" }, VGS.textNodes(String(value)));
+  const cell = (tag, value, i) => VGS.el(tag, { class: table.words.includes(table.columns[i]) ? "words" : "number" }, VGS.textNodes(value));
   return VGS.el("section", { class: "table" },
     VGS.el("h3", {}, VGS.textNodes(table.title)),
     VGS.el("div", { class: "scroll" },
       VGS.el("table", {},
         VGS.el("thead", {}, VGS.el("tr", {}, table.columns.map((name, i) => cell("th", name, i)))),
         VGS.el("tbody", {}, table.rows.map((row) => VGS.el("tr", {}, row.map((value, i) => cell("td", value, i))))))),
-    (table.notes || []).map((note) => VGS.el("p", { class: "note" }, VGS.textNodes(note))));
+    table.notes.map((note) => VGS.el("p", { class: "note" }, VGS.textNodes(note))));
 };
 
 VGS.views.overview = function () {

@@ -4,55 +4,31 @@
 VGS.MOST_ANSWERS = 8;
 VGS.view = { pooled: true, whole: false };
 
-/** Rows of the vote over some searches: one per class of equal answers, the heaviest first. */
-VGS.voteRows = function (searches) {
-  const rows = new Map();
-  let empty = 0;
-  for (const search of searches)
-    search.beams.forEach((node, i) => {
-      const id = search.classes[i];
-      const [answer, correct] = search.graded[node];
-      if (id < 0) empty += 1;
-      else {
-        if (!rows.has(id)) rows.set(id, { answers: new Map(), count: 0, weight: 0, best: 0, right: 0 });
-        const row = rows.get(id);
-        row.answers.set(answer, (row.answers.get(answer) || 0) + 1);
-        row.count += 1;
-        row.weight += search.value[node];
-        row.best = Math.max(row.best, search.value[node]);
-        row.right += correct ? 1 : 0;
-      }
-    });
-  const sorted = [...rows.values()].sort((a, b) => b.weight - a.weight || b.count - a.count);
-  return { rows: sorted, empty, count: sorted.reduce((sum, row) => sum + row.count, 0), weight: sorted.reduce((sum, row) => sum + row.weight, 0) };
-};
-
+/** The vote of all repetitions or of one, as it was counted; what wins a vote is bold. */
 VGS.voteTable = function (data, at) {
   const pooled = VGS.view.pooled || data.searches.length < 2;
-  const over = data.searches.filter((search) => search.over);
-  const vote = VGS.voteRows(pooled ? over : [data.searches[at]].filter((search) => search.over));
-  const result = pooled ? data.votes : data.searches[at].votes;
+  const vote = pooled ? data.vote : data.searches[at].vote;
   const word = (share) => (share === 1 ? "right" : share === 0 ? "wrong" : `right to ${VGS.percent(share)} (tie, or a mixed answer)`);
-  const most = (key) => Math.max(...vote.rows.map((row) => row[key]), 0);
-  const bar = (row, key, total, digits) => VGS.el("td", { class: row[key] === most(key) ? "number top" : "number" },
-    VGS.el("span", { class: "bar", style: { width: `${total ? (70 * row[key]) / total : 0}px` } }), digits ? row[key].toFixed(digits) : row[key], total === 1 ? "" : ` (${VGS.percent(total ? row[key] / total : 0)})`);
-  const body = vote.rows.slice(0, VGS.MOST_ANSWERS).map((row) => {
-    const share = row.right / row.count;
-    const shown = [...row.answers.keys()].sort((a, b) => row.answers.get(b) - row.answers.get(a));
-    return VGS.el("tr", { class: share > 0 ? "is-right" : "" },
-      VGS.el("td", { class: "words" }, VGS.el("b", { class: `mark ${share > 0 ? "right" : "wrong"}` }, share === 1 ? "✓" : share > 0 ? "½" : "✗"), " ", VGS.oneLine(shown.slice(0, 3).join("  =  "), 60)),
-      bar(row, "count", vote.count, 0), bar(row, "weight", vote.weight, 2), bar(row, "best", 1, 3));
-  });
-  const rest = vote.rows.length - VGS.MOST_ANSWERS;
+  const bar = (wins, share, ...text) => VGS.el("td", { class: wins ? "number top" : "number" }, VGS.el("span", { class: "bar", style: { width: `${70 * share}px` } }), text);
+  const part = (wins, shown, share) => bar(wins, share, shown, ` (${VGS.percent(share)})`);
+  const rest = vote ? vote.rows.length - VGS.MOST_ANSWERS : 0;
+  const body = (vote ? vote.rows : []).slice(0, VGS.MOST_ANSWERS).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
+    VGS.el("td", { class: "words" }, VGS.el("b", { class: `mark ${row.right > 0 ? "right" : "wrong"}` }, row.right === 1 ? "✓" : row.right > 0 ? "½" : "✗"), " ", VGS.oneLine(row.answers.join("  =  "), 60)),
+    part(row.wins.maj, row.count, row.count / (vote.beams - vote.empty)),
+    part(row.wins.wmaj, row.weight.toFixed(2), vote.weight ? row.weight / vote.weight : 0),
+    bar(row.wins.bon, row.best, row.best.toFixed(3))));
+  const over = data.searches.filter((search) => search.over).length;
   return VGS.el("section", { class: "vote" },
     VGS.el("h3", {}, "Vote ",
       ["all", "one"].map((kind) => VGS.el("button", { type: "button", class: "chip", "aria-pressed": String((kind === "all") === pooled), onclick: () => { VGS.view.pooled = kind === "all"; VGS.show(); } },
-        kind === "all" ? `all ${over.length} repetitions` : `repetition ${data.searches[at].repeat}`))),
+        kind === "all" ? `all ${over} repetitions` : `repetition ${data.searches[at].repeat}`))),
     VGS.el("table", {},
       VGS.el("thead", {}, VGS.el("tr", {}, ["Answer", "Beams", "Sum of values", "Best value"].map((name, i) => VGS.el("th", { class: i ? "number" : "words" }, name)))),
       VGS.el("tbody", {}, body)),
-    VGS.el("p", { class: "note" }, rest > 0 ? `${rest} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
-      result ? `Majority: ${word(result.maj)}. Value-weighted: ${word(result.wmaj)}. Best of N: ${word(result.bon)}.` : "This search is not over; it has no vote yet."));
+    VGS.el("p", { class: "note" }, vote
+      ? [rest > 0 ? `${rest} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
+        `Majority: ${word(vote.maj)}. Value-weighted: ${word(vote.wmaj)}. Best of N: ${word(vote.bon)}.`]
+      : "This search is not over; it has no vote yet."));
 };
 
 VGS.searchStrip = function (data, at) {
@@ -60,7 +36,7 @@ VGS.searchStrip = function (data, at) {
     VGS.el("button", { type: "button", class: "chip", "aria-pressed": String(i === at), "data-search": i, title: `repetition ${search.repeat}${search.over ? "" : ", in progress"}`, onclick: () => VGS.go({ search: i, node: "" }) },
       `${search.repeat} `, search.over
         ? search.beams.slice(0, 16).map((node) => {
-          const outcome = VGS.outcome(search.graded[node][1], search.finish[node]);
+          const outcome = VGS.outcome(search, node);
           return VGS.el("span", { class: `mark ${outcome.css}` }, outcome.mark);
         })
         : "in progress", search.beams.length > 16 ? "…" : "")));
@@ -112,7 +88,7 @@ VGS.legend = function () {
   return VGS.el("p", { class: "legend" },
     "value ", steps.map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
     VGS.el("span", { class: "swatch sample kept" }, "kept"), VGS.el("span", { class: "swatch sample rejected" }, "rejected"),
-    " ✓ right  ✗ wrong  … truncated");
+    " ✓ right  ✗ wrong  … length-limited");
 };
 
 VGS.drawProblem = function (data) {

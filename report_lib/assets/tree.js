@@ -34,9 +34,8 @@ VGS.layout = function (search, room) {
 };
 
 VGS.nodeLabel = function (search, node) {
-  const finish = search.finish[node];
-  const graded = search.graded[node];
-  const end = finish ? `, finished, ${VGS.outcome(graded && graded[1], finish).word}` : "";
+  const outcome = VGS.outcome(search, node);
+  const end = outcome ? `, finished, ${outcome.word}` : "";
   return `candidate ${node}, value ${search.value[node].toFixed(3)}, ${search.kept[node] ? "kept" : "rejected"}${end}, ${VGS.count(search.length[node])} tokens`;
 };
 
@@ -50,10 +49,8 @@ VGS.drawNode = function (search, place, node, choose) {
     VGS.el("rect", { x: x[node], y: top, width: width[node], height: high, rx: 3, fill: VGS.colour(value) }));
   if (row >= 20 && width[node] >= 34 && (kept || row >= 30))
     group.append(VGS.el("text", { x: x[node] + 6, y: y[node] + row / 2 + 4, fill: VGS.ink(value), class: "value" }, value.toFixed(2)));
-  if (search.finish[node]) {
-    const outcome = VGS.outcome(search.graded[node] && search.graded[node][1], search.finish[node]);
-    group.append(VGS.el("text", { x: x[node] + width[node] + 5, y: y[node] + row / 2 + 5, class: `outcome ${outcome.css}` }, outcome.mark));
-  }
+  const outcome = VGS.outcome(search, node);
+  if (outcome) group.append(VGS.el("text", { x: x[node] + width[node] + 5, y: y[node] + row / 2 + 5, class: `outcome ${outcome.css}` }, outcome.mark));
   return group;
 };
 

@@ -1,4 +1,4 @@
-"""Reading a run's files: lengths instead of ids, trees from an interleaved journal, and one clear line for bad input."""
+"""A run's files as a report reads them: runs in progress, foreign files, and one clear line for bad input."""
 
 import json
 import random
@@ -8,104 +8,75 @@ import sys
 
 import pytest
 from conftest import ROOT
-from make_synthetic_run import Options, make_synthetic_run
+from synthetic_runs import make_run, rows_of, write_rows
 
 import report
 from common_lib.cli import UserError
-from report_lib.data import read_run, run_names, sibling
-from report_lib.lines import loads_without_ids
-from report_lib.trees import TreeFile
+from report_lib.data import read_run, run_names
+from search_lib.run_reader import Journal, RunPaths, read_token_ids
 from search_lib.tree import Round, Tree
 
-SMALL = dict(problems=4, repetitions=3, max_length=160, block_size=40, early_stop=0.15)
-
-
-def make_run(folder, name="run", **changes):
-    path = folder / f"{name}.jsonl"
-    make_synthetic_run(path, Options(**(SMALL | changes)))
-    return path
+SMALL = dict(problems=4, repetitions=3, early_stop=0.15)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+    return make_run(tmp_path_factory.mktemp("run"), **SMALL)
 
 
 @pytest.fixture
 def run_path(original, tmp_path):
     """A copy of a small run, to be spoilt."""
-    for path in (original, sibling(original, "meta.json"), sibling(original, "tree.jsonl")):
+    paths = RunPaths.of(original)
+    for path in (paths.results, paths.meta, paths.tree):
         shutil.copy(path, tmp_path / path.name)
     return tmp_path / original.name
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ----------------------------------------------------------------------------------------------------------- one line
-
-
-@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_a_line_is_parsed_as_json_does_it_with_lengths_for_ids(separators, ascii_only):
-    rng = random.Random(0)
-    hostile = ['"generated_ids":[[1,2]]', '\\"generated_ids\\": [[7]]', "\\", '\\"', "]]", "[[", "é\u2028\ud800"]
-    for _ in range(200):
-        ids = [[rng.randrange(150_000) for _ in range(rng.randrange(4))] for _ in range(rng.randrange(4))]
-        keys = {"problem": "".join(rng.choices(hostile, k=3)), "generated_ids": ids, "other": [rng.choice(hostile)]}
-        row = dict(rng.sample(list(keys.items()), 3))
-        raw = json.dumps(row, separators=separators, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
-        assert loads_without_ids(raw, "generated_ids") == row | {"generated_ids": [len(beam) for beam in ids]}
-
-
-def test_a_key_that_only_ends_like_it_is_another_key():
-    row = {'x"generated_ids': [[1]], "generated_ids": [[5, 6, 7]]}
-    assert loads_without_ids(json.dumps(row).encode(), "generated_ids") == row | {"generated_ids": [3]}
-
-
-@pytest.mark.parametrize(
-    "line",
-    ['{"generated_ids": [[1, "2"]]}', '{"generated_ids": 5}', '{"generated_ids": [[1, -2]]}', '{"generated_ids": [[1]',
-     '{"a": {"generated_ids": [[1]]}}', '{"generated_ids": [[1]]} x', "[1]", '{"generated_ids": {"a": [1]}}'],
-)  # fmt: skip
-def test_what_is_no_line_raises(line):
-    with pytest.raises(ValueError, match=r"."):
-        loads_without_ids(line.encode(), "generated_ids")
-
-
-# -------------------------------------------------------------------------------------------------------------- trees
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def test_trees_of_an_interleaved_journal_are_those_of_the_search(original):
-    """The reader's trees against `search_utils.Tree`, which the search itself builds."""
-    rows = rows_of(sibling(original, "tree.jsonl"))
+    """The journal's trees, with their ids in 4 bytes each, against those that the search's own rounds make."""
+    path = RunPaths.of(original).tree
+    rows = rows_of(path)
     order = [(row["data_idx"], row["repeat_idx"]) for row in rows]
     assert any(order[i] != order[i + 1] and order[i] in order[i + 1 :] for i in range(len(order) - 1)), (
         "not interleaved"
     )
-    file = TreeFile(sibling(original, "tree.jsonl"))
-    assert file.problems == [0, 1, 2, 3]
-    for data_idx in file.problems:
-        for tree in file.trees(data_idx):
-            rounds = [row for row in rows if (row["data_idx"], row["repeat_idx"]) == (data_idx, tree.repeat_idx)]
-            expected = Tree(rounds[0]["prompt_ids"], width=4)
-            for row in rounds:
-                expected.add(Round(**{name: row[name] for name in Round.__dataclass_fields__}))
-            assert (tree.beams, tree.parent, tree.finish) == (expected.beams, expected.parent, expected.finish)
-            assert tree.length[1:] == [len(tokens) for tokens in expected.tokens[1:]]
-            for node in tree.nodes:
-                assert tree.path(node) == expected.path(node)
-                assert tree.start[node] + tree.length[node] == len(expected.response(node))
-            texts = ["", *(text for row in rounds for text in row["text"])]
-            leaf = tree.beams[-1]
-            assert tree.trace_text(leaf) == "".join(texts[node] for node in tree.path(leaf))
-            assert tree.prompt_tokens == len(rounds[0]["prompt_ids"])
-            assert tree.is_over
+    journal = Journal(path)
+    assert {i: sorted(runs) for i, runs in sorted(journal.searches.items())} == {i: [0, 1, 2] for i in range(4)}
+    for search in set(order):
+        rounds = [row for row in rows if (row["data_idx"], row["repeat_idx"]) == search]
+        expected = Tree(rounds[0]["prompt_ids"], num_beams=4)
+        for row in rounds:
+            expected.add(Round(**{name: row[name] for name in Round.__dataclass_fields__ if name in row}))
+        tree, text = journal.read(*search)
+        for name in ("prompt_ids", "beams", "parent", "round", "start", "kept", "finish", "open_slots", "finished"):
+            assert getattr(tree, name) == getattr(expected, name), name
+        assert tree.value[1:] == expected.value[1:]
+        assert list(map(list, tree.tokens)) == expected.tokens
+        assert text == ["", *(text for row in rounds for text in row["text"])]
+        assert tree.open_slots == []
+        for node in range(1, len(tree.parent)):
+            assert tree.end(node) == len(tree.response(node)) == tree.start[node] + len(tree.tokens[node])
+
+
+def test_hostile_lines_are_read_as_json_does_it(run_path):
+    """Whatever order and form the keys have; ids are counted, and read again where they are asked for."""
+    hostile = ['"generated_ids":[[1,2]]', "\\", '\\"', "]]", "[[", "é\u2028\ud800"]
+    rows = [dict(reversed(row.items())) | {"problem": "".join(hostile)} for row in rows_of(run_path)]
+    lines = [
+        json.dumps(row, ensure_ascii=i % 2 == 0, indent=None, separators=((", ", " : "), (",", ":"))[i % 2])
+        for i, row in enumerate(rows)
+    ]
+    run_path.write_bytes("\n\n".join(lines).encode("utf-8", "surrogatepass"))
+    run = read_run(run_path, "run")
+    assert {line["problem"] for line in run.lines} == {"".join(hostile)}
+    for line in run.lines:
+        row = next(r for r in rows if (r["data_idx"], r["repeat_idx"]) == (line["data_idx"], line["repeat_idx"]))
+        assert line["lengths"] == list(map(len, row["generated_ids"]))
+        assert list(map(list, read_token_ids(run_path, line))) == row["generated_ids"]
 
 
 def test_lines_in_any_order_give_the_same_run(run_path):
@@ -114,7 +85,7 @@ def test_lines_in_any_order_give_the_same_run(run_path):
     random.Random(1).shuffle(lines)
     run_path.write_text("".join(lines))
     after = read_run(run_path, "run").lines
-    place = {"offset", "size", "line"}
+    place = {"offset", "line"}
     assert [{k: v for k, v in row.items() if k not in place} for row in after] == [
         {k: v for k, v in row.items() if k not in place} for row in before
     ]
@@ -133,19 +104,19 @@ def test_names_of_runs_differ(tmp_path):
 def test_a_torn_last_line_is_left_out_and_the_run_is_partial(run_path, capsys):
     data = run_path.read_bytes()
     run_path.write_bytes(data[:-200])
-    tree_path = sibling(run_path, "tree.jsonl")
+    tree_path = RunPaths.of(run_path).tree
     tree_path.write_bytes(tree_path.read_bytes()[:-50])
     assert report.main([str(run_path)]) == 0
     printed = capsys.readouterr().out
     assert "run.jsonl: its last line is torn (a run in progress, or killed) and was left out" in printed
     assert "run: PARTIAL, 11 of 12 searches finished; 4 problems, 2 to 3 repetitions of each" in printed
-    assert "the journal's last line is torn" in printed
+    assert "run.tree.jsonl: its last line is torn (a run in progress, or killed) and was left out" in printed
     assert "1 of 4 problems lack 3 repetitions" in " ".join(printed.split())
 
 
 def test_a_run_in_progress_shows_its_unfinished_searches(run_path, tmp_path, capsys):
     write_rows(run_path, rows_of(run_path)[:5])  # repetition 0 of all problems, repetition 1 of the first
-    tree_path = sibling(run_path, "tree.jsonl")
+    tree_path = RunPaths.of(run_path).tree
     rows = rows_of(tree_path)
     write_rows(tree_path, [row for row in rows if (row["repeat_idx"], row["round"]) < (2, 1)])
     assert report.main([str(run_path), "--out", str(tmp_path / "out")]) == 0
@@ -186,51 +157,60 @@ def spoil(change):
 
 
 def spoil_tree(change):
-    return lambda path: spoil(change)(sibling(path, "tree.jsonl"))
+    return lambda path: spoil(change)(RunPaths.of(path).tree)
 
 
 def spoil_meta(text):
-    return lambda path: sibling(path, "meta.json").write_text(text)
+    return lambda path: RunPaths.of(path).meta.write_text(text)
 
 
 BAD = {
     "no file": (lambda path: path.unlink(), "no such file; give the --output_path of a run"),
     "empty": (lambda path: path.write_text(""), "no finished search in it yet: the run is in progress; nothing to report"),
-    "not JSON": (lambda path: path.write_text("hello\nyou\n"), "line 1 is not a line of a run"),
+    "not JSON": (lambda path: path.write_text("hello\nyou\n"), "line 1 is not JSON"),
     "torn inside": (
         lambda path: path.write_bytes(path.read_bytes()[:500] + b"\n" + path.read_bytes()[500:]),
-        "line 1 is not a line of a run",
+        "line 1 is not JSON",
     ),
     "another file": (lambda path: path.write_text('{"question": "?"}\n'), "has no repeat_idx, data_idx, global_idx"),
-    "a missing key": (spoil(lambda rows: rows[3].pop("reward")), "line 4 has no reward; is it a run's output file?"),
-    "two runs": (spoil(lambda rows: rows.append(rows[0])), "line 13 repeats problem 0, repetition 0 of line 1"),
-    "other problems": (spoil(lambda rows: rows[5].update(problem="?")), "different problems under data_idx 1"),
+    "a missing key": (spoil(lambda rows: rows[3].pop("reward")), "line 4 has no reward; is it a file of a run, and whole?"),
+    "two runs": (spoil(lambda rows: rows.append(rows[0])), "line 13 is repetition 0 of problem 0 again, after line 1"),
+    "other problems": (spoil(lambda rows: rows[5].update(problem="?")), "has another problem under data_idx 1 than line "),
     "another size": (spoil(lambda rows: rows[9].update(global_idx=31)), "in a run of 4 problems"),
-    "uneven lists": (spoil(lambda rows: rows[0]["reward"].pop()), "its lists must have one entry a beam"),
+    "uneven lists": (spoil(lambda rows: rows[0]["reward"].pop()), "has lists that do not belong together"),
     "no beams": (
         spoil(lambda rows: rows[0].update(reward=[], generated_ids=[], generated_scores=[], processed_answer=[])),
-        "its lists must have one entry a beam",
+        "has lists that do not belong together",
     ),
-    "NaN": (spoil(lambda rows: rows[0].update(generated_scores=[float("nan")] * 4)), "must be a list of values from 0"),
-    "a logit": (spoil(lambda rows: rows[0].update(generated_scores=[1.5] * 4)), "must be a list of values from 0 to 1"),
-    "a text number": (spoil(lambda rows: rows[0].update(data_idx="3")), "data_idx is '3', it must be a whole number"),
-    "deep JSON": (lambda path: path.write_text('{"a":' + "[" * 100_000 + "\n"), "line 1 is not a line of a run"),
+    "NaN": (spoil(lambda rows: rows[0].update(generated_scores=[float("nan")] * 4)), "it must be a list of values from 0 to 1"),
+    "a logit": (spoil(lambda rows: rows[0].update(generated_scores=[1.5] * 4)), "it must be a list of values from 0 to 1"),
+    "a text number": (spoil(lambda rows: rows[0].update(data_idx="3")), "data_idx '3', it must be a whole number"),
+    "ids that are none": (
+        spoil(lambda rows: rows[2]["generated_ids"][0].append("5")),
+        "line 3 has generated_ids",
+    ),
+    "negative ids": (spoil(lambda rows: rows[2]["generated_ids"].append([-1])), "it must be lists of token ids"),
+    "a list": (lambda path: path.write_text("[1]\n"), "line 1 is not a JSON object"),
+    "deep JSON": (lambda path: path.write_text('{"a":' + "[" * 100_000 + "\n"), "line 1 is not JSON"),
     "the journal": (lambda path: path, "that is a run's journal or settings"),
-    "other settings": (spoil_meta('{"format": 7}'), "format 7 is not known; this report.py reads format 1"),
+    "other settings": (spoil_meta('{"format": 7}'), "format 7 is not known; this version knows format 1"),
     "broken settings": (spoil_meta("{"), "not a run's settings"),
     "another journal": (
         spoil_tree(lambda rows: [row["tokens"][0].append(5) for row in rows]),
         "the journal is of another run, or not whole",
     ),
-    "two journals": (spoil_tree(lambda rows: rows.append(rows[0])), "are both round 0 of problem 0, repetition 0"),
+    "two journals": (spoil_tree(lambda rows: rows.append(rows[0])), "round 0 of problem 0, repetition 0 is there twice (line "),
     "a lost round": (
         spoil_tree(lambda rows: rows.pop(next(i for i, row in enumerate(rows) if row["round"] == 1))),
         "a round before it is missing",
     ),
-    "a wild parent": (spoil_tree(lambda rows: rows[0].update(parent=[99] * 8)), "a parent is not an earlier node"),
+    "a wild parent": (
+        spoil_tree(lambda rows: rows[0].update(parent=[99] * 8)),
+        "round 0 of problem 0, repetition 0 does not fit the rounds before it",
+    ),
     "a broken journal": (
-        lambda path: sibling(path, "tree.jsonl").write_text('{"data_idx": 1}\n'),
-        "line 1 is not a round of a search",
+        lambda path: RunPaths.of(path).tree.write_text('{"data_idx": 1}\n'),
+        "line 1 has no repeat_idx, round",
     ),
 }  # fmt: skip
 
@@ -242,7 +222,7 @@ def test_bad_input_is_one_line_and_touches_nothing(case, run_path, tmp_path):
     out = tmp_path / "out"
     (out / "report_data/assets").mkdir(parents=True)
     (out / "report_data/assets/core.js").write_text("an earlier report")
-    given = sibling(run_path, "tree.jsonl") if case == "the journal" else run_path
+    given = RunPaths.of(run_path).tree if case == "the journal" else run_path
     with pytest.raises(UserError) as caught:
         report.main([str(given), "--out", str(out)])
     assert expected in str(caught.value)

@@ -1,18 +1,19 @@
 """The page in headless Chromium, opened from the file: list, trees, blocks, votes, hostile text, speed."""
 
-import contextlib
 import json
 import os
 import time
 from itertools import pairwise
-from unittest import mock
 
 import pytest
 from chromium import BINARY, SKIP_REASON, Chromium
 from make_synthetic_run import Options, make_synthetic_run
+from synthetic_runs import rows_of
 
 import report
-from report_lib.data import sibling
+from report_lib.data import read_run, run_names
+from report_lib.plots import write_plots
+from search_lib.run_reader import RunPaths
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason=SKIP_REASON)
 
@@ -39,8 +40,8 @@ def make_report(folder, name, change=None, plots=False, **options):
 
 
 def write_report(paths, out, plots=False):
-    with contextlib.nullcontext() if plots else mock.patch("report_lib.plots.write_plots", return_value=[]):
-        assert report.main([*map(str, paths), "--out", str(out)]) == 0
+    runs = [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    report.write_report(out, runs, None, write_plots if plots else lambda folder, analyses: [])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,6 @@ def small(tmp_path_factory):
     return make_report(
         folder, "run", plots=True, problems=8, repetitions=3, max_length=400, block_size=100, early_stop=0.1
     )
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def keep_screenshot(page, name):
@@ -124,9 +121,7 @@ def test_the_list_sorts_filters_and_searches(page, small):
 
 
 def test_a_tree_opens_by_keyboard_and_a_block_shows_its_text(page, small):
-    journal = [
-        row for row in rows_of(sibling(small[0], "tree.jsonl")) if (row["data_idx"], row["repeat_idx"]) == (2, 1)
-    ]
+    journal = [row for row in rows_of(RunPaths.of(small[0]).tree) if (row["data_idx"], row["repeat_idx"]) == (2, 1)]
     texts = ["", *(text for row in journal for text in row["text"])]
     values = [0.0, *(value for row in journal for value in row["value"])]
     parents = [-1, *(parent for row in journal for parent in row["parent"])]
@@ -175,7 +170,7 @@ def test_a_block_can_be_linked_to_and_colours_follow_values(page, small):
     page.open(small[1], "#view=problem&problem=4&search=2&node=5")
     page.wait(BLOCK)
     assert page.run("document.querySelector('.block').dataset.block") == "5"
-    rows = [row for row in rows_of(sibling(small[0], "tree.jsonl")) if (row["data_idx"], row["repeat_idx"]) == (4, 2)]
+    rows = [row for row in rows_of(RunPaths.of(small[0]).tree) if (row["data_idx"], row["repeat_idx"]) == (4, 2)]
     values = {i + 1: value for i, value in enumerate(value for row in rows for value in row["value"])}
     brightness = page.run(
         "Object.fromEntries([...document.querySelectorAll('.tree .node')].map((g) => [g.dataset.node, "
@@ -206,6 +201,10 @@ def test_the_vote_shows_answers_weights_and_truth(page, small):
     expected = sorted(weight.items(), key=lambda item: -item[1])[:8]
     assert [cells[0].split()[1] for cells in shown] == [answer for answer, _ in expected]
     assert [float(cells[2].split()[0]) for cells in shown] == [pytest.approx(w, abs=0.006) for _, w in expected]
+    tops = page.run(
+        "[...document.querySelectorAll('.vote tbody tr')].map((tr) => tr.cells[2].classList.contains('top'))"
+    )
+    assert tops == [True] + [False] * (len(expected) - 1)  # what wins the weighted vote is bold
     assert f"Value-weighted: {'right' if row['wmaj'] == 1 else 'wrong'}" in page.run(
         "document.querySelector('.vote .note').textContent"
     )
@@ -224,7 +223,7 @@ def spread_hostility(path):
             for answer, right in zip(row["processed_answer"], row["reward"], strict=True)
         ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = sibling(path, "tree.jsonl")
+    tree = RunPaths.of(path).tree
     rows = rows_of(tree)
     for row in rows:
         bad = HOSTILE[row["data_idx"]]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from common_lib.cli import UserError
-from search_lib.run_files import LineFile, OutputError, RunFiles, RunPaths, check_output_path, read_lines
+from common_lib.files import LineFile, OutputError, read_rows
+from search_lib.run_files import RunFiles, check_output_path
+from search_lib.run_reader import RunPaths
 from search_lib.tree import Round, SearchTask
 
 
@@ -18,18 +21,20 @@ def meta(**changes):
     return {
         "format": 1, "arguments": arguments, "started": "2026-01-01T00:00:00+0000", "num_problems": 2,
         "problems_sha256": "p", "generator": {"fingerprint": "g"}, "value_model": {"fingerprint": "v"},
-        "numerics": {"engine": "transformers"},
+        "numerics": {"engine": "transformers"}, "search": {"width": 1, "branch": 2, "num_blocks": 2},
     }  # fmt: skip
 
 
 def round_(index: int, finish: str = "") -> Round:
-    return Round(index, [0, 0], [[1, 2], [3, 4]], [0.25, 0.5], [False, True], ["", finish], 0.1, 0.2, 7)
+    parent = 2 * index  # the candidate that the round before kept
+    return Round(index, [parent, parent], [[1, 2], [3, 4]], [0.25, 0.5], [False, True], ["", finish], 0.1, 0.2, 7)
 
 
 def result(data_idx: int, repeat_idx: int) -> dict:
     return {
         "repeat_idx": repeat_idx, "data_idx": data_idx, "global_idx": repeat_idx * 2 + data_idx, "problem": "€ \ud800",
-        "generated_ids": [[1, 2]], "generated_scores": [0.5], "reward": [True],
+        "gt_answer": "7", "generated_ids": [[1, 2]], "generated_scores": [0.5], "processed_answer": ["7"],
+        "reward": [True], "dt": 1.5,
     }  # fmt: skip
 
 
@@ -54,13 +59,18 @@ def written(paths):
 def state(paths):
     files = RunFiles.open(paths, meta())
     files.close()
-    return sorted(files.finished), {key: [vars(r) for r in rounds] for key, rounds in files.rounds.items()}
+    return sorted(files.finished), {key: list(map(plain, rounds)) for key, rounds in files.rounds.items()}
+
+
+def plain(record: Round) -> dict:
+    """A round with its ids as lists: one that was read holds arrays."""
+    return vars(record) | {"tokens": list(map(list, record.tokens))}
 
 
 def test_everything_written_is_read_back(written):
     finished, rounds = state(written)
     assert finished == [(0, 0), (1, 0)]
-    assert rounds == {(0, 1): [vars(round_(0)), vars(round_(1, "stop"))]}
+    assert rounds == {(0, 1): [plain(round_(0)), plain(round_(1, "stop"))]}
     rows = [json.loads(line) for line in written.tree.read_text(encoding="utf-8").splitlines()]
     assert rows[2]["prompt_ids"] == [5, 6]
     assert "prompt_ids" not in rows[3]
@@ -94,8 +104,23 @@ def test_only_one_torn_line_in_an_otherwise_empty_file(paths, written):
 def test_damage_in_the_middle_is_named(written):
     lines = written.results.read_text().splitlines()
     written.results.write_text("\n".join(["{broken", *lines[1:]]) + "\n")
-    with pytest.raises(UserError, match=r"out.jsonl, line 1, is damaged"):
+    with pytest.raises(UserError, match=r"out.jsonl: line 1 is not JSON"):
         RunFiles.open(written, meta())
+
+
+def test_a_journal_that_lacks_a_round_is_refused(written):
+    lines = written.tree.read_text().splitlines(keepends=True)
+    written.tree.write_text("".join([*lines[:2], lines[3]]))
+    with pytest.raises(UserError, match=r"round 1 of problem 0, repetition 1 .* a round before it is missing"):
+        RunFiles.open(written, meta())
+
+
+def test_a_journal_without_seconds_is_read(written):
+    rows = [json.loads(line) for line in written.tree.read_text().splitlines()]
+    assert {row.pop("seconds") for row in rows} == {0.0}  # as it was written before rounds told theirs
+    before = state(written)
+    written.tree.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert state(written) == before
 
 
 def test_sorted_by_global_idx_without_losing_a_byte(written):
@@ -104,7 +129,7 @@ def test_sorted_by_global_idx_without_losing_a_byte(written):
     files.sort_results()
     files.add_result(result(1, 1))  # still the same file to write to
     files.close()
-    rows = [row["global_idx"] for _, row in read_lines(written.results)]
+    rows = [row["global_idx"] for _, row in read_rows(written.results)]
     assert rows == [0, 1, 3]
     assert sorted(written.results.read_bytes().splitlines())[: len(before)] != []
     assert set(before) <= set(written.results.read_bytes().splitlines())
@@ -160,21 +185,20 @@ def test_results_without_their_meta_file_are_not_touched(written):
 def test_a_second_process_is_told(written):
     held = RunFiles.open(written, meta())
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from output_utils import *\n"
-        "f = LineFile(RunPaths.of(sys.argv[2]).tree); print(f.lock())"
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from search_lib.run_files import RunFiles, check_output_path\n"
+        "RunFiles.open(check_output_path(sys.argv[2]), json.loads(sys.argv[3])).close(); print('opened')"
     )
-    root = os.path.dirname(os.path.dirname(__file__))
-    command = [sys.executable, "-c", code, root, str(written.results)]
+    command = [sys.executable, "-c", code, str(ROOT), str(written.results), json.dumps(meta())]
 
     def run():
         return subprocess.run(command, capture_output=True, text=True)
 
-    assert run().stdout == "False\n"
+    assert "another process is writing" in run().stderr
     with pytest.raises(UserError, match="another process is writing"):
         RunFiles.open(written, meta())
     held.close()
-    assert run().stdout == "True\n"
+    assert run().stdout == "opened\n"
 
 
 @pytest.mark.parametrize(
