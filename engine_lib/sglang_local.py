@@ -131,7 +131,6 @@ class SGLangEngine:
             raise EngineError(f"SGLang failed on a request: {error.detail}") from error
         return [to_reply(request, output) for request, output in zip(requests, outputs, strict=True)]
 
-    # -----------------------------------------------------------------------------------------------------------------
     # Life and death
 
     def _start(self, settings: Mapping[str, Any], grace_s: float) -> Any:

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -38,7 +37,7 @@ LOAD_BOUND = 1.25  # a server may have this much more than its share of the runn
 class Patience:
     """With servers, in seconds."""
 
-    retry: RetryPolicy = field(default=RetryPolicy(attempts=5, pause_s=0.5))  # of a request that a server fails on, not of a lost one
+    retry: RetryPolicy = field(default=RetryPolicy(attempts=5, pause_s=0.5))  # where a server that is well fails
     reconnect_s: float = 300.0  # where all are lost, until one is back
     answer_s: float = 30.0  # to a question about a server; /health of a busy one takes 1 to 20
     probe_every_s: float = 15.0  # of a busy server
@@ -83,8 +82,8 @@ class SGLangServerEngine:
         self.model_path, self.vocab_size = Path(config.model_path), config.vocab_size
         self.deterministic, self.request_timeout_s = config.deterministic, config.request_timeout_s
         self.context_length = 0
-        self._client: httpx.AsyncClient | None = None
-        self._watchers: list[asyncio.Task] = []
+        self._client: httpx.AsyncClient  # of the running loop, as the watchers are
+        self._watchers: list[asyncio.Task] = []  # none before the first request
         self._aborts: set[asyncio.Task] = set()
         self._change = asyncio.Event()
         self._closed = False
@@ -104,11 +103,9 @@ class SGLangServerEngine:
     async def generate(self, requests: Sequence[Request]) -> list[Reply]:
         check_requests(requests, self.context_length, self.vocab_size)
         self._check_open()
-        if (
-            self._client is None
-        ):  # it and the watchers belong to the running loop, so they are made at the first request
+        if not self._watchers:
             self._client = _make_client()
-            self._watchers = [asyncio.create_task(self._watch(self._client, server)) for server in self.servers]
+            self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
         return await gather_all(self._generate_one(request) for request in requests)
 
     async def close(self) -> None:
@@ -119,14 +116,13 @@ class SGLangServerEngine:
         self._change.set()
         await cancel_all([*self._watchers, *(task for server in self.servers for task in server.tries)])
         await asyncio.gather(*self._aborts)
-        if self._client is not None:
+        if self._watchers:
             await self._client.aclose()
 
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the SGLang engine has been closed")
 
-    # -----------------------------------------------------------------------------------------------------------------
     # One request: tried until it is answered. Generation depends on nothing but the request, so any try may be repeated.
 
     async def _generate_one(self, request: Request) -> Reply:
@@ -193,7 +189,6 @@ class SGLangServerEngine:
         return task.result()
 
     async def _post(self, server: Server, request: Request) -> Reply:
-        assert self._client is not None
         rid = uuid.uuid4().hex
         body = {
             "input_ids": request.prompt_ids,
@@ -208,18 +203,17 @@ class SGLangServerEngine:
             raise ServerLost(first_line(error)) from error
         except asyncio.CancelledError:
             if server.up:  # by a task of its own: this one may be cancelled again
-                task = asyncio.create_task(self._abort(self._client, server, rid))
+                task = asyncio.create_task(self._abort(server, rid))
                 self._aborts.add(task)
                 task.add_done_callback(self._aborts.discard)
             raise
         return wire.read_reply(request, response)
 
-    async def _abort(self, client: httpx.AsyncClient, server: Server, rid: str) -> None:
+    async def _abort(self, server: Server, rid: str) -> None:
         """Best effort: some seconds later a server aborts by itself what was asked over a closed connection."""
         with contextlib.suppress(httpx.HTTPError):
-            await client.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=2.0)
+            await self._client.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=2.0)
 
-    # -----------------------------------------------------------------------------------------------------------------
     # Which servers are there
 
     def _lose(self, server: Server, why: str) -> None:
@@ -230,7 +224,7 @@ class SGLangServerEngine:
             left = sum(other.up for other in self.servers)
             logger.warning("lost %s (%s); %d of %d servers left", server.url, why, left, len(self.servers))
 
-    async def _watch(self, client: httpx.AsyncClient, server: Server) -> None:
+    async def _watch(self, server: Server) -> None:
         """Look whether a busy server still lives, and, more and more rarely, whether a lost one is back."""
         missed = 0
         while True:
@@ -240,12 +234,12 @@ class SGLangServerEngine:
                 if not server.up:
                     await asyncio.sleep(server.look_again_s)
                     server.look_again_s = min(2 * server.look_again_s, self.patience.look_again_most_s)
-                    await self._ask(client, server)
+                    await self._ask(server)
                     server.lost.clear()
                     self._change.set()
                     logger.warning("%s is back", server.url)
                 elif server.load:
-                    await self._get(client, f"{server.url}/health")
+                    await self._get(f"{server.url}/health")
                 missed = 0
             except (ServerLost, EngineError, UserError) as error:
                 missed += 1
@@ -259,12 +253,12 @@ class SGLangServerEngine:
 
         async def meet(server: Server) -> None:
             try:
-                await self._ask(client, server)
+                await self._ask(server)
             except ServerLost as error:
                 server.why = first_line(error)
                 server.lost.set()
 
-        async with _make_client() as client:
+        async with _make_client() as self._client:
             await gather_all(meet(server) for server in self.servers)
         if not any(server.up for server in self.servers):
             reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
@@ -273,36 +267,37 @@ class SGLangServerEngine:
             if not server.up:
                 logger.warning("%s does not answer (%s); it is used once it does", server.url, server.why)
 
-    async def _ask(self, client: httpx.AsyncClient, server: Server) -> None:
-        """Is it well, and does it, or do the servers behind a router, run the right model?
-
-        Raises ServerLost, UserError (another model), EngineError (no SGLang server).
-        """
-        await self._get(client, f"{server.url}/health")
+    async def _ask(self, server: Server) -> None:
+        """Is it well, and does it, or do the servers behind a router, run the right model? Raises ServerLost, UserError
+        (another model), EngineError (no SGLang server)."""
+        await self._get(f"{server.url}/health")
         try:
             urls = [server.url]
-            if await self._get(client, f"{server.url}/server_info") is None:  # a router: its servers are asked
-                workers = await self._get(client, f"{server.url}/workers")
-                urls = [worker["url"] for worker in workers["workers"] if worker["is_healthy"]]
+            if (await self._get(f"{server.url}/server_info")).status_code == 404:  # a router: its servers are asked
+                workers = (await self._get(f"{server.url}/workers")).json()["workers"]
+                urls = [worker["url"] for worker in workers if worker["is_healthy"]]
                 if not urls:
                     raise ServerLost("the router has no healthy server")
-            pages = {url: [await self._get(client, f"{url}/{page}") for page in wire.INFO_PAGES] for url in urls}
-            infos = {url: wire.read_info(*answers) for url, answers in pages.items()}
+            infos = {url: await self._ask_one(url) for url in urls}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{server.url} does not answer as an SGLang server does ({error!r})") from error
         for url, info in infos.items():
             self._check_info(url, info, told=url in server.info)
         server.info = infos
 
-    async def _get(self, client: httpx.AsyncClient, url: str) -> Any:
-        """A page that tells of a server; None where there is none. Raises ServerLost, ValueError where it is not JSON."""
+    async def _ask_one(self, url: str) -> wire.ServerInfo:
+        model, server = await self._get(f"{url}/model_info"), await self._get(f"{url}/server_info")
+        return wire.read_info(model.json(), server.json())
+
+    async def _get(self, url: str) -> httpx.Response:
+        """A page that tells of a server, or 404 for none. Raises ServerLost."""
         try:
-            response = await client.get(url, timeout=self.patience.answer_s)
+            response = await self._client.get(url, timeout=self.patience.answer_s)
         except httpx.HTTPError as error:
             raise ServerLost(first_line(error)) from error
         if response.status_code not in (200, 404):
             raise ServerLost(f"{response.url.path} says {response.status_code}: {wire.message_of(response)}")
-        return response.json() if response.status_code == 200 and response.content else None
+        return response
 
     def _check_info(self, url: str, info: wire.ServerInfo, told: bool) -> None:
         """Raises UserError where the server runs something else than what was asked for."""

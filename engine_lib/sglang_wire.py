@@ -17,11 +17,6 @@ from engine_lib.base import EngineConfig, EngineError, Reply, Request
 # What a CPU needs; a GPU takes sglang's own choices. `disable_overlap_schedule`: twice as fast there.
 CPU_SETTINGS = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True}
 RETRY_STATUS = (408, 429, 500, 502, 504)
-INFO_PAGES = ("model_info", "server_info")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests and replies
 
 
 def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
@@ -66,10 +61,6 @@ def longest_request(max_req_input_len: int) -> int:
     the continuation; what it tells is that limit less 5 (scheduler.py and tp_worker.py of 0.5.23).
     """
     return max_req_input_len + 5 - 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers of servers
 
 
 class ServerLost(Exception):
@@ -137,10 +128,6 @@ def same_model(served: str, path: Path) -> bool:
 
 def architectures_of(path: Path) -> tuple[str, ...]:
     return tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings of the engine in this process
 
 
 def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from common_lib.models import inspect_model
 from engine_lib.base import EngineConfig, EngineError, Request
 from engine_lib.sglang_remote import SGLangServerEngine
 from engine_lib.transformers_engine import TransformersEngine
-from search_lib.tree import SearchConfig, select
+from search_lib.search import select
+from search_lib.tree import SearchConfig
 
 SGLANG_ARGS = [
     "--engine",
@@ -233,7 +234,7 @@ def test_a_server_that_is_back_is_used_again(host, generator, servers):
         running = asyncio.create_task(
             engine.generate([Request([9, i], 1500, temperature=0, group="g") for i in range(6)])
         )
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(wait_until, lambda: running_requests(home) > 0, 20)
         await asyncio.to_thread(home.kill)
         assert [len(reply.token_ids) for reply in await running] == [1500] * 6
         assert [reply.token_ids for reply in await engine.generate(requests)] == expected
@@ -256,7 +257,7 @@ def test_a_router_survives_one_of_its_servers(host, generator, servers, router):
         running = asyncio.create_task(
             engine.generate([Request([3, i], 1000, temperature=0, group=f"{i}") for i in range(8)])
         )
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(wait_until, lambda: sum(map(running_requests, servers)) == 8, 20)
         await asyncio.to_thread(servers[0].kill)
         replies = await running
         await engine.close()
