@@ -167,7 +167,8 @@ class SGLangServerEngine:
                 return choose_server(up, group)
             self._change.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._change.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._change.wait()
         raise self._out_of_reach(self.patience.reconnect_s)
 
     def _out_of_reach(self, seconds: float) -> EngineError:
@@ -229,7 +230,8 @@ class SGLangServerEngine:
         missed = 0
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(server.lost.wait(), self.patience.probe_every_s)
+                async with asyncio.timeout(self.patience.probe_every_s):
+                    await server.lost.wait()
             try:
                 if not server.up:
                     await asyncio.sleep(server.look_again_s)

@@ -55,10 +55,10 @@ def test_whole_replies_are_asked_for_once():
 
 
 def test_only_what_is_missing_is_asked_again_and_the_pauses_double():
-    generator = Generator([aborted(), whole(4), whole(3), whole(4)], [whole(4), aborted(2)], [stop(1)])
+    generator = Generator([aborted(), whole(4), whole(3), whole(4)], [whole(4), aborted(2)], [aborted()], [stop(1)])
     assert generator.replies([4, 4, 4, 4], pause_s=0.25) == [whole(4), whole(4), stop(1), whole(4)]
-    assert generator.asked == [[0, 1, 2, 3], [0, 2], [2]]
-    assert generator.pauses == [0.25, 0.5]
+    assert generator.asked == [[0, 1, 2, 3], [0, 2], [2], [2]]
+    assert generator.pauses == [0.25, 0.5, 1.0]
 
 
 def test_after_the_last_attempt_one_line_says_how_it_failed():

@@ -1,6 +1,7 @@
 """The engine's thread, its life and its death, with a fake package in the place of sglang: quick, and anywhere."""
 
 import asyncio
+import atexit
 import logging
 import os
 import signal
@@ -59,7 +60,7 @@ class FakeEngine:
         return [self.child.pid]
 
     def shutdown(self) -> None:
-        raise AssertionError("it would kill every child of this process")
+        pass
 
     async def async_generate(self, input_ids, sampling_params):
         self.asked.set()
@@ -242,7 +243,7 @@ def test_a_cancelled_request_is_aborted(package):
 # The end
 
 
-def test_close_ends_its_requests_its_processes_and_its_contexts_alone(package):
+def test_close_ends_its_requests_its_processes_and_its_contexts_alone(package, monkeypatch):
     other, context = subprocess.Popen(["sleep", "60"]), Context()
 
     async def main(engine):
@@ -253,8 +254,11 @@ def test_close_ends_its_requests_its_processes_and_its_contexts_alone(package):
         with pytest.raises(EngineError, match="has been closed"):
             await engine.generate([REQUEST])
 
+    unregistered = []
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
     with_engine(main)  # which closes it again
     (engine,) = package.Engine.made
+    assert unregistered == [engine.shutdown], "it would kill every child of this process at its exit"
     assert engine.child.poll() is not None
     assert engine.context.destroyed
     assert not context.destroyed

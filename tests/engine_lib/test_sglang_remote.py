@@ -303,10 +303,22 @@ def test_a_starting_server_is_waited_for(model, servers):
 
 def test_a_router_that_is_well_but_has_no_servers_is_given_up_in_time(model, servers):
     server = servers(script=lambda body: (503, {"error": {"message": "No available workers"}}))
-    patience = replace(QUICK, reconnect_s=0.5, look_again_s=0.1, look_again_most_s=10)
-    with pytest.raises(EngineError, match=r"out of reach for 0.5 s .*No available workers"):
-        with_engine(model, [server], lambda e: e.generate(some_requests(3)), patience=patience)
-    assert len(server.bodies) <= 9, "it is to be asked again ever more rarely: after 0.1 s, and 0.2 s more"
+
+    async def main(engine):
+        with pytest.raises(EngineError, match=r"out of reach for 0.3 s .*No available workers"):
+            await engine.generate(some_requests(3))
+        assert engine.servers[0].look_again_s == QUICK.look_again_most_s, "it is to be asked ever more rarely"
+
+    with_engine(model, [server], main, patience=replace(QUICK, reconnect_s=0.3))
+
+
+def test_a_try_that_lasted_shows_that_the_server_was_well(model, servers):
+    """Each is lost after a while: the time without servers starts anew."""
+    answers = [(503, "lost")] * 5
+    server = servers(script=lambda body: time.sleep(0.1) or (answers.pop() if answers else None))
+    requests = some_requests(1)
+    patience = replace(QUICK, reconnect_s=0.3, lasting_s=0.05)
+    assert with_engine(model, [server], lambda e: e.generate(requests), patience=patience) == expected(requests)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
@@ -392,6 +404,19 @@ def test_what_waits_for_a_lost_server_ends_as_well(model, servers):
                 await running
 
     with_engine(model, [server], main)
+
+
+def test_it_ends_also_in_the_moment_in_which_a_server_is_lost(model, servers):
+    """asyncio.wait_for would forget that its task is cancelled (Python 3.11)."""
+
+    async def main(engine):
+        await engine.generate(some_requests(1))
+        await asyncio.sleep(0)
+        engine.servers[0].lost.set()
+        async with asyncio.timeout(5):
+            await engine.close()
+
+    with_engine(model, [servers()], main, patience=replace(QUICK, probe_every_s=60))
 
 
 # The start
