@@ -1,6 +1,7 @@
 """The flags of generators and of sampling with their rules, the same for search and collection."""
 
 import argparse
+import urllib.parse
 from collections.abc import Callable
 
 from common_lib.cli import Rule, UserError
@@ -60,15 +61,30 @@ def engine_rules(args: argparse.Namespace) -> list[Rule]:
 def resolve_engine(args: argparse.Namespace) -> None:
     """Which engine the flags mean together, written to `engine` and `sglang_url`. Raises UserError."""
     check_device_name(args.device, "--device")
+    for url in args.sglang_url:
+        check_url(url)
     if args.sglang_url and args.engine not in ("auto", "sglang-server"):
         raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
     if args.sglang_url:
         args.engine = "sglang-server"
+    if args.sglang_args and args.engine == "transformers":
+        raise UserError("--sglang_args need --engine sglang, not transformers")
     if args.engine != "sglang-server":
         return
     if args.sglang_args:
         raise UserError("--sglang_args are for --engine sglang; give them to the servers where those are started")
     args.sglang_url = args.sglang_url or [f"http://localhost:{args.sglang_port}"]
+
+
+def check_url(url: str) -> None:
+    """Raises UserError for what is not the URL of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"--sglang_url {url!r} is no URL of a server; give http://HOST:PORT")
 
 
 def engine_config(args: argparse.Namespace, generator: ModelInfo, device: str) -> EngineConfig:
@@ -84,5 +100,5 @@ def engine_config(args: argparse.Namespace, generator: ModelInfo, device: str) -
         deterministic=args.deterministic,
         request_timeout_s=args.request_timeout,
         sglang_args=tuple(args.sglang_args),
-        sglang_urls=tuple(args.sglang_url),
+        sglang_urls=tuple(url.rstrip("/") for url in args.sglang_url),
     )

@@ -50,6 +50,11 @@ class EngineError(RuntimeError):
     """The engine is dead or out of reach. The message is one line; the run ends with it, its journal kept."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, for a message of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class Engine(Protocol):
     """What a search needs of a generator. `generate` may be called many times at once, and may be cancelled."""
 

@@ -9,25 +9,22 @@ from engine_lib.base import Engine, EngineConfig
 logger = logging.getLogger(__name__)
 
 
-def _transformers(config: EngineConfig) -> Engine:
-    from engine_lib.transformers_engine import TransformersEngine
-
-    return TransformersEngine(config.model_path, config.device, attn_implementation=config.attention)
-
-
 def _sglang(config: EngineConfig) -> Engine:
     from engine_lib.sglang_local import SGLangEngine
-    from engine_lib.sglang_wire import engine_settings
 
-    _warn_of_seeds(config)
-    return SGLangEngine(engine_settings(config), config.vocab_size, request_timeout_s=config.request_timeout_s)
+    return SGLangEngine(config)
 
 
 def _sglang_server(config: EngineConfig) -> Engine:
     from engine_lib.sglang_remote import SGLangServerEngine
 
-    _warn_of_seeds(config)
     return SGLangServerEngine(config)
+
+
+def _transformers(config: EngineConfig) -> Engine:
+    from engine_lib.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config)
 
 
 ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
@@ -49,9 +46,6 @@ def choose_engine(name: str) -> str:
 
 def make_engine(name: str, config: EngineConfig) -> Engine:
     """The engine of that name. Raises UserError for settings that cannot be, EngineError where it does not start."""
-    return ENGINES[name](config)
-
-
-def _warn_of_seeds(config: EngineConfig) -> None:
-    if config.samples and not config.deterministic:
+    if name != "transformers" and config.samples and not config.deterministic:
         logger.warning("engine: SGLang ignores seeds without --deterministic: another run will sample other tokens")
+    return ENGINES[name](config)

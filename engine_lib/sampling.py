@@ -1,5 +1,8 @@
 """Sampling in which every row draws from noise of its own."""
 
+import numpy as np
+import torch
+
 
 def row_uniforms(seeds, step: int):
     """One number in [0, 1) for each seed at this step: a function of (seed, step) and nothing else.
@@ -7,7 +10,6 @@ def row_uniforms(seeds, step: int):
     seeds: uint64 [rows] (numpy). Returns float64 [rows]. Two rounds of the SplitMix64 finalizer (Steele, Lea and Flood
     2014, "Fast splittable pseudorandom number generators") as a counter-based generator.
     """
-    import numpy as np
 
     def mix(x):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -27,8 +29,6 @@ def sample_rows(logits, temperatures, top_ps, uniforms):
     The nucleus is the smallest set of most probable tokens whose mass reaches top_p. Equal probabilities are ordered
     by token id, so that a draw depends on the row alone. Returns int64 [rows].
     """
-    import torch
-
     greedy = logits.argmax(dim=-1)
     if bool((temperatures == 0).all()):
         return greedy

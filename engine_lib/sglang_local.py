@@ -1,20 +1,37 @@
-"""SGLang's engine inside this process. Facts about sglang in the comments are of version 0.5.23."""
+"""SGLang's engine inside this process, and the only file that depends on the insides of SGLang, those of 0.5.23.
 
+That is: how it is imported without changing this process, the thread that it lives in, how its death shows (signals, its
+`kill_process_tree`), how it ends (its processes and zmq contexts), and the limits that its scheduler has worked out.
+Another version than TESTED_VERSION is warned of.
+"""
+
+import argparse
 import asyncio
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
+import logging
+import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from engine_lib.base import EngineError, Reply, Request, check_requests
-from engine_lib.sglang_wire import import_sglang, longest_request, process_unchanged, sampling_params, to_reply
+from common_lib.cli import UserError
+from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
+from engine_lib.sglang_wire import engine_settings, longest_request, sampling_params, to_reply
 
-START_GRACE_S = 20.0  # a start that failed has this long to say why, before it is given up
+logger = logging.getLogger(__name__)
+
+TESTED_VERSION = "0.5.23"
+DESCRIBED_SETTINGS = (
+    "device", "dtype", "attention_backend", "sampling_backend", "mem_fraction_static", "max_running_requests",
+    "chunked_prefill_size", "schedule_policy", "disable_radix_cache", "tp_size", "dp_size", "random_seed",
+)  # fmt: skip
 
 
 class SGLangEngine:
@@ -27,27 +44,27 @@ class SGLangEngine:
 
     name = "sglang"
 
-    def __init__(self, settings: Mapping[str, Any], vocab_size: int, *, request_timeout_s: float = 3600.0):
-        self.settings, self.vocab_size, self.request_timeout_s = dict(settings), vocab_size, request_timeout_s
-        self.deterministic = bool(self.settings.get("enable_deterministic_inference"))
-        self._death: str | None = None
+    def __init__(self, config: EngineConfig, start_grace_s: float = 20.0):
+        """A start that failed has `start_grace_s` to say why. Raises UserError for settings that cannot be and where
+        sglang is not installed, EngineError where the engine does not start."""
+        self.vocab_size, self.deterministic = config.vocab_size, config.deterministic
+        self.request_timeout_s = config.request_timeout_s
+        settings = engine_settings(config, command_line)
+        self._package = import_sglang()
+        warn_of_version(self._package.__version__)
+        self._end = ""  # why nothing can be asked any more
         self._closed = False
         self._running: set[Future] = set()
         self._loop = asyncio.new_event_loop()
-        with process_unchanged():
-            self._package = import_sglang()
         self._old_quit: Any = None
         if threading.current_thread() is threading.main_thread():
             self._old_quit = signal.signal(signal.SIGQUIT, lambda *_: self._died("one of its processes failed"))
-        started: Future = Future()
-        self._thread = threading.Thread(target=self._live, args=(started,), name="sglang", daemon=True)
-        others = _children()
+        others = _families(os.getpid())
         try:
             with process_unchanged():
-                self._thread.start()
-                self._engine = self._wait_for(started)
+                self._engine = self._start(settings, start_grace_s)
         except BaseException:
-            _kill(_children() - others)
+            _kill(_families(os.getpid()) - others)
             self._restore_signals()
             raise
         info = self._engine._scheduler_init_result.scheduler_infos[0]
@@ -55,10 +72,6 @@ class SGLangEngine:
         self.pool_tokens = info["max_total_num_tokens"]
 
     def describe(self) -> dict[str, object]:
-        shown = (
-            "device", "dtype", "attention_backend", "sampling_backend", "mem_fraction_static", "max_running_requests",
-            "chunked_prefill_size", "schedule_policy", "disable_radix_cache", "tp_size", "dp_size", "random_seed",
-        )  # fmt: skip
         resolved = self._engine.server_args.resolved_dict()  # what sglang made of the settings
         return {
             "name": self.name,
@@ -66,13 +79,13 @@ class SGLangEngine:
             "deterministic": self.deterministic,
             "context_length": self.context_length,
             "kv_pool_tokens": self.pool_tokens,
-            **{key: resolved[key] for key in shown},
+            **{key: resolved[key] for key in DESCRIBED_SETTINGS},
         }
 
     async def generate(self, requests: Sequence[Request]) -> list[Reply]:
         check_requests(requests, self.context_length, self.vocab_size)
-        if self._closed or self._death:
-            raise EngineError(self._death or "the SGLang engine has been closed")
+        if self._end:
+            raise EngineError(self._end)
         if not requests:
             return []
         future = asyncio.run_coroutine_threadsafe(self._ask(requests), self._loop)
@@ -87,9 +100,9 @@ class SGLangEngine:
             ) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._death is None or (task is not None and task.cancelling()):
+            if not self._end or (task is not None and task.cancelling()):
                 raise
-            raise EngineError(self._death) from None
+            raise EngineError(self._end) from None
         finally:
             future.cancel()  # where it still runs, sglang aborts the request
             self._running.discard(future)
@@ -99,10 +112,12 @@ class SGLangEngine:
         if self._closed:
             return
         self._closed = True
+        self._stop_requests("the SGLang engine has been closed")
         await asyncio.to_thread(self._shut_down)
         self._restore_signals()
 
     async def _ask(self, requests: Sequence[Request]) -> list[Reply]:
+        """In the engine's thread."""
         import fastapi
 
         try:
@@ -118,12 +133,27 @@ class SGLangEngine:
 
     # Life and death
 
-    def _live(self, started: Future) -> None:
+    def _start(self, settings: Mapping[str, Any], grace_s: float) -> Any:
+        """The started engine. Raises EngineError with the reason where it does not start."""
+        started: Future = Future()
+        self._thread = threading.Thread(target=self._live, args=(settings, started), name="sglang", daemon=True)
+        self._thread.start()
+        failing = 0.0
+        while failing < grace_s:
+            try:
+                return started.result(timeout=0.5)
+            except TimeoutError:
+                failing += 0.5 if self._end else 0.0
+            except (Exception, SystemExit) as error:
+                raise EngineError(f"the SGLang engine did not start: {first_line(error)}") from error
+        raise EngineError("the SGLang engine did not start: one of its processes failed; its messages are above")
+
+    def _live(self, settings: Mapping[str, Any], started: Future) -> None:
         """The thread: start the engine, then run its event loop until `close`."""
         asyncio.set_event_loop(self._loop)
         others = _zmq_contexts()
         try:
-            engine = self._package.Engine(**self.settings)
+            engine = self._package.Engine(**settings)
             manager: Any = importlib.import_module("sglang.srt.managers.tokenizer_manager")
             # An error in the manager's own loop would end this process without a line.
             manager.kill_process_tree = lambda *_, **__: self._died("its tokenizer manager failed")
@@ -138,34 +168,21 @@ class SGLangEngine:
                 context.destroy(linger=0)
         self._loop.close()
 
-    def _wait_for(self, started: Future) -> Any:
-        """The started engine. Raises EngineError with the reason where it does not start."""
-        failing = 0.0
-        while failing < START_GRACE_S:
-            try:
-                return started.result(timeout=0.5)
-            except TimeoutError:
-                failing += 0.5 if self._death else 0.0
-            except (Exception, SystemExit) as error:
-                raise EngineError(f"the SGLang engine did not start: {_first_line(error)}") from error
-        raise EngineError("the SGLang engine did not start: one of its processes failed; its messages are above")
-
     def _died(self, how: str) -> None:
-        """Called from a signal handler or from the engine's thread: every request ends with the reason."""
-        if self._closed or self._death:
-            return
-        self._death = f"the SGLang engine died: {how} (its messages are above)"
+        """Called from a signal handler or from the engine's thread."""
+        self._stop_requests(f"the SGLang engine died: {how} (its messages are above)")
+
+    def _stop_requests(self, why: str) -> None:
+        self._end = self._end or why
         for future in list(self._running):
             future.cancel()
 
     def _shut_down(self) -> None:
-        engine = self._engine
-        atexit.unregister(engine.shutdown)
-        if engine.tokenizer_manager._subprocess_watchdog is not None:
-            engine.tokenizer_manager._subprocess_watchdog.stop()
-        for future in list(self._running):
-            future.cancel()
-        _kill(_children(engine.get_all_child_pids()))
+        atexit.unregister(self._engine.shutdown)
+        watchdog = self._engine.tokenizer_manager._subprocess_watchdog
+        if watchdog is not None:
+            watchdog.stop()
+        _kill(_families(*self._engine.get_all_child_pids()))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
@@ -175,6 +192,60 @@ class SGLangEngine:
             self._old_quit = None
 
 
+def import_sglang() -> Any:
+    """The package. Raises UserError where it cannot be imported."""
+    try:
+        with process_unchanged():
+            return importlib.import_module("sglang")
+    except ImportError as error:
+        raise UserError(
+            f"--engine sglang: sglang cannot be imported ({error}); install requirements.txt on a GPU node, or give "
+            "--engine transformers"
+        ) from error
+
+
+@functools.cache  # said once
+def warn_of_version(installed: str) -> None:
+    if installed != TESTED_VERSION:
+        logger.warning(
+            "engine: sglang %s is installed and this was tested with %s, on whose insides it depends; where it does not "
+            "start or end in order, install that one", installed, TESTED_VERSION,
+        )  # fmt: skip
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags of sglang's own server. Raises UserError where sglang cannot be imported."""
+    import_sglang()
+    parser = argparse.ArgumentParser(add_help=False)
+    with process_unchanged():
+        importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    return parser
+
+
+@contextlib.contextmanager
+def process_unchanged() -> Iterator[None]:
+    """Importing and starting sglang replaces the root logger's handlers and level and the policy of event loops, and its
+    processes are talkative at their start: all is put back, and only their errors are shown."""
+    root, policy = logging.getLogger(), asyncio.get_event_loop_policy()
+    handlers, level = root.handlers[:], root.level
+    quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+        root.handlers[:], root.level = handlers, level
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _zmq_contexts() -> list[Any]:
     """All that there are in this process; sglang keeps its own to itself, and a notebook has some."""
     import zmq
@@ -182,17 +253,10 @@ def _zmq_contexts() -> list[Any]:
     return [thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Context)]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _children(pids: Sequence[int] | None = None) -> set[Any]:
-    """This process' descendants, or these processes and theirs; psutil comes with sglang."""
+def _families(*pids: int) -> set[Any]:
+    """These processes and their descendants; psutil comes with sglang."""
     import psutil
 
-    if pids is None:
-        return set(psutil.Process().children(recursive=True))
     found = set()
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):

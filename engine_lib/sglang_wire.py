@@ -1,31 +1,22 @@
-"""SGLang as the generator: which engine, its settings, and what the engine here and servers elsewhere have in common.
-
-The engine in this process is in sglang_engine.py, servers are in sglang_server.py. Facts about sglang in the comments
-are of version 0.5.23.
-"""
+"""What is said to SGLang and how its answers are read, the same for the engine in this process and for servers. No I/O."""
 
 import argparse
-import asyncio
 import contextlib
 import difflib
-import importlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import httpx
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 
-logger = logging.getLogger(__name__)
-
 # What a CPU needs; a GPU takes sglang's own choices. `disable_overlap_schedule`: twice as fast there.
 CPU_SETTINGS = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests and replies, the same for the engine and the servers
+RETRY_STATUS = (408, 429, 500, 502, 504)
 
 
 def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
@@ -67,17 +58,81 @@ def longest_request(max_req_input_len: int) -> int:
     """Most tokens of prompt and continuation that SGLang's scheduler takes without cutting the continuation short.
 
     Its limit on both together is one less than the smaller of context length and KV pool, and one token less again for
-    the continuation; what it tells is that limit less 5 (scheduler.py and tp_worker.py).
+    the continuation; what it tells is that limit less 5 (scheduler.py and tp_worker.py of 0.5.23).
     """
     return max_req_input_len + 5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings of the engine in this process
+class ServerLost(Exception):
+    """The server cannot be reached; another one may be."""
 
 
-def engine_settings(config: EngineConfig) -> dict[str, Any]:
-    """Keyword arguments of `sgl.Engine`: ours, then those of --sglang_args, which may change any. Raises UserError."""
+class TryFailed(Exception):
+    """The server failed on a request; it may be tried again."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself. `longest`: most tokens of prompt and continuation."""
+
+    model_path: str
+    architectures: tuple[str, ...]
+    longest: int
+    kv_pool_tokens: int | None
+    deterministic: bool
+    sglang: str | None
+
+
+def read_reply(request: Request, response: httpx.Response) -> Reply:
+    """The reply of one `/generate`. Raises ServerLost, TryFailed, or EngineError for what no second try can mend."""
+    status = response.status_code
+    if status == 503:  # starting, ending, or a router without servers
+        raise ServerLost(f"503: {message_of(response)}")
+    if status in RETRY_STATUS:
+        raise TryFailed(f"{status}: {message_of(response)}")
+    if status != 200:
+        raise EngineError(f"{response.url} refused a request ({status}): {message_of(response)}")
+    try:
+        return to_reply(request, response.json())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TryFailed(f"its reply is not SGLang's ({type(error).__name__}: {error})") from error
+
+
+def read_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> ServerInfo:
+    """From the bodies of /model_info and /server_info. Raises KeyError, TypeError or ValueError for other bodies."""
+    return ServerInfo(
+        model_path=str(model["model_path"]),
+        architectures=tuple(model.get("architectures") or ()),
+        longest=longest_request(int(server["max_req_input_len"])),
+        kv_pool_tokens=server.get("max_total_num_tokens"),
+        deterministic=bool(server.get("enable_deterministic_inference")),
+        sglang=server.get("version"),
+    )
+
+
+def message_of(response: httpx.Response) -> str:
+    """The error's text, in whichever form a server or a router gives it."""
+    with contextlib.suppress(ValueError, AttributeError):
+        body = response.json()
+        error = body.get("error", body.get("detail", body))
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+    return " ".join(response.text.split())[:500] or "no message"
+
+
+def same_model(served: str, path: Path) -> bool:
+    """Whether the path or hub name that a server was started with is this folder, as far as names can tell."""
+    if served == str(path) or (Path(served).exists() and Path(served).resolve() == path.resolve()):
+        return True
+    return f"models--{served.replace('/', '--')}" in path.resolve().parts  # the hub's cache
+
+
+def architectures_of(path: Path) -> tuple[str, ...]:
+    return tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
+
+
+def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:
+    """Keyword arguments of `sgl.Engine`: ours, then those of --sglang_args, which may change any. `command_line` makes
+    the parser of sglang's own flags. Raises UserError."""
     on_gpu = config.device.startswith("cuda")
     settings: dict[str, Any] = {
         "model_path": config.model_path,
@@ -94,7 +149,7 @@ def engine_settings(config: EngineConfig) -> dict[str, Any]:
         settings |= CPU_SETTINGS
         if config.deterministic:
             raise UserError("--deterministic needs a GPU: SGLang's deterministic inference has no attention for a CPU")
-    given = parse_sglang_args(config.sglang_args)
+    given = parse_sglang_args(config.sglang_args, command_line()) if config.sglang_args else {}
     if config.deterministic != given.get("enable_deterministic_inference", config.deterministic):
         raise UserError(
             "--sglang_args enable_deterministic_inference: give --deterministic, which also passes the seeds"
@@ -102,73 +157,29 @@ def engine_settings(config: EngineConfig) -> dict[str, Any]:
     return settings | given
 
 
-def parse_sglang_args(items: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` strings as keyword arguments, each read as sglang's own command line would. Raises UserError."""
-    if not items:
-        return {}
-    parser = argparse.ArgumentParser(add_help=False)
-    with process_unchanged():
-        import_sglang()
-        importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
-    actions = {action.dest: action for action in parser._actions}
-    return dict(_parse_setting(item, actions) for item in items)
+def parse_sglang_args(items: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """`KEY=VALUE` strings as keyword arguments, each read as the parser would. Raises UserError."""
+    actions, settings = {action.dest: action for action in parser._actions}, {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        if not equals:
+            raise UserError(f"--sglang_args {item!r} has no '='; give KEY=VALUE, tp_size=2 say")
+        if key not in actions:
+            nearest = difflib.get_close_matches(key, actions, n=1, cutoff=0)
+            raise UserError(f"--sglang_args {key!r} is no setting of SGLang's server; the nearest is {nearest[0]!r}")
+        try:
+            settings[key] = _read_value(parser, actions[key], text)
+        except Exception as error:  # a type function may raise anything; argparse expects ValueError and its own
+            raise UserError(f"--sglang_args {key}={text!r} cannot be read: {error}") from error
+    return settings
 
 
-def _parse_setting(item: str, actions: Mapping[str, Any]) -> tuple[str, Any]:
-    key, equals, text = item.partition("=")
-    key = key.removeprefix("--").replace("-", "_")
-    if not equals:
-        raise UserError(f"--sglang_args {item!r} has no '='; give KEY=VALUE, tp_size=2 say")
-    if key not in actions:
-        nearest = difflib.get_close_matches(key, actions, n=1, cutoff=0)
-        raise UserError(f"--sglang_args {key!r} is no setting of SGLang's server; the nearest is {nearest[0]!r}")
-    action = actions[key]
-    try:
-        if action.nargs == 0 or action.type is bool:  # a switch
-            return key, {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        convert = action.type or str
-        if action.nargs in ("*", "+") or isinstance(action.nargs, int):
-            value: Any = [convert(part) for part in text.split(",")]
-        else:
-            value = convert(text)
-    except Exception as error:  # a type function may raise anything; argparse expects ValueError and its own
-        kind = "true or false" if action.nargs == 0 else getattr(action.type, "__name__", "another value")
-        raise UserError(f"--sglang_args {key}={text!r} cannot be read; {kind} is expected") from error
-    if action.choices is not None and value not in action.choices:
-        raise UserError(f"--sglang_args {key}={text!r} is not one of {', '.join(map(str, action.choices))}")
-    return key, value
-
-
-def import_sglang() -> Any:
-    """The package. Raises UserError where it cannot be imported."""
-    try:
-        return importlib.import_module("sglang")
-    except ImportError as error:
-        raise UserError(
-            f"--engine sglang: sglang cannot be imported ({error}); install requirements.txt on a GPU node, or give "
-            "--engine transformers"
-        ) from error
-
-
-@contextlib.contextmanager
-def process_unchanged() -> Iterator[None]:
-    """Importing and starting sglang replaces the root logger's handlers and level and the policy of event loops, and its
-    processes are talkative at their start: all is put back, and only their errors are shown."""
-    root, policy = logging.getLogger(), asyncio.get_event_loop_policy()
-    handlers, level = root.handlers[:], root.level
-    quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)
-    logging.getLogger("sglang").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
-        root.handlers[:], root.level = handlers, level
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _read_value(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> Any:
+    if action.nargs == 0 or action.type is bool:
+        switch = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in switch:
+            raise ValueError("true or false is expected")
+        return switch[text.lower()]
+    several = action.nargs in ("*", "+") or isinstance(action.nargs, int)
+    return parser._get_values(action, text.split(",") if several else [text])

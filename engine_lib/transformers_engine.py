@@ -5,7 +5,12 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from engine_lib.base import EngineError, Reply, Request, check_requests
+import numpy as np
+import torch
+import transformers
+
+from classifier_lib import resolve_attn_implementation
+from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests
 from engine_lib.sampling import row_uniforms, sample_rows
 
 logger = logging.getLogger(__name__)
@@ -21,41 +26,27 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(
-        self, model_path: str, device: str = "cpu", dtype: str = "auto", attn_implementation: str = "auto",
-        max_batch_tokens: int = 1 << 18, max_batch_rows: int = 1024,
-    ):  # fmt: skip
-        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache and, on a CPU, how long an
-        interruption waits for it (default: 2^18 on a GPU, 2^15 on a CPU)."""
-        import torch
-        import transformers
-
-        from classifier_lib import resolve_attn_implementation
-
-        wanted = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}
-        self.dtype = wanted.get(dtype) or getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype))
+    def __init__(self, config: EngineConfig, max_batch_tokens: int = 1 << 18, max_batch_rows: int = 1024):
+        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache and, on a CPU, how long
+        an interruption waits for it. bf16 on a GPU, fp32 on a CPU."""
+        self.device = config.device
+        self.dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        attention = resolve_attn_implementation(config.attention, self.dtype)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_path,
-            dtype=self.dtype,
-            attn_implementation=resolve_attn_implementation(attn_implementation, self.dtype),
+            config.model_path, dtype=self.dtype, attn_implementation=attention
         )
-        self.model.to(device).eval()
+        self.model.to(self.device).eval()
         # The checkpoint's own sampling defaults must not leak in: every request says what it wants.
         self.model.generation_config = transformers.GenerationConfig()
-        self.context_length = self.model.config.max_position_embeddings
-        self.vocab_size = self.model.get_input_embeddings().num_embeddings
-        self.model_path, self.device = str(model_path), device
-        self.max_batch_tokens = max_batch_tokens or (1 << 18 if device.startswith("cuda") else 1 << 15)
-        self.max_batch_rows = max_batch_rows
+        self.context_length: int = self.model.config.max_position_embeddings
+        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+        self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._drain_task: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._closed = False
 
     def describe(self) -> dict[str, object]:
-        import torch
-        import transformers
-
         return {
             "name": self.name,
             "transformers": transformers.__version__,
@@ -118,8 +109,6 @@ class TransformersEngine:
 
     def _run(self, requests: list[Request]) -> list[Reply]:
         """One batch; halved, and said, where the device runs out of memory."""
-        import torch
-
         try:
             return self._run_batch(requests)
         except torch.OutOfMemoryError:
@@ -132,20 +121,17 @@ class TransformersEngine:
         return self._run(requests[:half]) + self._run(requests[half:])
 
     def _run_batch(self, requests: list[Request]) -> list[Reply]:
-        import torch
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
-        width = max(len(r.prompt_ids) for r in requests)
+        start = max(len(r.prompt_ids) for r in requests)
         # Continuations of one beam have one prompt: it is read once, and its cache given to each of their rows.
         prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt_ids) for r in requests))}
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
+        ids = torch.tensor([[0] * (start - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (start - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         prompt_of = [prompts[tuple(r.prompt_ids)] for r in requests]
         row_of = torch.tensor(prompt_of, device=self.device)
-        rows = _BatchRows(requests, width, self.device, lambda: self._closed)
+        rows = _BatchRows(requests, start, self.device, lambda: self._closed)
         with torch.inference_mode():
             cache = None
-            if len(prompts) < len(requests) and width > 1:
+            if len(prompts) < len(requests) and start > 1:
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, :-1]
                 cache = self.model.base_model(
                     ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True
@@ -158,21 +144,18 @@ class TransformersEngine:
                 max_new_tokens=max(r.max_new_tokens for r in requests),
                 do_sample=False,
                 pad_token_id=0,
-                logits_processor=LogitsProcessorList([rows.choose]),
-                stopping_criteria=StoppingCriteriaList([rows.is_done]),
+                logits_processor=transformers.LogitsProcessorList([rows.choose]),
+                stopping_criteria=transformers.StoppingCriteriaList([rows.is_done]),
             )
         shared = [cache is not None and prompt in prompt_of[:row] for row, prompt in enumerate(prompt_of)]
-        return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, width:].tolist())]
+        return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, start:].tolist())]
 
 
 class _BatchRows:
     """What `generate` asks about the rows of a batch at each step: which token, and which rows are done."""
 
-    def __init__(self, requests: list[Request], width: int, device: str, stopped):
-        import numpy as np
-        import torch
-
-        self.requests, self.width, self.stopped = requests, width, stopped
+    def __init__(self, requests: list[Request], start: int, device: str, stopped):
+        self.requests, self.start, self.stopped = requests, start, stopped
         self.seeds = np.array([r.seed for r in requests], dtype=np.uint64)
         self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
         self.top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device)
@@ -186,14 +169,12 @@ class _BatchRows:
 
     def choose(self, input_ids, logits):
         """As a logits processor: everything but the drawn token is made impossible."""
-        import torch
-
-        uniforms = torch.from_numpy(row_uniforms(self.seeds, input_ids.shape[1] - self.width)).to(logits.device)
+        uniforms = torch.from_numpy(row_uniforms(self.seeds, input_ids.shape[1] - self.start)).to(logits.device)
         token = sample_rows(logits, self.temperatures, self.top_ps, uniforms)
         return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
 
     def is_done(self, input_ids, scores, **kwargs):
-        done = self.limits <= input_ids.shape[1] - self.width
+        done = self.limits <= input_ids.shape[1] - self.start
         if self.all_stops.numel():
             done = done | ((input_ids[:, -1:] == self.all_stops) & self.is_stop).any(dim=1)
         return done | self.stopped()

@@ -24,10 +24,11 @@ def generated(body: dict) -> dict:
 
 class FakeServer:
     """`script(body) -> (status, body) | None` may answer in the place of the model; it runs in a thread of its own, and
-    may wait. `bodies` are the requests that came, `aborted` the ids of aborted ones."""
+    may wait. `pages` is the status of all that it tells of itself, `bodies` are the requests that came, `aborted` the ids
+    of aborted ones."""
 
-    def __init__(self, script=lambda body: None, port: int = 0, **info):
-        self.script, self.info = script, info
+    def __init__(self, script=lambda body: None, port: int = 0, pages: int = 200, **info):
+        self.script, self.info, self.pages = script, info, pages
         self.bodies, self.keys, self.aborted = [], [], []
         self.healthy, self.seconds = True, 0.0
         self.workers: list[str] | None = None  # a router has some
@@ -54,7 +55,9 @@ class FakeServer:
 
     def answer(self, method: str, path: str, body: dict, headers) -> tuple[int, object]:
         if path == "/health":
-            return (200 if self.healthy else 503), ""
+            return (200 if self.healthy else 503), "OK" * (self.workers is not None)  # as routers say
+        if method == "GET" and self.pages != 200:
+            return self.pages, ""
         if self.workers is not None:
             if path == "/workers":
                 return 200, {"workers": [{"url": url, "is_healthy": True} for url in self.workers]}

@@ -9,7 +9,6 @@ import json
 import random
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,23 +25,16 @@ from sglang_host import wait_until
 
 from classifier_lib import ValueScorer
 from common_lib.cli import UserError
-from common_lib.models import inspect_model
-from engine_lib.base import EngineError, Request
+from engine_lib.base import EngineConfig, EngineError, Request
 from engine_lib.choose import make_engine
+from engine_lib.sglang_local import TESTED_VERSION, command_line
+from engine_lib.sglang_wire import parse_sglang_args
 from engine_lib.transformers_engine import TransformersEngine
 from search_lib.scorers import ScorerThread
 from search_lib.search import search
 from search_lib.tree import SearchConfig, SearchTask
 
 STOPS = (5, 77, 200, 256)
-
-
-def arguments(**changes):
-    given = dict(
-        sglang_args=["max_total_tokens=16384", "max-running-requests=64"], piref_gpu_util=0.5, seed=1, temperature=0,
-        deterministic=False, request_timeout=120.0,
-    )  # fmt: skip
-    return SimpleNamespace(**(given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +53,11 @@ def fork():
     set_start_method("spawn", force=True)
 
 
-def new_engine(folder, **changes):
-    return make_engine("sglang", inspect_model(folder, "--piref_model"), device="cpu", args=arguments(**changes))
+def new_engine(folder, sglang_args=("max_total_tokens=16384", "max-running-requests=64"), **settings):
+    config = EngineConfig(
+        str(folder), 264, seed=1, samples=False, request_timeout_s=120.0, sglang_args=sglang_args, **settings
+    )
+    return make_engine("sglang", config)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def engine(folder, fork):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    return TransformersEngine(str(folder))
+    return TransformersEngine(EngineConfig(str(folder), 264))
 
 
 def some_requests(count: int, seed: int = 0) -> list[Request]:
@@ -183,14 +178,12 @@ def test_greedy_searches_equal_those_of_the_transformers_engine(engine, referenc
 def test_a_cancelled_request_is_aborted(engine):
     async def main():
         running = asyncio.create_task(engine.generate([Request([1, 2], 2000, stop_ids=())] * 8))
-        await asyncio.sleep(0.5)
+        states = engine._engine.tokenizer_manager.rid_to_state
+        await asyncio.to_thread(wait_until, lambda: len(states) == 8, 10)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        deadline = time.monotonic() + 5
-        while engine._engine.tokenizer_manager.rid_to_state and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        assert not engine._engine.tokenizer_manager.rid_to_state
+        await asyncio.to_thread(wait_until, lambda: not states, 10)
 
     asyncio.run(main())
     assert len(asyncio.run(engine.generate(some_requests(2)))) == 2
@@ -206,7 +199,7 @@ def test_the_time_limit_of_a_request(engine, monkeypatch):
 
 def test_it_says_what_it_is(engine):
     said = engine.describe()
-    assert (said["name"], said["sglang"], said["kv_pool_tokens"]) == ("sglang", "0.5.23", 16384)
+    assert (said["name"], said["sglang"], said["kv_pool_tokens"]) == ("sglang", TESTED_VERSION, 16384)
     assert (said["device"], said["dtype"], said["disable_radix_cache"]) == ("cpu", "float32", False)
     json.dumps(said)
 
@@ -216,20 +209,18 @@ def test_it_says_what_it_is(engine):
 
 def test_a_setting_that_sglang_does_not_know(folder):
     with pytest.raises(UserError, match=r"'tp_sizee' is no setting of SGLang's server; the nearest is 'tp_size'"):
-        new_engine(folder, sglang_args=["tp_sizee=2"])
-    with pytest.raises(UserError, match=r"tp_size='two' cannot be read; int is expected"):
-        new_engine(folder, sglang_args=["tp_size=two"])
-    with pytest.raises(UserError, match=r"attention_backend='fastest' is not one of .*flashinfer"):
-        new_engine(folder, sglang_args=["attention_backend=fastest"])
+        new_engine(folder, ["tp_sizee=2"])
+    with pytest.raises(UserError, match=r"tp_size='two' cannot be read: .*invalid int value: 'two'"):
+        new_engine(folder, ["tp_size=two"])
+    with pytest.raises(UserError, match=r"attention_backend='fastest' cannot be read: .*flashinfer"):
+        new_engine(folder, ["attention_backend=fastest"])
     with pytest.raises(UserError, match=r"'tp_size' has no '='; give KEY=VALUE"):
-        new_engine(folder, sglang_args=["tp_size"])
+        new_engine(folder, ["tp_size"])
     with pytest.raises(UserError, match="--deterministic needs a GPU"):
         new_engine(folder, deterministic=True)
 
 
 def test_settings_are_read_as_sglangs_command_line_reads_them():
-    from engine_lib.sglang_wire import parse_sglang_args
-
     given = [
         "tp-size=2",
         "context_length=32k",
@@ -237,7 +228,7 @@ def test_settings_are_read_as_sglangs_command_line_reads_them():
         "mem_fraction_static=0.3",
         "--log-level=info",
     ]
-    assert parse_sglang_args(given) == {
+    assert parse_sglang_args(given, command_line()) == {
         "tp_size": 2, "context_length": 32000, "disable_overlap_schedule": False, "mem_fraction_static": 0.3,
         "log_level": "info",
     }  # fmt: skip
@@ -251,7 +242,8 @@ def test_an_engine_that_dies_ends_every_request_with_one_line(folder, fork, engi
         doomed = new_engine(folder)
         others = set(psutil.Process().children(recursive=True))
         running = [asyncio.create_task(doomed.generate([Request([i], 2000)] * 4)) for i in range(3)]
-        await asyncio.sleep(0.5)
+        states = doomed._engine.tokenizer_manager.rid_to_state
+        await asyncio.to_thread(wait_until, lambda: len(states) == 12, 10)
         os.kill(doomed._engine.get_all_child_pids()[0], signal.SIGKILL)
         begin = time.monotonic()
         for task in running:
@@ -274,9 +266,8 @@ def test_an_engine_that_dies_ends_every_request_with_one_line(folder, fork, engi
 def test_an_engine_that_does_not_start_says_so(folder, fork, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    broken = inspect_model(tmp_path, "--piref_model")
     (tmp_path / "model.safetensors").unlink()
     count = len(psutil.Process().children(recursive=True))
     with pytest.raises(EngineError, match=r"^the SGLang engine did not start: .*$"):
-        make_engine("sglang", broken, device="cpu", args=arguments())
+        new_engine(tmp_path)
     wait_until(lambda: len(psutil.Process().children(recursive=True)) <= count, 10)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_sglang
@@ -11,16 +12,19 @@ import pytest
 from fake_sglang import FakeServer, block
 
 from common_lib.cli import UserError
-from engine_lib import sglang_remote
-from engine_lib.base import EngineError, Reply, Request
-from engine_lib.sglang_http import choose_server
-from engine_lib.sglang_remote import SGLangServerEngine
+from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.retry import RetryPolicy
+from engine_lib.sglang_remote import Patience, SGLangServerEngine, choose_server
+
+QUICK = Patience(
+    retry=RetryPolicy(attempts=5, pause_s=0.0), look_again_s=0.02, look_again_most_s=0.05, probe_every_s=0.05
+)  # fmt: skip
 
 
 @pytest.fixture
 def model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
-    return SimpleNamespace(path=str(tmp_path), vocab_size=256, max_position_embeddings=2048)
+    return EngineConfig(model_path=str(tmp_path), vocab_size=256, request_timeout_s=20.0)
 
 
 @pytest.fixture
@@ -38,6 +42,11 @@ def servers():
         server.kill()
 
 
+def new_engine(model, *servers, patience=QUICK, **settings):
+    urls = tuple(server if isinstance(server, str) else server.url for server in servers)
+    return SGLangServerEngine(replace(model, sglang_urls=urls, **settings), patience)
+
+
 def with_engine(model, servers, main, **settings):
     async def run(engine):
         try:
@@ -45,9 +54,7 @@ def with_engine(model, servers, main, **settings):
         finally:
             await engine.close()
 
-    settings = {"request_timeout_s": 20.0} | settings
-    urls = [server if isinstance(server, str) else server.url for server in servers]
-    return asyncio.run(run(SGLangServerEngine(urls, model, **settings)))
+    return asyncio.run(run(new_engine(model, *servers, **settings)))
 
 
 def some_requests(count: int, groups: int = 1000, new: int = 5) -> list[Request]:
@@ -58,11 +65,10 @@ def expected(requests) -> list[Reply]:
     return [Reply(block(r.prompt_ids, r.max_new_tokens), "length", len(r.prompt_ids), 1) for r in requests]
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "this never happened"
-        time.sleep(0.01)
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 # What is sent
@@ -154,14 +160,13 @@ def test_a_lost_servers_requests_go_to_the_others_and_it_is_used_again(model, se
 
     async def main(engine):
         running = asyncio.create_task(engine.generate(requests))
-        await asyncio.to_thread(wait_until, lambda: one.bodies and two.bodies)
+        await until(lambda: one.bodies and two.bodies)
         one.kill()
         assert await running == expected(requests)
         count, two.seconds = len(one.bodies), 0.0
         one.seconds = 0.0
         one.start_again()
-        while not engine.servers[0].up:
-            await asyncio.sleep(0.05)
+        await until(lambda: engine.servers[0].up)
         assert await engine.generate(requests) == expected(requests)
         assert len(one.bodies) > count
 
@@ -178,7 +183,7 @@ def test_the_only_server_may_be_gone_for_a_while(model, servers):
         await engine.generate(requests)
         server.kill()
         running = asyncio.create_task(engine.generate(requests))
-        await asyncio.sleep(1.0)
+        await until(lambda: not engine.servers[0].up)
         server.start_again()
         assert await running == expected(requests)
 
@@ -192,22 +197,21 @@ def test_all_servers_gone_is_one_line_in_time(model, servers):
         for server in two:
             server.seconds = 30
         running = asyncio.create_task(engine.generate(some_requests(8)))
-        await asyncio.to_thread(wait_until, lambda: all(server.bodies for server in two))
+        await until(lambda: all(server.bodies for server in two))
         for server in two:
             server.kill()
         begin = time.monotonic()
         with pytest.raises(
-            EngineError, match=r"all SGLang servers have been out of reach for 1 s \(http.*; http.*\)"
+            EngineError, match=r"all SGLang servers have been out of reach for 0.2 s \(http.*; http.*\)"
         ) as error:
             await running
-        assert 0.9 < time.monotonic() - begin < 5
+        assert 0.2 <= time.monotonic() - begin < 5
         assert "\n" not in str(error.value)
 
-    with_engine(model, two, main, reconnect_timeout_s=1.0)
+    with_engine(model, two, main, patience=replace(QUICK, reconnect_s=0.2))
 
 
-def test_a_server_that_hangs_is_given_up(model, servers, monkeypatch):
-    monkeypatch.setattr(sglang_remote, "PROBE_EVERY_S", 0.1)
+def test_a_server_that_hangs_is_given_up(model, servers):
     hung, other = servers(2)
     release = threading.Event()
     hung.script = lambda body: release.wait(30) and None
@@ -215,7 +219,7 @@ def test_a_server_that_hangs_is_given_up(model, servers, monkeypatch):
 
     async def main(engine):
         running = asyncio.create_task(engine.generate(requests))
-        await asyncio.to_thread(wait_until, lambda: hung.bodies)
+        await until(lambda: hung.bodies)
         hung.healthy = False
         assert await running == expected(requests)
         assert len(other.bodies) == 20
@@ -253,7 +257,7 @@ def test_a_router_is_asked_for_its_servers(model, servers):
     with_engine(model, [router], main)
     router.workers = []
     with pytest.raises(EngineError, match="the router has no healthy server"):
-        SGLangServerEngine([router.url], model)
+        new_engine(model, router)
 
 
 # Errors of servers
@@ -277,16 +281,14 @@ def scripted(*answers):
         (200, {"output_ids": None, "meta_info": {"finish_reason": {"type": "length"}, "prompt_tokens": 1}}),
     ],
 )
-def test_what_may_pass_is_tried_again(model, servers, monkeypatch, answer):
-    monkeypatch.setattr(sglang_remote, "BACKOFF_S", 0.01)
+def test_what_may_pass_is_tried_again(model, servers, answer):
     server = servers(script=scripted(answer, answer))
     requests = some_requests(1)
     assert with_engine(model, [server], lambda e: e.generate(requests)) == expected(requests)
     assert len(server.bodies) == 3
 
 
-def test_a_server_that_always_fails_is_told(model, servers, monkeypatch):
-    monkeypatch.setattr(sglang_remote, "BACKOFF_S", 0.01)
+def test_a_server_that_always_fails_is_told(model, servers):
     server = servers(script=lambda body: (500, {"error": {"message": "out of memory"}}))
     with pytest.raises(EngineError, match=r"failed 5 times.*out of memory"):
         with_engine(model, [server], lambda e: e.generate(some_requests(1)))
@@ -301,11 +303,22 @@ def test_a_starting_server_is_waited_for(model, servers):
 
 def test_a_router_that_is_well_but_has_no_servers_is_given_up_in_time(model, servers):
     server = servers(script=lambda body: (503, {"error": {"message": "No available workers"}}))
-    begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"out of reach for 2 s .*No available workers"):
-        with_engine(model, [server], lambda e: e.generate(some_requests(3)), reconnect_timeout_s=2.0)
-    assert time.monotonic() - begin < 5
-    assert len(server.bodies) < 30, "it was asked again and again without a pause"
+
+    async def main(engine):
+        with pytest.raises(EngineError, match=r"out of reach for 0.3 s .*No available workers"):
+            await engine.generate(some_requests(3))
+        assert engine.servers[0].look_again_s == QUICK.look_again_most_s, "it is to be asked ever more rarely"
+
+    with_engine(model, [server], main, patience=replace(QUICK, reconnect_s=0.3))
+
+
+def test_a_try_that_lasted_shows_that_the_server_was_well(model, servers):
+    """Each is lost after a while: the time without servers starts anew."""
+    answers = [(503, "lost")] * 5
+    server = servers(script=lambda body: time.sleep(0.1) or (answers.pop() if answers else None))
+    requests = some_requests(1)
+    patience = replace(QUICK, reconnect_s=0.3, lasting_s=0.05)
+    assert with_engine(model, [server], lambda e: e.generate(requests), patience=patience) == expected(requests)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
@@ -362,7 +375,7 @@ def test_what_still_runs_is_aborted(model, servers, how):
 
     async def main(engine):
         running = asyncio.create_task(engine.generate(some_requests(3)))
-        await asyncio.to_thread(wait_until, lambda: len(server.bodies) == 3)
+        await until(lambda: len(server.bodies) == 3)
         if how == "cancel":
             running.cancel()
         else:
@@ -378,33 +391,55 @@ def test_what_still_runs_is_aborted(model, servers, how):
     with_engine(model, [server], main)
 
 
+def test_what_waits_for_a_lost_server_ends_as_well(model, servers):
+    server = servers()
+
+    async def main(engine):
+        server.kill()
+        running = asyncio.create_task(engine.generate(some_requests(3)))
+        await until(lambda: not engine.servers[0].up)
+        await engine.close()
+        with pytest.raises(EngineError, match="has been closed"):
+            async with asyncio.timeout(5):
+                await running
+
+    with_engine(model, [server], main)
+
+
+def test_it_ends_also_in_the_moment_in_which_a_server_is_lost(model, servers):
+    """asyncio.wait_for would forget that its task is cancelled (Python 3.11)."""
+
+    async def main(engine):
+        await engine.generate(some_requests(1))
+        await asyncio.sleep(0)
+        engine.servers[0].lost.set()
+        async with asyncio.timeout(5):
+            await engine.close()
+
+    with_engine(model, [servers()], main, patience=replace(QUICK, probe_every_s=60))
+
+
 # The start
 
 
 def test_nobody_answers(model):
     with pytest.raises(EngineError, match=r"no SGLang server answers \(http://127.0.0.1:9: "):
-        SGLangServerEngine(["http://127.0.0.1:9"], model)
+        new_engine(model, "http://127.0.0.1:9")
 
 
 def test_one_of_two_answers(model, servers, caplog):
     server = servers()
     requests = some_requests(5)
-    assert with_engine(model, ["http://127.0.0.1:9/", server], lambda e: e.generate(requests)) == expected(requests)
+    assert with_engine(model, ["http://127.0.0.1:9", server], lambda e: e.generate(requests)) == expected(requests)
     assert "http://127.0.0.1:9 does not answer" in caplog.text
-
-
-@pytest.mark.parametrize("url", ["localhost:30000", "http://", "ftp://a", "http://a:port", "http://a:0"])
-def test_no_url(model, url):
-    with pytest.raises(UserError, match=r"--sglang_url .* is no URL of a server; give http://HOST:PORT"):
-        SGLangServerEngine([url], model)
 
 
 def test_another_model_is_refused(model, servers, caplog):
     with pytest.raises(
         UserError, match=r"serves the-model, a LlamaForCausalLM; --piref_model .* is a Qwen2ForCausalLM"
     ):
-        SGLangServerEngine([servers(architectures=["LlamaForCausalLM"]).url], model)
-    SGLangServerEngine([servers().url], model)
+        new_engine(model, servers(architectures=["LlamaForCausalLM"]))
+    new_engine(model, servers())
     assert "only you know that they are the same" in caplog.text
 
 
@@ -414,26 +449,29 @@ def test_the_same_model_by_another_name(model, servers, caplog, tmp_path):
     (cached / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(cached)
     for path, served in ((cached, "owner/name"), (cached, str(tmp_path / "link")), (cached, str(cached))):
-        SGLangServerEngine([servers(model_path=served).url], SimpleNamespace(path=str(path), vocab_size=9))
+        new_engine(replace(model, model_path=str(path)), servers(model_path=served))
     assert "only you know" not in caplog.text
 
 
 def test_deterministic_needs_servers_that_are(model, servers):
     with pytest.raises(UserError, match="start it with --enable-deterministic-inference"):
-        SGLangServerEngine([servers().url], model, deterministic=True)
+        new_engine(model, servers(), deterministic=True)
 
 
 def test_another_kind_of_server_is_told(model, servers):
     server = servers(max_req_input_len=None)
     with pytest.raises(EngineError, match="does not answer as an SGLang server does"):
-        SGLangServerEngine([server.url], model)
+        new_engine(model, server)
+    for status, message in ((404, "does not answer as an SGLang server does"), (401, "/server_info says 401")):
+        with pytest.raises(EngineError, match=message):
+            new_engine(model, servers(pages=status))
 
 
 def test_it_can_be_made_where_a_loop_runs_already(model, servers):
     server = servers()
 
     async def notebook():
-        engine = SGLangServerEngine([server.url], model)
+        engine = new_engine(model, server)
         assert await engine.generate(some_requests(2)) == expected(some_requests(2))
         await engine.close()
 

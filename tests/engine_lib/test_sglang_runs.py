@@ -25,10 +25,11 @@ from sglang_host import Host, free_port, wait_until
 
 from common_lib.cli import UserError
 from common_lib.models import inspect_model
-from engine_lib.base import EngineError, Request
+from engine_lib.base import EngineConfig, EngineError, Request
 from engine_lib.sglang_remote import SGLangServerEngine
 from engine_lib.transformers_engine import TransformersEngine
-from search_lib.tree import SearchConfig, select
+from search_lib.search import select
+from search_lib.tree import SearchConfig
 
 SGLANG_ARGS = [
     "--engine",
@@ -100,6 +101,11 @@ def finish(child) -> str:
 
 def urls(*servers) -> list[str]:
     return [word for server in servers for word in ("--sglang_url", server.url)]
+
+
+def new_engine(folder: Path, *servers: str, **settings) -> SGLangServerEngine:
+    info = inspect_model(folder, "--piref_model")
+    return SGLangServerEngine(EngineConfig(info.path, info.vocab_size, sglang_urls=servers, **settings))
 
 
 def journal(output: Path) -> list[dict]:
@@ -219,14 +225,16 @@ def test_one_of_two_servers_killed_in_mid_run_and_restarted(host, inputs, genera
 
 def test_a_server_that_is_back_is_used_again(host, generator, servers):
     async def main():
-        engine = SGLangServerEngine([server.url for server in servers], inspect_model(generator, "--piref_model"))
+        engine = new_engine(generator, *(server.url for server in servers))
         requests = [Request([i, 7], 12, temperature=0, group=f"{i}") for i in range(32)]
-        expected = [reply.token_ids for reply in await TransformersEngine(str(generator)).generate(requests)]
+        expected = [
+            reply.token_ids for reply in await TransformersEngine(EngineConfig(str(generator), 264)).generate(requests)
+        ]
         home = servers[1]
         running = asyncio.create_task(
             engine.generate([Request([9, i], 1500, temperature=0, group="g") for i in range(6)])
         )
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(wait_until, lambda: running_requests(home) > 0, 20)
         await asyncio.to_thread(home.kill)
         assert [len(reply.token_ids) for reply in await running] == [1500] * 6
         assert [reply.token_ids for reply in await engine.generate(requests)] == expected
@@ -245,11 +253,11 @@ def test_a_server_that_is_back_is_used_again(host, generator, servers):
 def test_a_router_survives_one_of_its_servers(host, generator, servers, router):
     async def main():
         wait_until(lambda: sum(w["is_healthy"] for w in router.get("workers")["workers"]) == 2, 60, router)
-        engine = SGLangServerEngine([router.url], inspect_model(generator, "--piref_model"), request_timeout_s=100)
+        engine = new_engine(generator, router.url, request_timeout_s=100)
         running = asyncio.create_task(
             engine.generate([Request([3, i], 1000, temperature=0, group=f"{i}") for i in range(8)])
         )
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(wait_until, lambda: sum(map(running_requests, servers)) == 8, 20)
         await asyncio.to_thread(servers[0].kill)
         replies = await running
         await engine.close()
@@ -292,18 +300,18 @@ def test_a_server_of_another_model_is_refused(generator, servers, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"Qwen2ForCausalLM; --piref_model .* is a LlamaForCausalLM"):
-        SGLangServerEngine([servers[0].url], inspect_model(tmp_path, "--piref_model"))
+        new_engine(tmp_path, servers[0].url)
     with pytest.raises(UserError, match="--enable-deterministic-inference"):
-        SGLangServerEngine([servers[0].url], inspect_model(generator, "--piref_model"), deterministic=True)
+        new_engine(generator, servers[0].url, deterministic=True)
     with pytest.raises(EngineError, match="no SGLang server answers"):
-        SGLangServerEngine([f"http://127.0.0.1:{free_port()}"], inspect_model(generator, "--piref_model"))
+        new_engine(generator, f"http://127.0.0.1:{free_port()}")
 
 
 def test_requests_that_nobody_waits_for_are_aborted(generator, servers):
     """On the server: after `close` it soon runs nothing."""
 
     async def main():
-        engine = SGLangServerEngine([servers[0].url], inspect_model(generator, "--piref_model"))
+        engine = new_engine(generator, servers[0].url)
         running = asyncio.create_task(engine.generate([Request([3, i], 2040) for i in range(8)]))
         await asyncio.to_thread(wait_until, lambda: running_requests(servers[0]) == 8, 20)
         await engine.close()

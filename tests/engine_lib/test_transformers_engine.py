@@ -2,13 +2,14 @@
 
 import asyncio
 import random
+import threading
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from engine_lib.base import EngineError, Request, check_requests
+from engine_lib.base import EngineConfig, EngineError, Request, check_requests
 from engine_lib.sampling import row_uniforms, sample_rows
 from engine_lib.transformers_engine import TransformersEngine
 
@@ -18,9 +19,9 @@ def generator(tmp_path_factory):
     return tiny.save_generator(tmp_path_factory.mktemp("generator"))
 
 
-def with_engine(generator, main, **settings):
+def with_engine(generator, main, kind=TransformersEngine, **settings):
     async def run():
-        engine = TransformersEngine(str(generator), **settings)
+        engine = kind(EngineConfig(str(generator), 264), **settings)
         try:
             return await main(engine)
         finally:
@@ -109,30 +110,39 @@ def test_a_batch_that_does_not_fit_is_split(generator):
     assert texts(with_engine(generator, lambda e: e.generate(requests), max_batch_rows=1)) == whole
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(generator, monkeypatch, caplog):
-    requests, run_batch = some_requests(8), TransformersEngine._run_batch
+class SmallCard(TransformersEngine):
+    """Has room for three rows."""
 
-    def small_card(self, batch):
-        if len(batch) > 3:
+    def _run_batch(self, requests):
+        if len(requests) > 3:
             raise torch.OutOfMemoryError("no room")
-        return run_batch(self, batch)
+        return super()._run_batch(requests)
 
+
+class Broken(TransformersEngine):
+    def _run_batch(self, requests):
+        raise RuntimeError("boom")
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(generator, caplog):
+    requests = some_requests(8)
     whole = texts(with_engine(generator, lambda e: e.generate(requests)))
-    monkeypatch.setattr(TransformersEngine, "_run_batch", small_card)
-    assert texts(with_engine(generator, lambda e: e.generate(requests))) == whole
+    assert texts(with_engine(generator, lambda e: e.generate(requests), SmallCard)) == whole
     assert "going on with 4" in caplog.text
-    monkeypatch.setattr(
-        TransformersEngine, "_run_batch", lambda self, batch: (_ for _ in ()).throw(RuntimeError("boom"))
-    )
+
+
+def test_another_error_ends_its_requests_with_one_line(generator):
     with pytest.raises(EngineError, match="boom"):
-        with_engine(generator, lambda e: e.generate(requests))
+        with_engine(generator, lambda e: e.generate(some_requests(2)), Broken)
 
 
 def test_cancelled_and_closed(generator):
     async def main(engine):
         long = asyncio.create_task(engine.generate([Request([1], 2000)]))
         waiting = asyncio.create_task(engine.generate([Request([2], 2000)] * 3))
-        await asyncio.sleep(0.2)
+        begun = threading.Event()
+        engine.model.register_forward_pre_hook(lambda *_: begun.set())
+        assert await asyncio.to_thread(begun.wait, 30)
         waiting.cancel()
         await engine.close()
         await engine.close()

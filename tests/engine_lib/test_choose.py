@@ -1,0 +1,49 @@
+"""Which engine a name means, and what is said about it."""
+
+import sys
+
+import pytest
+
+from engine_lib.base import EngineConfig
+from engine_lib.choose import ENGINES, choose_engine, make_engine
+
+CONFIG = EngineConfig(model_path="folder", vocab_size=9)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_name_is_kept(name):
+    assert choose_engine(name) == name
+
+
+def test_auto_is_sglang_where_it_is_installed(tmp_path, monkeypatch, caplog):
+    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").write_text("raise RuntimeError('it need not be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_engine("auto") == "sglang"
+    assert not caplog.text
+
+
+def test_auto_is_transformers_elsewhere_and_this_is_said(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    assert choose_engine("auto") == "transformers"
+    assert "much slower on a GPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "warned"),
+    [
+        ("sglang", {}, True),
+        ("sglang-server", {}, True),
+        ("sglang", {"deterministic": True}, False),
+        ("sglang", {"samples": False}, False),
+        ("transformers", {}, False),
+    ],
+)
+def test_sglang_ignores_seeds_unless_it_is_deterministic(name, settings, warned, monkeypatch, caplog):
+    made = []
+    monkeypatch.setitem(ENGINES, name, made.append)
+    config = EngineConfig(model_path="folder", vocab_size=9, **settings)
+    make_engine(name, config)
+    assert made == [config]
+    assert ("SGLang ignores seeds without --deterministic" in caplog.text) is warned

@@ -1,0 +1,286 @@
+"""The engine's thread, its life and its death, with a fake package in the place of sglang: quick, and anywhere."""
+
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from common_lib.cli import UserError
+from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.sglang_local import DESCRIBED_SETTINGS, TESTED_VERSION, SGLangEngine, import_sglang, warn_of_version
+
+CONFIG = EngineConfig(model_path="folder", vocab_size=100, samples=False)
+REQUEST = Request([1, 2, 3], 2, temperature=0)
+
+
+class Context:
+    """zmq's."""
+
+    destroyed = False
+
+    def destroy(self, linger: int) -> None:
+        self.destroyed = True
+
+
+class HTTPException(Exception):
+    def __init__(self, detail: str):
+        self.detail = detail
+
+
+class FakeEngine:
+    """`sgl.Engine` with a process of its own; `on_start` and `answer` may be changed before it is made."""
+
+    made: "list[FakeEngine]"
+    on_start = staticmethod(lambda: None)
+    answer = None  # to a prompt; None: it writes forever
+
+    def __init__(self, **settings):
+        self.settings, self.asked, self.aborted = settings, asyncio.Event(), 0
+        self.child, self.context = subprocess.Popen(["sleep", "60"]), Context()
+        self.made.append(self)
+        logging.getLogger().setLevel(logging.DEBUG)  # as sglang does, or worse
+        logging.getLogger().handlers.clear()
+        asyncio.set_event_loop_policy(None)
+        self.quieted = os.environ.get("PYTHONWARNINGS")
+        self.on_start()
+        self.server_args = SimpleNamespace(resolved_dict=lambda: dict.fromkeys(DESCRIBED_SETTINGS, 1) | settings)
+        self._scheduler_init_result = SimpleNamespace(
+            scheduler_infos=[{"max_req_input_len": 2042, "max_total_num_tokens": 8192}]
+        )
+        self.tokenizer_manager = SimpleNamespace(_subprocess_watchdog=None)
+
+    def get_all_child_pids(self) -> list[int]:
+        return [self.child.pid]
+
+    def shutdown(self) -> None:
+        pass
+
+    async def async_generate(self, input_ids, sampling_params):
+        self.asked.set()
+        if self.answer is not None:
+            return [self.answer(ids, params) for ids, params in zip(input_ids, sampling_params, strict=True)]
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+
+
+def written(ids, params) -> dict:
+    meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(ids), "cached_tokens": 1}
+    return {"output_ids": [7] * params["max_new_tokens"], "meta_info": meta}
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A fake sglang, of the tested version; its manager module, with the function that is patched there."""
+    fake = type("Engine", (FakeEngine,), {"made": []})
+    modules = {
+        "sglang": {"__version__": TESTED_VERSION, "Engine": fake},
+        "sglang.srt": {},
+        "sglang.srt.managers": {},
+        "sglang.srt.managers.tokenizer_manager": {"kill_process_tree": None},
+        "zmq": {"Context": Context},
+        "fastapi": {"HTTPException": HTTPException},
+    }
+    for name, contents in modules.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    warn_of_version.cache_clear()
+    yield sys.modules["sglang"]
+    warn_of_version.cache_clear()
+    for engine in fake.made:
+        engine.child.kill()
+        engine.child.wait()
+
+
+def with_engine(main, **settings):
+    async def run(engine):
+        try:
+            return await main(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run(SGLangEngine(CONFIG, **settings)))
+
+
+async def asked(package, requests, engine):
+    """A task that waits for replies which never come."""
+    running = asyncio.create_task(engine.generate(requests))
+    async with asyncio.timeout(10):
+        while not package.Engine.made[0].asked.is_set():
+            await asyncio.sleep(0.005)
+    return running
+
+
+# The version
+
+
+def test_the_tested_version_is_not_spoken_of(package, caplog):
+    with_engine(lambda engine: asyncio.sleep(0))
+    assert not caplog.text
+
+
+def test_another_version_is_one_warning_that_names_both(package, caplog):
+    package.__version__ = "0.6.0"
+    for _ in range(2):
+        with_engine(lambda engine: asyncio.sleep(0))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "sglang 0.6.0 is installed" in record.getMessage()
+    assert TESTED_VERSION in record.getMessage()
+
+
+def test_no_sglang_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    with pytest.raises(UserError, match=r"sglang cannot be imported .*; install requirements.txt on a GPU node"):
+        import_sglang()
+
+
+# The start
+
+
+def test_this_process_stays_as_it_was(package):
+    root, policy = logging.getLogger(), asyncio.get_event_loop_policy()
+    before = root.handlers[:], root.level, os.environ.get("PYTHONWARNINGS"), signal.getsignal(signal.SIGQUIT)
+    assert before[0], "pytest has handlers of its own"
+
+    async def main(engine):
+        assert (root.handlers, root.level, os.environ.get("PYTHONWARNINGS")) == before[:3]
+        assert signal.getsignal(signal.SIGQUIT) is not before[3]
+        assert package.Engine.made[0].quieted == "ignore"
+
+    with_engine(main)
+    assert asyncio.get_event_loop_policy() is policy
+    assert (root.handlers[:], root.level, os.environ.get("PYTHONWARNINGS"), signal.getsignal(signal.SIGQUIT)) == before
+
+
+def test_an_engine_that_does_not_start_says_why_and_leaves_nothing(package):
+    def fail():
+        raise RuntimeError("\n  no room on the GPU\nand more")
+
+    package.Engine.on_start = staticmethod(fail)
+    before = signal.getsignal(signal.SIGQUIT)
+    with pytest.raises(EngineError, match=r"^the SGLang engine did not start: no room on the GPU$"):
+        SGLangEngine(CONFIG)
+    assert package.Engine.made[0].child.poll() is not None
+    assert signal.getsignal(signal.SIGQUIT) == before
+
+
+def test_a_process_that_fails_at_the_start_without_a_word(package):
+    release = threading.Event()
+
+    def fail():
+        os.kill(os.getpid(), signal.SIGQUIT)
+        release.wait(30)
+        raise SystemExit
+
+    package.Engine.on_start = staticmethod(fail)
+    with pytest.raises(EngineError, match="did not start: one of its processes failed; its messages are above"):
+        SGLangEngine(CONFIG, start_grace_s=0.1)
+    release.set()
+
+
+# Requests
+
+
+def test_replies_and_what_is_told_of_it(package):
+    package.Engine.answer = staticmethod(written)
+
+    async def main(engine):
+        assert await engine.generate([REQUEST, Request([4], 1)]) == [
+            Reply([7, 7], "length", 3, 1), Reply([7], "length", 1, 1),
+        ]  # fmt: skip
+        assert await engine.generate([]) == []
+        with pytest.raises(ValueError, match="longer than the generator's context of 2046"):
+            await engine.generate([Request([1], 2046)])
+        said = engine.describe()
+        assert (said["sglang"], said["context_length"], said["kv_pool_tokens"]) == (TESTED_VERSION, 2046, 8192)
+        assert set(DESCRIBED_SETTINGS) <= set(said)
+
+    with_engine(main)
+    (engine,) = package.Engine.made
+    assert (engine.settings["model_path"], engine.settings["device"]) == ("folder", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("too long"), "SGLang refused a request: too long"),
+        (HTTPException("cache full"), "SGLang failed on a request: cache full"),
+    ],
+)
+def test_a_request_that_fails(package, error, message):
+    def fail(ids, params):
+        raise error
+
+    package.Engine.answer = staticmethod(fail)
+    with pytest.raises(EngineError, match=message):
+        with_engine(lambda engine: engine.generate([REQUEST]))
+
+
+def test_a_cancelled_request_is_aborted(package):
+    async def main(engine):
+        running = await asked(package, [REQUEST], engine)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(10):
+            while not package.Engine.made[0].aborted:
+                await asyncio.sleep(0.005)
+
+    with_engine(main)
+
+
+# The end
+
+
+def test_close_ends_its_requests_its_processes_and_its_contexts_alone(package, monkeypatch):
+    other, context = subprocess.Popen(["sleep", "60"]), Context()
+
+    async def main(engine):
+        running = await asked(package, [REQUEST], engine)
+        await engine.close()
+        with pytest.raises(EngineError, match="has been closed"):
+            await running
+        with pytest.raises(EngineError, match="has been closed"):
+            await engine.generate([REQUEST])
+
+    unregistered = []
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
+    with_engine(main)  # which closes it again
+    (engine,) = package.Engine.made
+    assert unregistered == [engine.shutdown], "it would kill every child of this process at its exit"
+    assert engine.child.poll() is not None
+    assert engine.context.destroyed
+    assert not context.destroyed
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+@pytest.mark.parametrize("how", ["its process", "its manager"])
+def test_its_death_ends_every_request_with_one_line(package, how):
+    async def main(engine):
+        running = [await asked(package, [REQUEST], engine) for _ in range(3)]
+        if how == "its process":
+            os.kill(os.getpid(), signal.SIGQUIT)  # as sglang's children do
+        else:  # as the manager would end this process, from its own thread
+            manager = sys.modules["sglang.srt.managers.tokenizer_manager"]
+            await asyncio.to_thread(manager.kill_process_tree, os.getpid(), include_parent=True)
+        for task in running:
+            with pytest.raises(EngineError, match=r"^the SGLang engine died: .* failed \(its messages are above\)$"):
+                await task
+        with pytest.raises(EngineError, match="died"):
+            await engine.generate([REQUEST])
+
+    with_engine(main)
+    assert package.Engine.made[0].child.poll() is not None
