@@ -16,13 +16,14 @@ def check_device_name(name: str, flag: str) -> None:
 
 def resolve_device(name: str, flag: str) -> str:
     """`auto` -> cuda where there is a GPU. Raises UserError for a GPU that is not there."""
+    check_device_name(name, flag)
+    if name == "cpu":
+        return name
     import torch
 
-    check_device_name(name, flag)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} usable GPUs; give cpu or auto")
     return name
 
