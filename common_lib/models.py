@@ -95,7 +95,7 @@ def _weight_shapes(path: Path, flag: str) -> dict[str, list[int]]:
     files = _weight_files(path)
     if not files:
         raise UserError(f"{flag} {path} has no weights (no *.safetensors and no pytorch_model*.bin)")
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for file in files if files[0].suffix == ".safetensors" else ():
         try:
             with safe_open(file, framework="np") as weights:
