@@ -57,7 +57,6 @@ from eval_utils import Grader, extract_answer
 from training_lib.collection import (
     CUT_WEIGHTS,
     CollectionFolder,
-    ProblemLines,
     SourceProblem,
     check_output_dir,
     count,
@@ -99,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--seed", type=int, default=1337, help="decides cuts and, as far as the engine is deterministic, tokens")
 
     flag = parser.add_argument_group("generators").add_argument
-    flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="the generator that writes the roll-outs: folder or hub name")
+    flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="the generator: folder or hub name")
     flag("--roll_in_models", nargs="+", help="models that write roll-ins, in turn (default: the generator)")
     flag("--batch_size", type=int, default=256, help="problems at once")
     add_engine_flags(flag, attention="auto", gpu_share=0.85)
@@ -147,30 +146,28 @@ def make_plan(args: argparse.Namespace) -> CollectionPlan:
     """Read problems, configs and tokenizers, and check that all fits. Raises UserError."""
     problems = load_problems(args.problems, args.split, args.max_problems)
     generator = inspect_generator(args.piref_model, "--piref_model")
-    others = args.roll_in_models if args.num_roll_ins else []
-    roll_in_models = [inspect_generator(name, "--roll_in_models") for name in others]
+    names = args.roll_in_models if args.num_roll_ins else []
+    roll_in_models = [inspect_generator(name, "--roll_in_models") for name in names]
     engine, device = choose_engine(args.engine), resolve_device(args.device, "--device")
     path = Path(generator.path)
     tokenizer = load_tokenizer(path, "--piref_model")
     check_prompt_format(args.prompt_format, tokenizer)
     prompts = [format_prompt(problem.problem, args.prompt_format, tokenizer) for problem in problems]
-    longest, vocabulary = max(map(len, prompts)), tokenizer.get_vocab()
+    longest = max(map(len, prompts))
     for info in (generator, *roll_in_models):
         if longest + args.max_length > info.max_position_embeddings:
             raise UserError(
                 f"the longest prompt ({longest} tokens) and --max_length {args.max_length} make {longest + args.max_length} "
                 f"tokens, more than the {info.max_position_embeddings} positions of {info.path}"
             )
-        same = (
-            info.path == generator.path or load_tokenizer(Path(info.path), "--roll_in_models").get_vocab() == vocabulary
-        )
-        if not same:
+    others = [Path(info.path) for info in roll_in_models if info.path != generator.path]
+    for other in others:
+        if load_tokenizer(other, "--roll_in_models").get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"--roll_in_models {info.path} has another tokenizer than --piref_model {args.piref_model}; they must share one"
+                f"--roll_in_models {other} has another tokenizer than --piref_model {args.piref_model}; they must share one"
             )
-    return CollectionPlan(
-        problems, prompts, generator, roll_in_models, tokenizer, stop_token_ids(path, tokenizer), engine, device
-    )
+    stop_ids = stop_token_ids(path, tokenizer)
+    return CollectionPlan(problems, prompts, generator, roll_in_models, tokenizer, stop_ids, engine, device)
 
 
 def inspect_generator(name: str, flag: str) -> ModelInfo:
@@ -202,9 +199,8 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
         if info.fingerprint == plan.generator.fingerprint:
             own.append(model)
             continue
-        lines = output.roll_ins(model)
-        await write_roll_ins(args, plan, model, lines, [number for number in missing if number not in lines.done])
-        for record in lines.records():
+        await write_roll_ins(args, plan, model, output)
+        for record in output.roll_ins(model).records():
             roll_ins.get(record["i"], {}).update({int(key): ids for key, ids in record["roll_ins"].items()})
 
     async def work(number: int) -> None:
@@ -217,10 +213,10 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
     await stage.run(missing, work)
 
 
-async def write_roll_ins(
-    args: argparse.Namespace, plan: CollectionPlan, model: int, lines: ProblemLines, numbers: Sequence[int]
-) -> None:
+async def write_roll_ins(args: argparse.Namespace, plan: CollectionPlan, model: int, output: CollectionFolder) -> None:
     """The roll-ins of one model, kept in a file: its engine makes room for the next one's."""
+    lines = output.roll_ins(model)
+    numbers = [number for number in output.missing() if number not in lines.done]
 
     async def work(number: int) -> None:
         lines.add(number, {"roll_ins": await sample_roll_ins(stage, number, model)})
@@ -335,19 +331,12 @@ class Stage:
 # The whole
 
 
-def report(args: argparse.Namespace, output: CollectionFolder, settings: dict[str, Any]) -> None:
+def report(output: CollectionFolder, settings: dict[str, Any]) -> None:
     """The data card, and its main figures on the screen."""
     figures = count(output)
-    roll_ins = (
-        f"Roll-ins are cut after t response tokens with probability proportional to {args.cut_weight} of t, without "
-        "repetition (the paper says only that positions are square-root weighted; this reading is an assumption)."
-    )
-    formula = roll_ins if args.num_roll_ins else "Every roll-out starts at the bare prompt."
-    write_card(output, figures, settings, formula)
-    print(
-        f"{figures['rows']} problems ({figures['dropped']} without a success left out), {figures['rollouts']} roll-outs: "
-        f"{figures['labels']}"
-    )
+    write_card(output, figures, settings)
+    left_out = f"{figures['dropped']} without a success left out"
+    print(f"{figures['rows']} problems ({left_out}), {figures['rollouts']} roll-outs: {figures['labels']}")
     print(f"written to {output.folder}; next: train_classifier.py --data_path {output.folder}", flush=True)
     if not figures["rows"]:
         raise UserError(
@@ -371,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             quiet_transformers()
             with Grader() as grader:
                 asyncio.run(run_until_signal(collect(args, plan, output, grader)))
-            report(args, output, settings)
+            report(output, settings)
         return 0
     except (Stopped, EngineError, RequestsFailed, OutputError) as error:
         done = f"{output.num_done if output else 0} of {total} problems are done; the same command goes on"

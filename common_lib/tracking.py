@@ -27,35 +27,21 @@ CLOSE_SECONDS = 30.0  # for sending what is left; what was not sent stays on dis
 Scalar = str | int | float | bool
 
 
-class Backend:
-    """Where a tracker's data go. This one keeps nothing; others take its place. Any of them may raise anything."""
-
-    id = ""  # names the run when it is resumed
-    where = "not tracked"  # where the data are, how to see them
-
-    def log_configs(self, configs: dict[str, Scalar]) -> None:
-        """Before the first metrics."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Finite numbers by name."""
-
-    def close(self, seconds: float) -> None:
-        """Send what is left, for at most that long."""
-
-
 class Tracker:
-    """Logs to its backend; never raises. `id` is for resuming the run, `where` says where the data are."""
+    """Takes what a run logs and never raises. This one keeps nothing; those below send it somewhere.
 
-    def __init__(self, backend: Backend | None = None, close_seconds: float = CLOSE_SECONDS) -> None:
-        self._backend = backend or Backend()
-        self._close_seconds, self._warned = close_seconds, False
-        self.id, self.where = self._backend.id, self._backend.where
+    `id` names the run when it is resumed; `where` says where the data are and how to see them.
+    """
+
+    def __init__(self, run_id: str = "", where: str = "not tracked", close_seconds: float = CLOSE_SECONDS) -> None:
+        self.id, self.where, self._close_seconds = run_id, where, close_seconds
+        self._closed = self._warned = False
         # Runs before neptune-scale's own exit handler, which has no timeout and waits for ever for a host that is gone.
         atexit.register(self.close)
 
     def log_configs(self, configs: Mapping[str, object]) -> None:
         """Any nested mapping, before the first metrics: keys are joined by '/', lists and other objects become text."""
-        self._guarded(self._backend.log_configs, _flat(configs))
+        self._guarded(self.send_configs, _flat(configs))
 
     def log_metrics(self, metrics: Mapping[str, object], step: int) -> None:
         """Numbers by name at a step. What is None or not finite is left out, with a warning the first time."""
@@ -63,17 +49,27 @@ class Tracker:
         if left_out := [name for name in metrics if name not in numbers]:
             self._warn(f"not finite numbers at step {step}: {', '.join(left_out)}")
         if numbers:
-            self._guarded(self._backend.log_metrics, numbers, step)
+            self._guarded(self.send_metrics, numbers, step)
 
     def close(self) -> None:
         """Send what is left, for at most `close_seconds`. Can be called twice."""
-        backend, self._backend = self._backend, Backend()
-        atexit.unregister(self.close)
-        self._guarded(backend.close, self._close_seconds)
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            self._guarded(self.send_rest, self._close_seconds)
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+    def send_configs(self, configs: dict[str, Scalar]) -> None:
+        """May raise anything, as the next two."""
+
+    def send_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Finite numbers."""
+
+    def send_rest(self, seconds: float) -> None:
+        """For at most that long."""
+
+    def _guarded(self, send: Callable[..., None], *args: Any) -> None:
         try:
-            call(*args)
+            send(*args)
         except Exception as error:
             self._warn(_in_words(error))
 
@@ -98,10 +94,10 @@ def make_tracker(
     missing or malformed, or a package that is not installed; any other failure is a warning and a tracker that logs
     nowhere.
     """
-    if kind not in BACKENDS:
+    if kind not in TRACKERS:
         raise UserError(f"unknown tracker {kind!r}: one of {', '.join(KINDS)}")
     try:
-        return Tracker(BACKENDS[kind](project, resume_id or _new_id(run_name), list(tags)), close_seconds)
+        return TRACKERS[kind](project, resume_id or _new_id(run_name), list(tags), close_seconds)
     except ImportError:
         package = {"neptune": "neptune-scale"}.get(kind, kind)
         raise UserError(f"{package} is not installed: pip install {package}, or use --tracker none") from None
@@ -109,9 +105,7 @@ def make_tracker(
         raise
     except Exception as error:
         logger.warning("tracker: %s does not start (%s); the run goes on without it", kind, _in_words(error))
-        nowhere = Backend()
-        nowhere.where = f"not tracked: {kind} did not start ({_in_words(error)})"
-        return Tracker(nowhere)
+        return Tracker(where=f"not tracked: {kind} did not start ({_in_words(error)})")
 
 
 def _new_id(run_name: str) -> str:
@@ -157,13 +151,13 @@ def _in_words(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backends
+# Where it is sent
 
 
-class NeptuneBackend(Backend):
+class NeptuneTracker(Tracker):
     """neptune-scale: to its host where there is a token, else to a file on disk, as NEPTUNE_MODE=offline also asks."""
 
-    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
+    def __init__(self, project: str | None, run_id: str, tags: list[str], close_seconds: float) -> None:
         project = project or os.environ.get("NEPTUNE_PROJECT")
         if not project:
             raise UserError("no neptune project: give --neptune_project WORKSPACE/PROJECT or set NEPTUNE_PROJECT")
@@ -189,31 +183,31 @@ class NeptuneBackend(Backend):
             on_warning_callback=self._report,
         )
         self._children = set(multiprocessing.active_children()) - others
-        self.id = run_id
         databases = folder.glob(f"*{glob.escape(run_id[:64])}*/*.sqlite3")
         newest = max(databases, key=lambda path: path.stat().st_mtime, default=folder)
         sync = f"`neptune sync {shlex.quote(str(newest))}`"
         if offline_because:
             # Its advice on closing is what `where` says already.
             logging.getLogger("neptune").setLevel(logging.ERROR)
-            self.where = f"neptune, offline ({offline_because}): {sync} uploads it"
+            where = f"neptune, offline ({offline_because}): {sync} uploads it"
         else:
-            self.where = f"neptune project {project}, run {run_id}; if the host fails, {sync} uploads the rest"
+            where = f"neptune project {project}, run {run_id}; if the host fails, {sync} uploads the rest"
+        super().__init__(run_id, where, close_seconds)
         if tags:
             self._run.add_tags(tags)
 
     def _report(self, error: BaseException, last_seen: float | None) -> None:
         if not self._reported:
             self._reported = True
-            logger.warning("tracker: %s (the run goes on; %s)", _in_words(error), self.where)
+            logger.warning("tracker: %s (the run goes on; `neptune sync` uploads what is missing)", _in_words(error))
 
-    def log_configs(self, configs: dict[str, Scalar]) -> None:
+    def send_configs(self, configs: dict[str, Scalar]) -> None:
         self._run.log_configs(configs)
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+    def send_metrics(self, metrics: dict[str, float], step: int) -> None:
         self._run.log_metrics(metrics, step=step)
 
-    def close(self, seconds: float) -> None:
+    def send_rest(self, seconds: float) -> None:
         self._run.close(timeout=seconds)
         # A sending process that cannot reach its host outlives the timeout by a minute, and the interpreter would wait.
         for child in self._children:
@@ -221,39 +215,34 @@ class NeptuneBackend(Backend):
                 child.kill()
 
 
-class TrackioBackend(Backend):
+class TrackioTracker(Tracker):
     """trackio: a local database, shown by its own command."""
 
-    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
+    def __init__(self, project: str | None, run_id: str, tags: list[str], close_seconds: float) -> None:
         import trackio
 
         project = project or "value-guided-search"
         self._trackio = trackio
-        self._logged = False
         self._run = trackio.init(project=project, name=run_id, resume="allow", embed=False)
-        self.id = run_id
-        self.where = (
-            f"trackio project {project}, run {run_id}: `trackio show --project {shlex.quote(project)}` shows it"
-        )
+        shown = f"`trackio show --project {shlex.quote(project)}` shows it"
+        super().__init__(run_id, f"trackio project {project}, run {run_id}: {shown}", close_seconds)
         if tags:
-            self.log_configs({"tags": json.dumps(tags)})
+            self.log_configs({"tags": tags})
 
-    def log_configs(self, configs: dict[str, Scalar]) -> None:
-        if self._logged:
-            raise RuntimeError("trackio takes configs only before the first metrics")
+    def send_configs(self, configs: dict[str, Scalar]) -> None:
         self._run.config |= configs  # written with the first metrics
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self._logged = True
+    def send_metrics(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
 
-    def close(self, seconds: float) -> None:
+    def send_rest(self, seconds: float) -> None:
         self._trackio.finish()
 
 
-BACKENDS: dict[str, Callable[[str | None, str, list[str]], Backend]] = {
-    "neptune": NeptuneBackend,
-    "trackio": TrackioBackend,
-    "none": lambda *_: Backend(),
+# name -> maker, which is given project, id, tags, and the seconds that closing may take
+TRACKERS: dict[str, Callable[[str | None, str, list[str], float], Tracker]] = {
+    "neptune": NeptuneTracker,
+    "trackio": TrackioTracker,
+    "none": lambda *_: Tracker(),
 }
-KINDS = tuple(BACKENDS)
+KINDS = tuple(TRACKERS)

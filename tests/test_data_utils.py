@@ -57,7 +57,7 @@ def test_named_benchmarks_use_their_columns(name, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load_benchmark(name) == [Problem("p", "33")]
-    assert asked == [known.repo]
+    assert asked == [known.place]
     assert benchmark_name(name) == name
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common_lib.cli import UserError
 from common_lib.files import LineFile, lock, read_rows, write_text, write_whole
-from data_utils import FILE_KINDS, read_local
-from training_lib.rollout_data import open_dataset
+from data_utils import FILE_KINDS, open_dataset, read_file
 
 WORK = ".collect"  # unfinished rows and settings; hidden, so that a data loader does not take them for data
 IDS = pa.list_(pa.list_(pa.int32()))
@@ -43,7 +43,7 @@ def load_problems(path: str, split: str, max_problems: int | None) -> list[Sourc
     local = Path(path)
     if local.is_file() and local.suffix not in FILE_KINDS:
         raise UserError(f"--problems {path} must end in {', '.join(FILE_KINDS)}, or be a folder or a hub name")
-    rows: Iterable[dict[str, Any]] = read_local(local) if local.is_file() else open_dataset(path, split)
+    rows: Iterable[dict[str, Any]] = read_file(local) if local.is_file() else open_dataset(path, split)
     found: list[SourceProblem] = []
     for number, row in enumerate(rows):
         if max_problems is not None and number == max_problems:
@@ -232,35 +232,36 @@ class ProblemLines:
 def count(output: CollectionFolder) -> dict[str, Any]:
     """Problems, roll-outs, shares of the labels in words, and lengths in tokens, from the finished shards."""
     columns: dict[str, list[np.ndarray]] = {"labels": [], "roll_in_ids": [], "roll_outs_ids": []}
-    kept = 0
+    rows = 0
     for shard in range(output.num_shards):
         table = pq.read_table(output.written(shard), columns=list(columns))
-        kept += table.num_rows
-        for batch in table.to_batches():
-            for name, parts in columns.items():
-                inner = batch.column(name).flatten()
-                parts.append(inner.to_numpy() if name == "labels" else np.diff(inner.offsets.to_numpy()))
-    labels, roll_ins, roll_outs = (np.concatenate(parts) if parts else np.empty(0, int) for parts in columns.values())
+        rows += table.num_rows
+        for name, parts in columns.items():
+            items = pc.list_flatten(table[name])
+            parts.append((items if name == "labels" else pc.list_value_length(items)).to_numpy())
+    labels, roll_ins, roll_outs = (np.concatenate(parts) for parts in columns.values())
     shares = np.bincount(labels, minlength=3) / max(len(labels), 1)
     return {
-        "problems": output.num_problems, "rows": kept, "dropped": output.num_problems - kept, "rollouts": len(labels),
+        "problems": output.num_problems, "rows": rows, "dropped": output.num_problems - rows, "rollouts": len(labels),
         "labels": f"incorrect {shares[0]:.1%}, correct {shares[1]:.1%}, length-limited {shares[2]:.1%}",
         "roll_in_tokens": _lengths(roll_ins), "rollout_tokens": _lengths(roll_outs),
     }  # fmt: skip
 
 
-def _lengths(lengths: np.ndarray) -> dict[str, float]:
-    if len(lengths) == 0:
-        return {}
-    low, middle, high = np.percentile(lengths, (5, 50, 95))
-    return {"mean": lengths.mean(), "5 %": low, "median": middle, "95 %": high, "longest": lengths.max()}
+def _lengths(lengths: np.ndarray) -> list[float]:
+    """Mean, 5 %, median, 95 %, longest; nothing of nothing."""
+    return [lengths.mean(), *np.percentile(lengths, (5, 50, 95)), lengths.max()] if len(lengths) else []
 
 
-def write_card(output: CollectionFolder, figures: dict[str, Any], settings: dict[str, Any], formula: str) -> None:
+def write_card(output: CollectionFolder, figures: dict[str, Any], settings: dict[str, Any]) -> None:
     """README.md: what the data is, how it was made, and how it looks; a hub or `load_dataset(folder)` finds the files."""
     lengths = "\n".join(
-        f"| {name} | " + " | ".join(f"{value:,.0f}" for value in figures[key].values()) + " |"
+        f"| {name} | " + " | ".join(f"{value:,.0f}" for value in figures[key]) + " |"
         for name, key in (("roll-in, prompt included", "roll_in_tokens"), ("roll-out", "rollout_tokens"))
+    )
+    cuts = (
+        f"Roll-ins are cut after t response tokens with probability proportional to {settings['cut_weight']} of t, without "
+        "repetition (the paper says only that positions are square-root weighted; this reading is an assumption)."
     )
     table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     text = f"""---
@@ -286,7 +287,7 @@ Labels: {figures["labels"]}.
 |---|---|---|---|---|---|
 {lengths}
 
-{formula}
+{cuts if settings["num_roll_ins"] else "Every roll-out starts at the bare prompt."}
 
 ## Settings
 

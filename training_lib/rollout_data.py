@@ -1,4 +1,4 @@
-"""Training data in OpenR1-VM's schema: opened lazily, checked at start, read one roll-out at a time as arrow slices.
+"""Training data in OpenR1-VM's schema: checked at start, read one roll-out at a time as arrow slices.
 
 A row is one problem: `roll_in_ids` [n][tokens] (prompt plus a prefix of a trace), `roll_outs_ids` [n][tokens] (what the
 fixed policy then wrote), `labels` [n] (0 incorrect, 1 correct, 2 length-limited), and text columns of which only
@@ -8,14 +8,14 @@ one roll-out is a view on the memory-mapped file and costs microseconds.
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from common_lib.cli import UserError, hub_errors
+from common_lib.cli import UserError
+from data_utils import open_dataset
 from training_lib.packing import Trace
 
 logger = logging.getLogger(__name__)
@@ -23,42 +23,6 @@ logger = logging.getLogger(__name__)
 ROLL_INS, ROLL_OUTS = "roll_in_ids", "roll_outs_ids"
 NUM_CLASSES = 3  # labels are classes 0, 1, 2 also where the model has one output: its target is `label == 1`
 IDS_CHECKED_AT_START = 200_000_000  # a second or two
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening
-
-
-def open_dataset(path: str, split: str = "train"):
-    """A `datasets.Dataset` from the hub, a folder or file of parquet, or a `save_to_disk` folder; memory-mapped."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    local = Path(path).expanduser()
-    if not local.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(f"{path} does not exist; give a folder, a parquet file, or a hub name such as owner/name")
-        with hub_errors(f"data set {path}"):
-            return _split(datasets.load_dataset(path), path, split)
-    try:
-        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-            return _split(datasets.load_from_disk(str(local)), path, split)
-        if local.is_file():
-            return datasets.load_dataset("parquet", data_files=str(local), split="train")
-        if not any(local.rglob("*.parquet")):
-            raise UserError(f"{path} holds neither parquet files nor a dataset made by save_to_disk")
-        return _split(datasets.load_dataset("parquet", data_dir=str(local)), path, split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"data set {path} cannot be read: {error.__cause__ or error}") from error
-
-
-def _split(loaded, path: str, split: str):
-    if not isinstance(loaded, dict):
-        return loaded
-    if split not in loaded:
-        raise UserError(f"data set {path} has no split {split}; it has {', '.join(loaded)}")
-    return loaded[split]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of roll-outs
@@ -110,16 +74,14 @@ class RolloutTable:
         """The table of some of the rows. keep: bool [N]."""
         counts = np.diff(self.first)
         rollouts = np.repeat(keep, counts)
-        return RolloutTable(
-            dataset=self.dataset,
+        return replace(
+            self,
             rows=self.rows[keep],
             first=np.concatenate([[0], np.cumsum(counts[keep])]),
             labels=self.labels[rollouts],
             roll_in_lengths=self.roll_in_lengths[rollouts],
             roll_out_lengths=self.roll_out_lengths[rollouts],
             problems=self.problems[keep],
-            vocab_size=self.vocab_size,
-            max_length=self.max_length,
         )
 
 

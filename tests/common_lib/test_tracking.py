@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from common_lib.cli import UserError
-from common_lib.tracking import Backend, Tracker, make_tracker
+from common_lib.tracking import Tracker, make_tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,17 +116,17 @@ def test_a_host_that_is_not_there_delays_the_end_by_the_timeout_only(tmp_path, v
 
 
 def test_a_failing_tracker_warns_once_and_the_run_goes_on(caplog):
-    class Broken(Backend):
-        def log_configs(self, configs):
+    class Broken(Tracker):
+        def send_configs(self, configs):
             raise OSError("disk full")
 
-        def log_metrics(self, metrics, step):
+        def send_metrics(self, metrics, step):
             raise OSError("disk full")
 
-        def close(self, seconds):
+        def send_rest(self, seconds):
             raise OSError("disk full")
 
-    tracker = Tracker(Broken())
+    tracker = Broken()
     tracker.log_configs({"a": 1})
     tracker.log_metrics({"a": 1}, step=1)
     tracker.close()
@@ -145,32 +146,30 @@ def test_a_tracker_that_does_not_start_is_a_warning(monkeypatch, tmp_path, caplo
 
 
 def test_closing_is_given_its_time_and_happens_once():
-    class Recorder(Backend):
-        seen: ClassVar = []
+    seen = []
 
-        def close(self, seconds):
-            self.seen.append(seconds)
+    class Recorder(Tracker):
+        def send_rest(self, seconds):
+            seen.append(seconds)
 
-    tracker = Tracker(Recorder(), close_seconds=7.0)
+    tracker = Recorder(close_seconds=7.0)
     tracker.close()
     tracker.close()
-    assert Recorder.seen == [7.0]
+    assert seen == [7.0]
 
 
 def test_metrics_that_are_no_finite_numbers_are_left_out(caplog):
-    class Recorder(Backend):
-        def __init__(self):
-            self.seen = []
+    seen = []
 
-        def log_metrics(self, metrics, step):
-            self.seen.append((metrics, step))
+    class Recorder(Tracker):
+        def send_metrics(self, metrics, step):
+            seen.append((metrics, step))
 
-    recorder = Recorder()
-    tracker = Tracker(recorder)
+    tracker = Recorder()
     tracker.log_metrics({"a": 1, "b": None, "c": float("nan"), "d": "0.5", "e": True}, step=3)
     tracker.log_metrics({"b": None}, step=4)
     tracker.close()
-    assert recorder.seen == [({"a": 1.0, "e": 1.0}, 3)]
+    assert seen == [({"a": 1.0, "e": 1.0}, 3)]
     assert "b, c, d" in caplog.text
 
 
@@ -237,3 +236,28 @@ def test_trackio_keeps_configs_and_metrics_and_resumes(tmp_path):
         (run_id, 2, 0.5),
     ]
     assert json.loads(configs[0][0])["blocks"] == 8
+
+
+def test_trackio_is_given_configs_tags_metrics_and_the_end(monkeypatch):
+    """By a stand-in for the optional package."""
+    calls = []
+
+    class FakeRun:
+        config: ClassVar = {}
+
+        def log(self, metrics, step):
+            calls.append((metrics, step))
+
+    def init(**settings):
+        calls.append(settings)
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, finish=lambda: calls.append("finish")))
+    tracker = make_tracker("trackio", None, tags=["t"], resume_id="run-1")
+    tracker.log_configs({"search": {"blocks": 8}})
+    tracker.log_metrics({"maj_m": 0.5}, step=2)
+    tracker.close()
+    assert calls[0]["name"] == tracker.id == "run-1" and calls[0]["resume"] == "allow"
+    assert calls[1:] == [({"maj_m": 0.5}, 2), "finish"]
+    assert FakeRun.config == {"tags": '["t"]', "search/blocks": 8}
+    assert "trackio show --project value-guided-search" in tracker.where
