@@ -141,6 +141,9 @@ class CollectionPlan:
     engine: str
     device: str
 
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
 
 def make_plan(args: argparse.Namespace) -> CollectionPlan:
     """Read problems, configs and tokenizers, and check that all fits. Raises UserError."""
@@ -252,7 +255,7 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
     requests = [stage.request(number, prefix, 2, i, repeat) for i, prefix in enumerate(prefixes) for repeat in repeats]
     replies = await stage.sample(requests)
     traces = [prefix for prefix in prefixes for _ in repeats]
-    texts = (decode(stage.plan, [*prefix, *reply.token_ids]) for prefix, reply in zip(traces, replies, strict=True))
+    texts = (stage.plan.decode([*prefix, *reply.token_ids]) for prefix, reply in zip(traces, replies, strict=True))
     answers = [extract_answer(text) for text in texts]
     labels = labels_of(
         [reply.finish_reason for reply in replies],
@@ -265,10 +268,6 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
         "roll_in_ids": [request.prompt_ids for request in requests],
         "roll_outs_ids": [reply.token_ids for reply in replies], "processed_answer": answers, "labels": labels,
     }  # fmt: skip
-
-
-def decode(plan: CollectionPlan, ids: list[int]) -> str:
-    return plan.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class Stage:
@@ -331,10 +330,10 @@ class Stage:
 # The whole
 
 
-def report(output: CollectionFolder, settings: dict[str, Any]) -> None:
+def report(output: CollectionFolder) -> None:
     """The data card, and its main figures on the screen."""
     figures = count(output)
-    write_card(output, figures, settings)
+    write_card(output, figures)
     left_out = f"{figures['dropped']} without a success left out"
     print(f"{figures['rows']} problems ({left_out}), {figures['rollouts']} roll-outs: {figures['labels']}")
     print(f"written to {output.folder}; next: train_classifier.py --data_path {output.folder}", flush=True)
@@ -351,16 +350,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(args.output_dir)
     check_output_dir(folder)
     plan = make_plan(args)
-    settings = settings_of(args, plan)
     total, output = len(plan.problems), None
     try:
-        with closing(CollectionFolder(folder, settings, total, args.shard_size, args.keep_unsolved)) as output:
+        with closing(CollectionFolder(folder, settings_of(args, plan))) as output:
             if output.num_done:
                 logger.info("going on: %d of %d problems are done", output.num_done, total)
             quiet_transformers()
             with Grader() as grader:
                 asyncio.run(run_until_signal(collect(args, plan, output, grader)))
-            report(output, settings)
+            report(output)
         return 0
     except (Stopped, EngineError, RequestsFailed, OutputError) as error:
         done = f"{output.num_done if output else 0} of {total} problems are done; the same command goes on"

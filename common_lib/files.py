@@ -180,7 +180,7 @@ def lock(path: Path, busy: str, patience_s: float = 0.0) -> FileLock:
 
     busy: what to say where another process holds it for longer than `patience_s`. Raises UserError.
     """
-    held = FileLock(path)
+    held = FileLock(path, thread_local=False)  # any thread may release it
     try:
         held.acquire(timeout=patience_s, poll_interval=0.1)
     except Timeout:

@@ -72,7 +72,7 @@ def inspect_model(path: Path, flag: str) -> ModelInfo:
     embedding = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
     return ModelInfo(
         path=str(path),
-        fingerprint=_fingerprint(path),
+        fingerprint=_fingerprint(path, config),
         **{name: config[name] for name in names},
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
@@ -105,11 +105,10 @@ def _weight_shapes(path: Path, flag: str) -> dict[str, list[int]]:
     return shapes
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, config: dict[str, Any]) -> str:
     """sha256 over the config and, for each weight file, its size, its first 64 KiB (which hold the header's names and
     shapes) and 64 KiB at eight places spread over it: another checkpoint shows, at the cost of a few reads."""
     digest = hashlib.sha256(b"vgs-fingerprint-1")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in _weight_files(path):
         size = file.stat().st_size

@@ -33,9 +33,11 @@ class Tracker:
     `id` names the run when it is resumed; `where` says where the data are and how to see them.
     """
 
+    _warned = False
+
     def __init__(self, run_id: str = "", where: str = "not tracked", close_seconds: float = CLOSE_SECONDS) -> None:
         self.id, self.where, self._close_seconds = run_id, where, close_seconds
-        self._closed = self._warned = False
+        self._closed = False
         # Runs before neptune-scale's own exit handler, which has no timeout and waits for ever for a host that is gone.
         atexit.register(self.close)
 
@@ -169,7 +171,10 @@ class NeptuneTracker(Tracker):
         offline_because = "as NEPTUNE_MODE says" if asked else "no NEPTUNE_API_TOKEN" if _token() is None else ""
         folder = Path(os.environ.get("NEPTUNE_LOG_DIRECTORY") or ".neptune").absolute()
         others = set(multiprocessing.active_children())
-        self._reported = False
+
+        def report(error: BaseException, last_seen: float | None) -> None:
+            self._warn(_in_words(error))
+
         self._run = Run(
             project=project,
             run_id=run_id,
@@ -178,9 +183,9 @@ class NeptuneTracker(Tracker):
             log_directory=folder,
             enable_console_log_capture=False,
             source_tracking_config=None,
-            on_network_error_callback=self._report,
-            on_error_callback=self._report,
-            on_warning_callback=self._report,
+            on_network_error_callback=report,
+            on_error_callback=report,
+            on_warning_callback=report,
         )
         self._children = set(multiprocessing.active_children()) - others
         databases = folder.glob(f"*{glob.escape(run_id[:64])}*/*.sqlite3")
@@ -195,11 +200,6 @@ class NeptuneTracker(Tracker):
         super().__init__(run_id, where, close_seconds)
         if tags:
             self._run.add_tags(tags)
-
-    def _report(self, error: BaseException, last_seen: float | None) -> None:
-        if not self._reported:
-            self._reported = True
-            logger.warning("tracker: %s (the run goes on; `neptune sync` uploads what is missing)", _in_words(error))
 
     def send_configs(self, configs: dict[str, Scalar]) -> None:
         self._run.log_configs(configs)

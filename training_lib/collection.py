@@ -107,11 +107,11 @@ class CollectionFolder:
     Methods that write raise OutputError; what was written stays whole.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], num_problems: int, shard_size: int, keep_unsolved: bool):
+    def __init__(self, folder: Path, settings: dict[str, Any]):
         """Open or go on. UserError where it was begun with other settings, or another process writes it."""
-        self.folder, self.work = folder, folder / WORK
-        self.num_problems, self.shard_size, self.keep_unsolved = num_problems, shard_size, keep_unsolved
-        self.num_shards = -(-num_problems // shard_size)
+        self.folder, self.work, self.settings = folder, folder / WORK, settings
+        self.num_problems, self.shard_size = settings["num_problems"], settings["shard_size"]
+        self.num_shards = -(-self.num_problems // self.shard_size)
         try:
             for path in (self.work, folder / "data"):
                 path.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class CollectionFolder:
         self._roll_ins: dict[int, ProblemLines] = {}
         self._rows: dict[int, ProblemLines] = {}  # of the shards that are not written yet
         try:
-            self._check_settings(settings)
+            self._check_settings()
             for shard in range(self.num_shards):
                 if self.written(shard) is None:
                     self._rows[shard] = ProblemLines(self.work / f"rows-{shard:05d}.jsonl")
@@ -132,8 +132,8 @@ class CollectionFolder:
             self.close()
             raise
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        path = self.work / "settings.json"
+    def _check_settings(self) -> None:
+        path, settings = self.work / "settings.json", self.settings
         if not path.exists():
             write_text(path, json.dumps(settings, indent=1))
             return
@@ -144,8 +144,7 @@ class CollectionFolder:
 
     def written(self, shard: int) -> Path | None:
         """Where a finished shard is; one of which every problem was left out is kept apart, since no loader reads it."""
-        places = self._shard_path(shard), self.work / f"{shard:05d}.empty"
-        return next((path for path in places if path.exists()), None)
+        return next((path for path in self._places(shard) if path.exists()), None)
 
     def missing(self) -> list[int]:
         """Problems that are still to be done."""
@@ -177,8 +176,9 @@ class CollectionFolder:
         finally:
             self._lock.release()
 
-    def _shard_path(self, shard: int) -> Path:
-        return self.folder / f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+    def _places(self, shard: int) -> tuple[Path, Path]:
+        name = f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+        return self.folder / name, self.work / f"{shard:05d}.empty"
 
     def _numbers(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_problems))
@@ -189,10 +189,10 @@ class CollectionFolder:
         if len(lines.done) < len(numbers):
             return
         rows = [{name: record[name] for name in SCHEMA.names} for record in lines.records()]
-        kept = [row for row in rows if self.keep_unsolved or 1 in row["labels"]]
+        kept = [row for row in rows if self.settings["keep_unsolved"] or 1 in row["labels"]]
         table = pa.Table.from_pylist(kept, schema=SCHEMA).replace_schema_metadata({"problems": str(len(numbers))})
         write_whole(
-            self._shard_path(shard) if kept else self.work / f"{shard:05d}.empty",
+            self._places(shard)[0 if kept else 1],
             # Small row groups: a reader of one row decodes no more than that.
             lambda stream: pq.write_table(table, stream, compression="zstd", row_group_size=64),
             beside=self.work / f"{shard:05d}.tmp",
@@ -253,12 +253,13 @@ def _lengths(lengths: np.ndarray) -> list[float]:
     return [lengths.mean(), *np.percentile(lengths, (5, 50, 95)), lengths.max()] if len(lengths) else []
 
 
-def write_card(output: CollectionFolder, figures: dict[str, Any], settings: dict[str, Any]) -> None:
+def write_card(output: CollectionFolder, figures: dict[str, Any]) -> None:
     """README.md: what the data is, how it was made, and how it looks; a hub or `load_dataset(folder)` finds the files."""
     lengths = "\n".join(
         f"| {name} | " + " | ".join(f"{value:,.0f}" for value in figures[key]) + " |"
         for name, key in (("roll-in, prompt included", "roll_in_tokens"), ("roll-out", "rollout_tokens"))
     )
+    settings = output.settings
     cuts = (
         f"Roll-ins are cut after t response tokens with probability proportional to {settings['cut_weight']} of t, without "
         "repetition (the paper says only that positions are square-root weighted; this reading is an assumption)."
@@ -280,7 +281,7 @@ the fixed policy then wrote, its end token included), `processed_answer`, `rewar
 (0 incorrect, 1 correct, 2 stopped by the token limit).
 
 {figures["problems"]:,} problems; {figures["dropped"]:,} of them are left out because no roll-out succeeded
-{"(none would be: --keep_unsolved)" if output.keep_unsolved else ""}; {figures["rows"]:,} rows, {figures["rollouts"]:,} roll-outs.
+{"(none would be: --keep_unsolved)" if settings["keep_unsolved"] else ""}; {figures["rows"]:,} rows, {figures["rollouts"]:,} roll-outs.
 Labels: {figures["labels"]}.
 
 | tokens | mean | 5 % | median | 95 % | longest |
