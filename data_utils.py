@@ -25,19 +25,19 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class HubBenchmark:
-    """Where a named benchmark lies on the hub, and the columns it uses."""
+class Benchmark:
+    """Where a benchmark lies, on the hub or on this machine, and the columns it uses."""
 
-    repo: str
+    place: str
     problem: str = "problem"
     answer: str = "answer"
 
 
 BENCHMARKS = {
-    "aime-24": HubBenchmark("Maxwell-Jia/AIME_2024", "Problem", "Answer"),
-    "aime-25": HubBenchmark("yentinglin/aime_2025"),
-    "hmmt-feb-24": HubBenchmark("MathArena/hmmt_feb_2024"),
-    "hmmt-feb-25": HubBenchmark("MathArena/hmmt_feb_2025"),
+    "aime-24": Benchmark("Maxwell-Jia/AIME_2024", "Problem", "Answer"),
+    "aime-25": Benchmark("yentinglin/aime_2025"),
+    "hmmt-feb-24": Benchmark("MathArena/hmmt_feb_2024"),
+    "hmmt-feb-25": Benchmark("MathArena/hmmt_feb_2025"),
 }
 FILE_KINDS = (".jsonl", ".json", ".parquet")
 
@@ -47,18 +47,26 @@ def load_benchmark(name: str, max_problems: int | None = None) -> list[Problem]:
 
     Files and folders need the columns `problem` and `answer`. Raises UserError.
     """
-    known = BENCHMARKS.get(name)
-    if known is not None:
-        rows = _read_hub(known.repo)
-        problems = _problems(rows, name, known.problem, known.answer)
-    elif os.path.exists(name):
-        problems = _problems(read_local(Path(name)), name, "problem", "answer")
-    else:
+    if name not in BENCHMARKS and not os.path.exists(name):
         raise UserError(
             f"--benchmark {name!r} is neither a known benchmark ({', '.join(BENCHMARKS)}) "
             f"nor an existing {'/'.join(FILE_KINDS)} file or dataset folder"
         )
-    return problems[:max_problems]
+    source = BENCHMARKS.get(name, Benchmark(name))
+    path = Path(source.place)
+    rows = read_file(path) if path.is_file() else open_dataset(source.place, None).to_list()
+    if not rows:
+        raise UserError(f"benchmark {name} has no problems; give a file with at least one")
+    problems = []
+    for number, row in enumerate(rows[:max_problems], 1):
+        if not isinstance(row, dict):
+            raise UserError(f"benchmark {name}, row {number}: an object with problem and answer is needed")
+        for column in (source.problem, source.answer):
+            if row.get(column) is None:
+                has = ", ".join(map(str, row)) or "none"
+                raise UserError(f"benchmark {name}, row {number}, has no {column!r} (its columns: {has})")
+        problems.append(Problem(str(row[source.problem]), str(row[source.answer])))
+    return problems
 
 
 def benchmark_name(name: str) -> str:
@@ -66,87 +74,73 @@ def benchmark_name(name: str) -> str:
     return name if name in BENCHMARKS else Path(name).stem
 
 
-def _problems(rows: Sequence[dict[str, Any]], source: str, problem: str, answer: str) -> list[Problem]:
-    if not rows:
-        raise UserError(f"benchmark {source} has no problems; give a file with at least one")
-    found = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"benchmark {source}, row {number}: an object with problem and answer is needed")
-        for column in (problem, answer):
-            if row.get(column) is None:
-                has = ", ".join(map(str, row)) or "none"
-                raise UserError(f"benchmark {source}, row {number}, has no {column!r} (its columns: {has})")
-        found.append(Problem(str(row[problem]), str(row[answer])))
-    return found
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
 
 
-def _read_hub(repo: str) -> Sequence[dict[str, Any]]:
-    import datasets
-
-    with hub_errors(f"benchmark {repo}"):
-        splits = datasets.load_dataset(repo)
-    return _only_split(splits, repo)
-
-
-def read_local(path: Path) -> Sequence[dict[str, Any]]:
-    """Rows of a .jsonl/.json/.parquet file or a dataset folder. Raises UserError."""
-    if path.is_dir():
-        return _read_folder(path)
+def read_file(path: Path) -> Sequence[Any]:
+    """Rows of a .jsonl, .json or .parquet file. Raises UserError."""
     if path.suffix not in FILE_KINDS:
-        raise UserError(f"benchmark {path} ends in {path.suffix or 'nothing'!r}; known are {', '.join(FILE_KINDS)}")
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; known are {', '.join(FILE_KINDS)}")
+    where, rows = "", []
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f", line {number},"
+                rows += [json.loads(line)] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}{where} is not JSON: {error}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"benchmark {path} cannot be read: {error}") from error
-    return _parse_jsonl(text, path) if path.suffix == ".jsonl" else _parse_json(text, path)
-
-
-def _parse_jsonl(text: str, path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"benchmark {path}, line {number}, is not JSON: {error}") from error
-    return rows
-
-
-def _parse_json(text: str, path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"benchmark {path} is not JSON: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(rows, list):
-        raise UserError(f"benchmark {path} must hold a list of objects with problem and answer")
+        raise UserError(f"{path} must hold a list of objects with problem and answer")
     return rows
 
 
-def _read_folder(path: Path) -> Sequence[dict[str, Any]]:
+def open_dataset(path: str, split: str | None = "train") -> Any:
+    """A `datasets.Dataset`, memory-mapped, of the hub, a folder or file of parquet, or a `save_to_disk` folder.
+
+    split: which of several; None: `test`, else the only one. Raises UserError.
+    """
     import datasets
 
+    datasets.disable_progress_bars()
+    local = Path(path).expanduser()
+    if not local.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(f"{path} does not exist; give a folder, a parquet file, or a hub name such as owner/name")
+        with hub_errors(f"data set {path}"):
+            return _pick_split(datasets.load_dataset(path), path, split)
     try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _only_split(datasets.load_from_disk(str(path)), str(path))
-        return _only_split(datasets.load_dataset(str(path)), str(path))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"benchmark {path} is no dataset folder: {error}") from error
+        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(local))
+        elif local.is_file():
+            return datasets.load_dataset("parquet", data_files=str(local), split="train")
+        elif any(local.rglob("*.parquet")):
+            loaded = datasets.load_dataset("parquet", data_dir=str(local))
+        else:
+            loaded = datasets.load_dataset(str(local))  # JSON lines, say
+    except datasets.data_files.EmptyDatasetError:
+        raise UserError(f"{path} holds neither parquet files nor a dataset made by save_to_disk") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"data set {path} cannot be read: {error.__cause__ or error}") from error
+    return _pick_split(loaded, path, split)
 
 
-def _only_split(loaded: Any, source: str) -> Sequence[dict[str, Any]]:
-    """A dataset as a list of rows; of several splits `test`, else the only one."""
+def _pick_split(loaded: Any, path: str, split: str | None) -> Any:
     if not isinstance(loaded, dict):
-        return loaded.to_list()
-    if "test" in loaded:
-        return loaded["test"].to_list()
-    if len(loaded) > 1:
-        raise UserError(f"benchmark {source} has the splits {', '.join(loaded)}, but no test; give one as a file")
-    return next(iter(loaded.values())).to_list()
+        return loaded
+    split = split or ("test" if "test" in loaded or len(loaded) > 1 else next(iter(loaded)))
+    if split not in loaded:
+        raise UserError(f"data set {path} has no split {split}; it has {', '.join(loaded)}")
+    return loaded[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
+NOISY = ("httpx", "httpcore", "urllib3", "filelock", "datasets", "transformers", "neptune", "fsspec", "asyncio")
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what was given, the rule, what to do."""
@@ -64,17 +66,7 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
 def set_up_logging() -> None:
     """Log lines of this project's modules to stderr; the libraries' only from warnings on, and no progress bars."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in (
-        "httpx",
-        "httpcore",
-        "urllib3",
-        "filelock",
-        "datasets",
-        "transformers",
-        "neptune",
-        "fsspec",
-        "asyncio",
-    ):
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -47,20 +47,24 @@ class LineFile:
     def __init__(self, path: Path, separators: tuple[str, str] = (",", ":")):
         """Open or make the file, and drop a torn last line. separators: of `json.dumps`. Raises OutputError."""
         self.path, self._separators = path, separators
-        with output_errors(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            self._drop_torn_line()
         self._synced = time.monotonic()
+        with output_errors(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                self._drop_torn_line()
+            except BaseException:
+                os.close(self._fd)
+                raise
 
     def append(self, row: dict[str, Any]) -> None:
-        """Raises OutputError; the file then ends with the line before."""
-        data = memoryview(self._to_line(row))
-        end = os.fstat(self._fd).st_size
+        """Raises OutputError; where the line could not be written whole, the file then ends with the one before."""
+        data = memoryview(_to_json(row, separators=self._separators) + b"\n")
         with output_errors(self.path):
+            end = os.fstat(self._fd).st_size
             try:
                 while data:
                     data = data[os.write(self._fd, data) :]
-            except OSError:
+            except BaseException:  # a KeyboardInterrupt also must leave no half line for the next one to be glued to
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._fd, end)
                 raise
@@ -95,13 +99,6 @@ class LineFile:
             logger.warning("%s: its last line is torn (%d bytes); it is dropped and done again", self.path, end - keep)
             os.ftruncate(self._fd, keep)
 
-    def _to_line(self, row: dict[str, Any]) -> bytes:
-        try:
-            text = json.dumps(row, ensure_ascii=False, separators=self._separators).encode()
-        except UnicodeEncodeError:  # a lone surrogate in a problem's text: escaped, so that the file stays UTF-8
-            text = json.dumps(row, separators=self._separators).encode()
-        return text + b"\n"
-
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, raw line) of the lines that are not blank; the last may be torn."""
@@ -120,7 +117,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(raw)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, is damaged ({error}); move the file away") from error
         yield offset, row
 
@@ -149,13 +146,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], beside: Path | 
 
 
 def write_text(path: Path, text: str, beside: Path | None = None) -> None:
-    """`write_whole` of a text, as UTF-8."""
-    write_whole(path, lambda stream: stream.write(text.encode("utf-8", "surrogatepass")), beside)
+    """`write_whole` of a text, as UTF-8; a lone surrogate, which UTF-8 has no bytes for, as its escape."""
+    write_whole(path, lambda stream: stream.write(text.encode("utf-8", "backslashreplace")), beside)
 
 
 def write_json(path: Path, value: Any, ensure_ascii: bool = False) -> None:
     """`write_whole` of a value as readable JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n")
+    write_whole(path, lambda stream: stream.write(_to_json(value, ensure_ascii, indent=1) + b"\n"))
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout).encode()
+    except UnicodeEncodeError:  # a lone surrogate in a problem's text: all is escaped, so that the file stays UTF-8
+        return json.dumps(value, **layout).encode()
 
 
 def fsync(path: Path) -> None:
@@ -176,7 +180,7 @@ def lock(path: Path, busy: str, patience_s: float = 0.0) -> FileLock:
 
     busy: what to say where another process holds it for longer than `patience_s`. Raises UserError.
     """
-    held = FileLock(path)
+    held = FileLock(path, thread_local=False)  # any thread may release it
     try:
         held.acquire(timeout=patience_s, poll_interval=0.1)
     except Timeout:

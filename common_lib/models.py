@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import struct
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,58 +67,48 @@ def inspect_model(path: Path, flag: str) -> ModelInfo:
              "max_position_embeddings")  # fmt: skip
     if missing := [name for name in names if name not in config]:
         raise UserError(f"{flag} {path}: config.json has no {missing[0]}; a Qwen2-like language model is needed")
-    headers = _weight_headers(path, flag)
-    shapes = {name: entry["shape"] for header in headers.values() for name, entry in header.items() if "shape" in entry}
+    shapes = _weight_shapes(path, flag)
     heads = config["num_attention_heads"]
     embedding = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
     return ModelInfo(
         path=str(path),
-        fingerprint=_fingerprint(path),
+        fingerprint=_fingerprint(path, config),
         **{name: config[name] for name in names},
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        num_parameters=sum(_product(shape) for shape in shapes.values()) if shapes else None,
-        num_parameters_embedding=sum(map(_product, embedding)) if shapes else None,
+        num_parameters=sum(map(math.prod, shapes.values())) if shapes else None,
+        num_parameters_embedding=sum(map(math.prod, embedding)) if shapes else None,
         num_labels=shapes["score.2.weight"][0] if "score.2.weight" in shapes else None,
         has_lm_head=("lm_head.weight" in shapes or bool(config.get("tie_word_embeddings"))) if shapes else None,
     )
 
 
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def _weight_files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.safetensors"))
-    return files or sorted(path.glob("pytorch_model*.bin"))
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
 
 
-def _weight_headers(path: Path, flag: str) -> dict[Path, dict[str, Any]]:
+def _weight_shapes(path: Path, flag: str) -> dict[str, list[int]]:
+    """Shape of each tensor of the safetensors files, which must be whole; empty where the weights are not safetensors."""
+    from safetensors import SafetensorError, safe_open
+
     files = _weight_files(path)
     if not files:
         raise UserError(f"{flag} {path} has no weights (no *.safetensors and no pytorch_model*.bin)")
-    headers = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            continue
+    shapes: dict[str, list[int]] = {}
+    for file in files if files[0].suffix == ".safetensors" else ():
         try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                headers[file] = json.loads(stream.read(length))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            with safe_open(file, framework="np") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{flag} {file} is not a whole safetensors file; download or save it again") from error
-    return headers
+    return shapes
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, config: dict[str, Any]) -> str:
     """sha256 over the config and, for each weight file, its size, its first 64 KiB (which hold the header's names and
     shapes) and 64 KiB at eight places spread over it: another checkpoint shows, at the cost of a few reads."""
     digest = hashlib.sha256(b"vgs-fingerprint-1")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in _weight_files(path):
         size = file.stat().st_size
@@ -163,12 +153,10 @@ def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_generator(info: ModelInfo) -> None:
+def check_generator(info: ModelInfo, flag: str = "--piref_model") -> None:
     """A generator needs a language-model head."""
     if info.has_lm_head is False or info.num_labels is not None:
-        raise UserError(
-            f"--piref_model {info.path} has no language-model head, so it cannot generate; give a causal model"
-        )
+        raise UserError(f"{flag} {info.path} has no language-model head, so it cannot generate; give a causal model")
 
 
 def check_value_model(info: ModelInfo) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from tiny import save_generator, tiny_tokenizer
 
 import collect_rollouts
 from common_lib.cli import UserError
-from training_lib.collection import SCHEMA, cut_positions, draw_seed, labels_of, load_problems
+from engine_lib.base import Reply
+from training_lib.collection import SCHEMA, CollectionFolder, cut_positions, draw_seed, labels_of, load_problems
 from training_lib.rollout_data import load_rollouts
 
 
@@ -119,7 +121,7 @@ def test_without_roll_ins_roll_outs_start_at_the_prompt(inputs, tmp_path):
 
 def test_unsolved_problems_are_left_out_and_answers_are_graded(inputs, tmp_path, monkeypatch):
     """Whatever the generator writes is read as the answer 8, which is right for one of the problems."""
-    monkeypatch.setattr(collect_rollouts.Collector, "decode", lambda self, ids: "</think> \\boxed{8}")
+    monkeypatch.setattr(collect_rollouts.CollectionPlan, "decode", lambda self, ids: "</think> \\boxed{8}")
     changes = {"keep_unsolved": False, "num_roll_ins": 0, "rollouts_per_prefix": 6, "max_length": 200}
     assert collect_rollouts.main(flags(inputs, tmp_path / "out", **changes)) == 0
     rows = read(tmp_path / "out")
@@ -149,7 +151,7 @@ def test_cuts_follow_the_stated_weights():
 
 
 def test_killed_and_stopped_it_goes_on_to_the_same_data(inputs, tmp_path):
-    """SIGKILL and then SIGTERM in the middle; a torn journal line."""
+    """SIGKILL and then SIGTERM in the middle; a torn line."""
     more = {"batch_size": 1, "roll_in_models": [inputs / "other", inputs / "policy"]}
     collect_rollouts.main(flags(inputs, tmp_path / "whole", **more))
     arguments = flags(inputs, tmp_path / "out", **more)
@@ -168,8 +170,8 @@ def test_killed_and_stopped_it_goes_on_to_the_same_data(inputs, tmp_path):
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and "problems are done; the same command goes on" in said
-    journals = sorted((tmp_path / "out/.collect").glob("rows-*.jsonl"))
-    with journals[-1].open("a") as file:
+    shard = len(list((tmp_path / "out").glob("data/*.parquet")))
+    with (tmp_path / f"out/.collect/rows-{shard:05d}.jsonl").open("a") as file:
         file.write('{"i": 3, "mess')
     assert collect_rollouts.main(arguments) == 0
     assert read(tmp_path / "out") == read(tmp_path / "whole")
@@ -204,6 +206,111 @@ def test_from_a_generator_to_a_search(inputs, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Engines that fail, disks that are full
+
+
+class FakeEngine:
+    """Random tokens, a function of the request; what `spoil` says of a request's number is sent back aborted."""
+
+    name, context_length, vocab_size = "fake", 2048, 264
+
+    def __init__(self, spoil=lambda number: False):
+        self.asked, self.spoil, self.closed = 0, spoil, False
+
+    async def generate(self, requests):
+        return [self.reply(request) for request in requests]
+
+    def reply(self, request):
+        self.asked += 1
+        if self.spoil(self.asked):
+            return Reply([1], "abort", len(request.prompt_ids))
+        draws = random.Random(request.seed)
+        tokens = [draws.randrange(256) for _ in range(draws.randint(1, 2 * request.max_new_tokens))]
+        ends = len(tokens) < request.max_new_tokens
+        ids = [*tokens, 256] if ends else tokens[: request.max_new_tokens]
+        return Reply(ids, "stop" if ends else "length", len(request.prompt_ids))
+
+    async def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    """Put an engine in the place of the generator's."""
+
+    def use(**settings):
+        engine = FakeEngine(**settings)
+        monkeypatch.setattr(collect_rollouts, "make_engine", lambda name, config: engine)
+        return engine
+
+    return use
+
+
+def test_an_aborted_request_is_asked_for_again(inputs, tmp_path, fake_engine):
+    fake_engine()
+    assert collect_rollouts.main(flags(inputs, tmp_path / "whole")) == 0
+    engine = fake_engine(spoil=lambda number: number % 5 == 0)
+    assert collect_rollouts.main(flags(inputs, tmp_path / "out")) == 0
+    assert engine.asked > 12 * 14 and engine.closed
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
+
+
+def test_a_request_that_always_fails_ends_with_one_line(inputs, tmp_path, fake_engine, capsys):
+    engine = fake_engine(spoil=lambda number: number > 40)
+    assert collect_rollouts.main(flags(inputs, tmp_path / "out", batch_size=1)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the generator failed 4 times (asked for ")
+    assert last.endswith("(2 of 12 problems are done; the same command goes on)")
+    assert engine.closed
+
+
+def test_an_engine_with_too_small_a_context_is_told(inputs, tmp_path, fake_engine):
+    engine = fake_engine()
+    engine.context_length = 100
+    with pytest.raises(UserError, match="more than the 100 that the fake engine takes"):
+        collect_rollouts.main(flags(inputs, tmp_path / "out"))
+    assert engine.closed and not engine.asked
+
+
+def test_a_full_disk_ends_with_one_line_and_the_same_command_goes_on(inputs, tmp_path, small_disk, fake_engine, capsys):
+    fake_engine()
+    more = {"max_length": 200, "batch_size": 2}
+    assert collect_rollouts.main(flags(inputs, tmp_path / "whole", **more)) == 0
+    filler, arguments = small_disk / "filler", flags(inputs, small_disk / "out", **more)
+    for room in (
+        1,
+        10,
+        40,
+        80,
+    ):  # KiB: for nothing, for a journal's beginning, for a shard's rows and not for the shard
+        with filler.open("wb") as file:
+            file.truncate(0)
+            free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
+            file.write(bytes(max(free - room * 1024, 0)))
+        capsys.readouterr()
+        assert collect_rollouts.main(arguments) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: cannot write ") and "No space left on device" in last
+        assert last.endswith(" of 12 problems are done; the same command goes on)")
+        assert not list(small_disk.rglob("*.tmp"))
+    filler.unlink()
+    assert collect_rollouts.main(arguments) == 0
+    assert "0 of 12" not in last
+    assert read(small_disk / "out") == read(tmp_path / "whole")
+
+
+def test_a_second_process_is_told(inputs, tmp_path, fake_engine):
+    fake_engine()
+    assert collect_rollouts.main(flags(inputs, tmp_path / "out")) == 0
+    settings = json.loads((tmp_path / "out/.collect/settings.json").read_text())
+    held = CollectionFolder(tmp_path / "out", settings)
+    with pytest.raises(UserError, match="another process is collecting into"):
+        collect_rollouts.main(flags(inputs, tmp_path / "out"))
+    held.close()
+    assert collect_rollouts.main(flags(inputs, tmp_path / "out")) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 BAD = {
@@ -213,6 +320,12 @@ BAD = {
     "kind": ({"problems": __file__}, "must end in .jsonl, .json, .parquet"),
     "model": ({"piref_model": "/nowhere/model"}, "/nowhere/model"),
     "server": ({"engine": "sglang-server", "roll_in_models": ["a", "b"]}, "a server serves one model"),
+    "server by url": (
+        {"engine": None, "sglang_url": "http://a:1", "roll_in_models": ["a", "b"]},
+        "a server serves one model",
+    ),
+    "server by flag": ({"use_sglang_server": True, "roll_in_models": ["a"]}, "a server serves one model"),
+    "url of no server": ({"sglang_url": "http://a:1"}, "--sglang_url needs --engine sglang-server, not transformers"),
     "gpu": ({"device": "cuda:99"}, "--device cuda:99"),
 }
 
@@ -249,3 +362,22 @@ def test_problems_without_answers_are_named(tmp_path):
 def test_no_success_at_all_is_told(inputs, tmp_path):
     with pytest.raises(UserError, match="no problem was ever solved"):
         collect_rollouts.main(flags(inputs, tmp_path / "out", num_roll_ins=0, max_length=2, keep_unsolved=False))
+
+
+def test_mistakes_in_the_flags_are_told_without_importing_torch(inputs, tmp_path):
+    code = (
+        "import sys, collect_rollouts\n"
+        "from common_lib.cli import UserError\n"
+        "for change in sys.argv[1].split():\n"
+        "    try: collect_rollouts.main([*sys.argv[2:], *change.split('=')])\n"
+        "    except UserError as error: print(error)\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    changes = (
+        "--max_length=0 --unknown=1 --device=gpu --problems=/nowhere --piref_model=/nowhere --roll_in_models=/nowhere"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, changes, *flags(inputs, tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert len(done.stdout.splitlines()) == 7 and done.stdout.endswith("\nset()\n"), done.stdout

@@ -14,6 +14,7 @@ from data_utils import (
     check_prompt_format,
     format_prompt,
     load_benchmark,
+    open_dataset,
 )
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "{x} in \\boxed{}", "answer": 25}]
@@ -45,6 +46,18 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert load_benchmark(str(tmp_path)) == PROBLEMS
 
 
+def test_a_folder_of_json_lines_and_the_split_that_is_taken(tmp_path):
+    text = [{"problem": p.problem, "answer": p.answer} for p in PROBLEMS]
+    for split in ("dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row | {"answer": split}) + "\n" for row in text))
+    assert [problem.answer for problem in load_benchmark(str(tmp_path))] == ["test", "test"]
+    parts = {"a": datasets.Dataset.from_list(text), "b": datasets.Dataset.from_list(text[:1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved has no split test; it has a, b"):
+        load_benchmark(str(tmp_path / "saved"))
+    assert open_dataset(str(tmp_path / "saved"), "b").num_rows == 1
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_named_benchmarks_use_their_columns(name, monkeypatch):
     known = BENCHMARKS[name]
@@ -56,7 +69,7 @@ def test_named_benchmarks_use_their_columns(name, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load_benchmark(name) == [Problem("p", "33")]
-    assert asked == [known.repo]
+    assert asked == [known.place]
     assert benchmark_name(name) == name
 
 

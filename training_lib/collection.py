@@ -1,24 +1,22 @@
-"""What collect_rollouts.py reads and writes: problems, where roll-ins are cut, journals, parquet shards, the data card."""
+"""What collect_rollouts.py reads and writes: problems, places to cut, the data set's folder as it grows, its data card."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from common_lib.cli import UserError
-from data_utils import FILE_KINDS, read_local
-from training_lib.rollout_data import open_dataset
+from common_lib.files import LineFile, lock, read_rows, write_text, write_whole
+from data_utils import FILE_KINDS, open_dataset, read_file
 
-WORK = ".collect"  # journals and settings; hidden, so that a data loader does not take them for data
+WORK = ".collect"  # unfinished rows and settings; hidden, so that a data loader does not take them for data
 IDS = pa.list_(pa.list_(pa.int32()))
 SCHEMA = pa.schema(
     {
@@ -45,7 +43,7 @@ def load_problems(path: str, split: str, max_problems: int | None) -> list[Sourc
     local = Path(path)
     if local.is_file() and local.suffix not in FILE_KINDS:
         raise UserError(f"--problems {path} must end in {', '.join(FILE_KINDS)}, or be a folder or a hub name")
-    rows: Iterable[dict[str, Any]] = read_local(local) if local.is_file() else open_dataset(path, split)
+    rows: Iterable[dict[str, Any]] = read_file(local) if local.is_file() else open_dataset(path, split)
     found: list[SourceProblem] = []
     for number, row in enumerate(rows):
         if max_problems is not None and number == max_problems:
@@ -88,182 +86,185 @@ def cut_positions(length: int, count: int, weight: str, seed: int) -> list[int]:
     return sorted(int(t) for t in drawn)
 
 
+def labels_of(finish_reasons: Sequence[str], right: Sequence[bool]) -> list[int]:
+    """2 where the token limit ended a roll-out, whatever it says so far; else 1 where its answer is right, else 0."""
+    return [2 if reason == "length" else int(good) for reason, good in zip(finish_reasons, right, strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Journals and shards
+# The folder
 
 
-class Journal:
-    """Lines of {"i": problem, ...}, one for each finished problem; a torn last line is dropped and done again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.done: set[int] = set()
-        if path.exists():
-            text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):
-                path.write_bytes(whole)
-            self.done = {json.loads(line)["i"] for line in whole.splitlines()}
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, number: int, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"i": number} | record) + "\n")
-        self._file.flush()
-        self.done.add(number)
-
-    def records(self) -> list[dict[str, Any]]:
-        """All lines, in the order of the problems."""
-        with self.path.open(encoding="utf-8") as file:
-            return sorted(map(json.loads, file), key=lambda record: record["i"])
-
-    def remove(self) -> None:
-        self._file.close()
-        self.path.unlink()
-
-    def close(self) -> None:
-        self._file.close()
+def check_output_dir(folder: Path) -> None:
+    """Raises UserError for a folder that holds something else."""
+    if folder.exists() and not (folder / WORK).exists() and any(folder.iterdir()):
+        raise UserError(f"--output_dir {folder} is not empty and not of this script; give another folder")
 
 
-class Output:
-    """The output folder: parquet shards under data/, each written whole once all of its problems are done."""
+class CollectionFolder:
+    """The output folder: parquet shards under data/, each written whole once all of its problems are done.
 
-    def __init__(self, folder: Path, settings: dict[str, Any], num_problems: int, shard_size: int, keep_unsolved: bool):
-        """Open or go on. UserError where the folder holds something else, or another process writes it."""
-        self.folder, self.work = folder, folder / WORK
-        self.num_problems, self.shard_size, self.keep_unsolved = num_problems, shard_size, keep_unsolved
-        self.num_shards = -(-num_problems // shard_size)
-        self._lock = self._open(settings)
-        (folder / "data").mkdir(exist_ok=True)
-        for leftover in self.work.glob("*.tmp"):
-            leftover.unlink()
-        self.journals = {
-            shard: Journal(self.work / f"rows-{shard:05d}.jsonl")
-            for shard in range(self.num_shards)
-            if self.written(shard) is None
-        }
+    Methods that write raise OutputError; what was written stays whole.
+    """
 
-    def _open(self, settings: dict[str, Any]) -> TextIO:
-        if self.folder.exists() and not self.work.exists() and any(self.folder.iterdir()):
-            raise UserError(f"--output_dir {self.folder} is not empty and not of this script; give another folder")
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """Open or go on. UserError where it was begun with other settings, or another process writes it."""
+        self.folder, self.work, self.settings = folder, folder / WORK, settings
+        self.num_problems, self.shard_size = settings["num_problems"], settings["shard_size"]
+        self.num_shards = -(-self.num_problems // self.shard_size)
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            lock = (self.work / "lock").open("w")
+            for path in (self.work, folder / "data"):
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output_dir {self.folder} cannot be written ({error.strerror})") from error
+            raise UserError(f"--output_dir {folder} cannot be written ({error.strerror})") from error
+        busy = f"another process is collecting into {folder}; give another --output_dir"
+        self._lock = lock(self.work / "lock", busy)
+        self._roll_ins: dict[int, ProblemLines] = {}
+        self._rows: dict[int, ProblemLines] = {}  # of the shards that are not written yet
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is collecting into {self.folder}; give another --output_dir") from None
-        path = self.work / "settings.json"
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            if changed := [name for name in settings if old.get(name) != settings[name]]:
-                shown = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
-                raise UserError(f"{self.folder} was begun with other settings: {shown}; give another --output_dir")
-        else:
-            _write_whole(path, json.dumps(settings, indent=1).encode())
-        return lock
+            self._check_settings()
+            for shard in range(self.num_shards):
+                if self.written(shard) is None:
+                    self._rows[shard] = ProblemLines(self.work / f"rows-{shard:05d}.jsonl")
+            for shard in list(self._rows):
+                self._write_if_whole(shard)
+        except BaseException:
+            self.close()
+            raise
 
-    def shard_path(self, shard: int) -> Path:
-        return self.folder / f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+    def _check_settings(self) -> None:
+        path, settings = self.work / "settings.json", self.settings
+        if not path.exists():
+            write_text(path, json.dumps(settings, indent=1))
+            return
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in settings if old.get(name) != settings[name]]:
+            shown = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
+            raise UserError(f"{self.folder} was begun with other settings: {shown}; give another --output_dir")
 
     def written(self, shard: int) -> Path | None:
         """Where a finished shard is; one of which every problem was left out is kept apart, since no loader reads it."""
-        places = self.shard_path(shard), self.work / f"{shard:05d}.empty"
-        return next((path for path in places if path.exists()), None)
+        return next((path for path in self._places(shard) if path.exists()), None)
 
     def missing(self) -> list[int]:
         """Problems that are still to be done."""
         return [
-            number
-            for shard, journal in self.journals.items()
-            for number in range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_problems))
-            if number not in journal.done
+            number for shard, rows in self._rows.items() for number in self._numbers(shard) if number not in rows.done
         ]
 
-    def add(self, number: int, row: dict[str, Any]) -> None:
-        self.journals[number // self.shard_size].add(number, row)
-        self.write_whole_shards([number // self.shard_size])
+    @property
+    def num_done(self) -> int:
+        return self.num_problems - len(self.missing())
 
-    def write_whole_shards(self, shards: Iterable[int] | None = None) -> None:
-        """Turn journals of which every problem is done into parquet."""
-        for shard in list(self.journals if shards is None else shards):
-            journal = self.journals[shard]
-            size = min(self.shard_size, self.num_problems - shard * self.shard_size)
-            if len(journal.done) < size:
-                continue
-            rows = [{name: record[name] for name in SCHEMA.names} for record in journal.records()]
-            kept = [row for row in rows if self.keep_unsolved or 1 in row["labels"]]
-            table = pa.Table.from_pylist(kept, schema=SCHEMA)
-            table = table.replace_schema_metadata({"problems": str(size)})
-            beside = self.work / f"{shard:05d}.tmp"
-            # Small row groups: a reader of one row decodes no more than that.
-            pq.write_table(table, beside, compression="zstd", row_group_size=64)
-            _publish(beside, self.shard_path(shard) if kept else self.work / f"{shard:05d}.empty")
-            journal.remove()
-            del self.journals[shard]
+    def add(self, number: int, row: dict[str, Any]) -> None:
+        """Keep a finished problem's row; the last one of a shard makes the shard."""
+        shard = number // self.shard_size
+        self._rows[shard].add(number, row)
+        self._write_if_whole(shard)
+
+    def roll_ins(self, model: int) -> "ProblemLines":
+        """Where the roll-ins by a model are kept until the generator continues them."""
+        if model not in self._roll_ins:
+            self._roll_ins[model] = ProblemLines(self.work / f"roll_ins-{model:02d}.jsonl")
+        return self._roll_ins[model]
 
     def close(self) -> None:
-        for journal in self.journals.values():
-            journal.close()
-            if not journal.done:
-                with contextlib.suppress(FileNotFoundError):
-                    journal.path.unlink()
-        self._lock.close()
+        """Make all lines durable, and unlock."""
+        try:
+            for lines in (*self._rows.values(), *self._roll_ins.values()):
+                lines.close()
+        finally:
+            self._lock.release()
+
+    def _places(self, shard: int) -> tuple[Path, Path]:
+        name = f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
+        return self.folder / name, self.work / f"{shard:05d}.empty"
+
+    def _numbers(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_problems))
+
+    def _write_if_whole(self, shard: int) -> None:
+        """Turn the rows of a shard of which every problem is done into parquet."""
+        lines, numbers = self._rows[shard], self._numbers(shard)
+        if len(lines.done) < len(numbers):
+            return
+        rows = [{name: record[name] for name in SCHEMA.names} for record in lines.records()]
+        kept = [row for row in rows if self.settings["keep_unsolved"] or 1 in row["labels"]]
+        table = pa.Table.from_pylist(kept, schema=SCHEMA).replace_schema_metadata({"problems": str(len(numbers))})
+        write_whole(
+            self._places(shard)[0 if kept else 1],
+            # Small row groups: a reader of one row decodes no more than that.
+            lambda stream: pq.write_table(table, stream, compression="zstd", row_group_size=64),
+            beside=self.work / f"{shard:05d}.tmp",
+        )
+        lines.close()
+        lines.path.unlink()
+        del self._rows[shard]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(content)
-    _publish(beside, path)
+class ProblemLines:
+    """A file of one line for each finished problem, {"i": problem, ...}: from it a stopped collection goes on."""
 
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = LineFile(path, separators=(", ", ": "))
+        self.done: set[int] = {record["i"] for _, record in read_rows(path)}
 
-def _publish(beside: Path, path: Path) -> None:
-    """Make a written file durable, then visible under its name."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        self._file.append({"i": number} | record)
+        self.done.add(number)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines, in the order of the problems."""
+        return sorted((record for _, record in read_rows(self.path)), key=lambda record: record["i"])
+
+    def close(self) -> None:
+        """Make it durable; one without a line goes."""
+        self._file.close()
+        if not self.done:
+            self.path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data card
 
 
-def count(output: Output) -> dict[str, Any]:
-    """Problems, roll-outs, label shares, and lengths in tokens, from the finished shards."""
+def count(output: CollectionFolder) -> dict[str, Any]:
+    """Problems, roll-outs, shares of the labels in words, and lengths in tokens, from the finished shards."""
     columns: dict[str, list[np.ndarray]] = {"labels": [], "roll_in_ids": [], "roll_outs_ids": []}
-    problems = kept = 0
+    rows = 0
     for shard in range(output.num_shards):
         table = pq.read_table(output.written(shard), columns=list(columns))
-        problems += int((table.schema.metadata or {}).get(b"problems", table.num_rows))
-        kept += table.num_rows
-        for batch in table.to_batches():
-            for name, parts in columns.items():
-                inner = batch.column(name).flatten()
-                parts.append(inner.to_numpy() if name == "labels" else np.diff(inner.offsets.to_numpy()))
-    labels, roll_ins, roll_outs = (np.concatenate(parts) if parts else np.empty(0, int) for parts in columns.values())
+        rows += table.num_rows
+        for name, parts in columns.items():
+            items = pc.list_flatten(table[name])
+            parts.append((items if name == "labels" else pc.list_value_length(items)).to_numpy())
+    labels, roll_ins, roll_outs = (np.concatenate(parts) for parts in columns.values())
     shares = np.bincount(labels, minlength=3) / max(len(labels), 1)
     return {
-        "problems": problems, "rows": kept, "dropped": problems - kept, "rollouts": len(labels),
-        "labels": {"incorrect": shares[0], "correct": shares[1], "length-limited": shares[2]},
+        "problems": output.num_problems, "rows": rows, "dropped": output.num_problems - rows, "rollouts": len(labels),
+        "labels": f"incorrect {shares[0]:.1%}, correct {shares[1]:.1%}, length-limited {shares[2]:.1%}",
         "roll_in_tokens": _lengths(roll_ins), "rollout_tokens": _lengths(roll_outs),
     }  # fmt: skip
 
 
-def _lengths(lengths: np.ndarray) -> dict[str, float]:
-    if len(lengths) == 0:
-        return {}
-    low, middle, high = np.percentile(lengths, (5, 50, 95))
-    return {"mean": lengths.mean(), "5 %": low, "median": middle, "95 %": high, "longest": lengths.max()}
+def _lengths(lengths: np.ndarray) -> list[float]:
+    """Mean, 5 %, median, 95 %, longest; nothing of nothing."""
+    return [lengths.mean(), *np.percentile(lengths, (5, 50, 95)), lengths.max()] if len(lengths) else []
 
 
-def write_card(output: Output, figures: dict[str, Any], settings: dict[str, Any], formula: str) -> None:
+def write_card(output: CollectionFolder, figures: dict[str, Any]) -> None:
     """README.md: what the data is, how it was made, and how it looks; a hub or `load_dataset(folder)` finds the files."""
     lengths = "\n".join(
-        f"| {name} | " + " | ".join(f"{value:,.0f}" for value in figures[key].values()) + " |"
+        f"| {name} | " + " | ".join(f"{value:,.0f}" for value in figures[key]) + " |"
         for name, key in (("roll-in, prompt included", "roll_in_tokens"), ("roll-out", "rollout_tokens"))
     )
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in figures["labels"].items())
+    settings = output.settings
+    cuts = (
+        f"Roll-ins are cut after t response tokens with probability proportional to {settings['cut_weight']} of t, without "
+        "repetition (the paper says only that positions are square-root weighted; this reading is an assumption)."
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     text = f"""---
 configs:
 - config_name: default
@@ -280,28 +281,19 @@ the fixed policy then wrote, its end token included), `processed_answer`, `rewar
 (0 incorrect, 1 correct, 2 stopped by the token limit).
 
 {figures["problems"]:,} problems; {figures["dropped"]:,} of them are left out because no roll-out succeeded
-{"(none would be: --keep_unsolved)" if output.keep_unsolved else ""}; {figures["rows"]:,} rows, {figures["rollouts"]:,} roll-outs.
-Labels: {shares}.
+{"(none would be: --keep_unsolved)" if settings["keep_unsolved"] else ""}; {figures["rows"]:,} rows, {figures["rollouts"]:,} roll-outs.
+Labels: {figures["labels"]}.
 
 | tokens | mean | 5 % | median | 95 % | longest |
 |---|---|---|---|---|---|
 {lengths}
 
-{formula}
+{cuts if settings["num_roll_ins"] else "Every roll-out starts at the bare prompt."}
 
 ## Settings
 
-{_table(settings)}
+| setting | value |
+|---|---|
+{table}
 """
-    beside = output.work / "card.tmp"
-    beside.write_text(text, encoding="utf-8")
-    _publish(beside, output.folder / "README.md")
-
-
-def _table(settings: dict[str, Any]) -> str:
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items())])
-
-
-def labels_of(finish_reasons: Sequence[str], right: Sequence[bool]) -> list[int]:
-    """2 where the token limit ended a roll-out, whatever it says so far; else 1 where its answer is right, else 0."""
-    return [2 if reason == "length" else int(good) for reason, good in zip(finish_reasons, right, strict=True)]
+    write_text(output.folder / "README.md", text, beside=output.work / "card.tmp")

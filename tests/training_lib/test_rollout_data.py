@@ -148,15 +148,14 @@ def test_a_fault_beyond_the_rollouts_in_use_is_no_fault(tmp_path):
     assert len(load(tmp_path, num_response=3)) == 18
 
 
-def test_ids_of_a_large_data_set_are_checked_as_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("training_lib.rollout_data.IDS_CHECKED_AT_START", 0)
+def test_ids_of_a_large_data_set_are_checked_as_they_are_read(tmp_path):
     write_rows(tmp_path, FAULTS["id too large"][0])
-    table = load(tmp_path)
+    table = load(tmp_path, ids_checked_at_start=0)
     with pytest.raises(UserError, match=r"row 11, column roll_outs_ids\[1\]: token id 8"):
         table.trace(11 * 4 + 1)
     batches = RankBatches(table, 0, 48, 48, "none")
     assert "row 11, column roll_outs_ids[1]" in batches[0]
-    assert len(load(tmp_path, skip_bad_rows=True).rows) == 11
+    assert len(load(tmp_path, ids_checked_at_start=0, skip_bad_rows=True).rows) == 11
 
 
 def test_columns_and_types_that_are_missing_or_wrong_are_named(tmp_path):
