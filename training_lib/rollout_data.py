@@ -65,10 +65,11 @@ class RolloutTable:
         roll_in, roll_out = (_tokens(record.column(name), column) for name in (ROLL_INS, ROLL_OUTS))
         start, room = len(roll_in), max(self.max_length - len(roll_in), 0)
         parts = {ROLL_INS: roll_in[: self.max_length], ROLL_OUTS: roll_out[:room]}
-        for name, ids in parts.items():
-            if not _inside(ids, self.vocab_size):
-                raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(ids, self.vocab_size)}")
-        return Trace(np.concatenate(list(parts.values())), start, int(self.labels[rollout]), (row, column))
+        tokens = np.concatenate(list(parts.values()))
+        if not _inside(tokens, self.vocab_size):
+            name = ROLL_OUTS if _inside(parts[ROLL_INS], self.vocab_size) else ROLL_INS
+            raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(parts[name], self.vocab_size)}")
+        return Trace(tokens, start, int(self.labels[rollout]), (row, column))
 
     def select(self, keep: np.ndarray) -> "RolloutTable":
         """The table of some of the rows. keep: bool [N]."""
