@@ -1,7 +1,7 @@
 """Training data in OpenR1-VM's schema: checked at start, read one roll-out at a time as arrow slices.
 
 A row is one problem: `roll_in_ids` [n][tokens] (prompt plus a prefix of a trace), `roll_outs_ids` [n][tokens] (what the
-fixed policy then wrote), `labels` [n] (0 incorrect, 1 correct, 2 length-limited), and text columns of which only
+generator then wrote), `labels` [n] (0 incorrect, 1 correct, 2 length-limited), and text columns of which only
 `problem` is used, to hold out whole problems. Decoding a row of 56 x 16k ids to Python costs about 100 ms; the slice of
 one roll-out is a view on the memory-mapped file and costs microseconds.
 """
@@ -49,7 +49,7 @@ class RolloutTable:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def row_of(self, rollouts: np.ndarray) -> np.ndarray:
+    def row_of(self, rollouts: np.ndarray | int) -> np.ndarray:
         """Index into `rows` of each roll-out."""
         return np.searchsorted(self.first, rollouts, side="right") - 1
 
@@ -59,16 +59,17 @@ class RolloutTable:
 
     def trace(self, rollout: int) -> Trace:
         """Read one roll-out's trace, cut at `max_length`. UserError where an id is outside the vocabulary."""
-        i = int(np.searchsorted(self.first, rollout, side="right")) - 1
+        i = int(self.row_of(rollout))
         row, column = int(self.rows[i]), int(rollout - self.first[i])
         record = self.dataset[row : row + 1]
         roll_in, roll_out = (_tokens(record.column(name), column) for name in (ROLL_INS, ROLL_OUTS))
         start, room = len(roll_in), max(self.max_length - len(roll_in), 0)
         parts = {ROLL_INS: roll_in[: self.max_length], ROLL_OUTS: roll_out[:room]}
-        for name, ids in parts.items():
-            if not _inside(ids, self.vocab_size):
-                raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(ids, self.vocab_size)}")
-        return Trace(np.concatenate(list(parts.values())), start, int(self.labels[rollout]), (row, column))
+        tokens = np.concatenate(list(parts.values()))
+        if not _inside(tokens, self.vocab_size):
+            name = ROLL_OUTS if _inside(parts[ROLL_INS], self.vocab_size) else ROLL_INS
+            raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(parts[name], self.vocab_size)}")
+        return Trace(tokens, start, int(self.labels[rollout]), (row, column))
 
     def select(self, keep: np.ndarray) -> "RolloutTable":
         """The table of some of the rows. keep: bool [N]."""
