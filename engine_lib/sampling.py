@@ -26,22 +26,22 @@ def sample_rows(logits, temperatures, top_ps, uniforms):
     """One token a row by inverse-transform sampling from the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
     logits: float [rows, vocab]. temperatures (0: greedy), top_ps, uniforms: float64 [rows] on the logits' device.
-    The nucleus is the smallest set of most probable tokens whose mass reaches top_p. Equal probabilities are ordered
-    by token id, so that a draw depends on the row alone. Returns int64 [rows].
+    The nucleus is the smallest set of most probable tokens whose mass reaches top_p, of equal ones those of lower ids.
+    It is drawn from in the order of ids, not of probabilities: near-equal logits, which rounding swaps from one batch
+    to another, do not move the draw. Returns int64 [rows].
     """
     greedy = logits.argmax(dim=-1)
     if bool((temperatures == 0).all()):
         return greedy
     scale = torch.where(temperatures == 0, torch.ones_like(temperatures), temperatures)
-    # Sorted for every row, also where top_p is 1: a row must not be drawn otherwise beside one that needs the order.
-    logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     probs = torch.softmax(logits.double() / scale[:, None], dim=-1)
-    mass_before = probs.cumsum(dim=-1) - probs
-    probs = torch.where(mass_before < top_ps[:, None], probs, torch.zeros_like(probs))
-    cumulative = probs.cumsum(dim=-1)
-    # Scaled to the kept mass, and below it even after rounding, so that no token of probability zero is drawn.
-    total = cumulative[:, -1]
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    ranked = probs.gather(1, order)
+    mass_before = ranked.cumsum(dim=-1) - ranked
+    kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, mass_before < top_ps[:, None])
+    cumulative = torch.where(kept, probs, torch.zeros_like(probs)).cumsum(dim=-1)
+    # Scaled to the kept mass, and below it even after rounding, so that no token outside the nucleus is drawn.
+    total = torch.where(kept, cumulative, torch.zeros_like(probs)).amax(dim=-1)
     drawn = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, drawn[:, None], right=True)
-    token = order.gather(1, index).squeeze(1)
+    token = (kept & (cumulative > drawn[:, None])).int().argmax(dim=-1)  # the first
     return torch.where(temperatures == 0, greedy, token)

@@ -4,13 +4,11 @@ import asyncio
 import random
 import threading
 
-import numpy as np
 import pytest
 import tiny
 import torch
 
 from engine_lib.base import EngineConfig, EngineError, Request, check_requests
-from engine_lib.sampling import row_uniforms, sample_rows
 from engine_lib.transformers_engine import TransformersEngine
 
 
@@ -169,51 +167,3 @@ def test_cancelled_and_closed(generator):
 def test_what_would_crash_an_engine_is_refused(request_, message):
     with pytest.raises(ValueError, match=message):
         check_requests([request_], context_length=16, vocab_size=264)
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
-def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Reference: add tokens from the most probable one on until their mass reaches top_p."""
-    kept, mass = np.zeros_like(probs), 0.0
-    for i in sorted(range(len(probs)), key=lambda i: (-probs[i], i)):
-        if mass >= top_p:
-            break
-        kept[i] = probs[i]
-        mass += probs[i]
-    return kept / kept.sum()
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95), (2.0, 0.5), (0.7, 0.05)])
-def test_samples_have_the_stated_distribution(temperature, top_p):
-    rows, logits = 40_000, torch.tensor([1.0, 3.0, 3.0, -2.0, 0.5, 2.0, -30.0])
-    probs = torch.softmax(logits.double() / temperature, 0).numpy()
-    expected = nucleus(probs, top_p)
-    uniforms = torch.from_numpy(row_uniforms(np.arange(rows), step=5))
-    drawn = sample_rows(
-        logits.expand(rows, -1),
-        torch.full((rows,), temperature).double(),
-        torch.full((rows,), top_p).double(),
-        uniforms,
-    )
-    shares = np.bincount(drawn.numpy(), minlength=7) / rows
-    assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / rows)
-    assert not shares[expected == 0].any()
-
-
-def test_extreme_draws_stay_in_the_nucleus():
-    logits = torch.tensor([[0.0, 50.0, 0.0, -1e9]] * 3)
-    uniforms = torch.tensor([0.0, 1 - 2.0**-53, 0.5], dtype=torch.float64)
-    one = torch.ones(3, dtype=torch.float64)
-    assert set(sample_rows(logits, one, one, uniforms).tolist()) <= {0, 1, 2}
-    assert sample_rows(logits, one, 0.9 * one, uniforms).tolist() == [1, 1, 1]
-
-
-def test_uniforms_are_uniform_and_independent_of_the_batch():
-    noise = np.stack([row_uniforms(np.arange(2000), step) for step in range(20)])
-    assert 0 <= noise.min() < noise.max() < 1
-    assert abs(noise.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]) < 0.02
-    assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.02
-    assert row_uniforms(np.array([7]), 3)[0] == noise[3, 7]
