@@ -6,6 +6,7 @@ Equality is math-verify's (https://github.com/huggingface/Math-Verify), asked of
 import asyncio
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,7 @@ class _Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, bufsize=0)
         if self._read(START_SECONDS) != "ready":
             self.process.kill()
-            said = self.process.stderr.read().decode(errors="replace").split("\n") if self.process.stderr else []
-            self.end()
+            said = self.process.communicate()[1].decode(errors="replace").split("\n")
             raise GradingError(f"the grading worker did not start: {' '.join(said[-2:]).strip() or 'it said nothing'}")
 
     def _read(self, seconds: float) -> Any:
@@ -100,20 +101,16 @@ class _Worker:
 
     def end(self) -> None:
         """Kill the process and free its pipes. Only for the thread that holds the worker."""
-        self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe:
-                pipe.close()
-        self.process.wait()
+        with self.process:  # on leaving, Popen closes its pipes and waits
+            self.process.kill()
 
 
 def _far_apart(one: list[float], other: list[float]) -> bool:
     """Do both answers have numbers, and do these differ by more than math-verify's rounding (6 decimals) forgives?"""
     if not one or not other:
         return False
-    return len(one) != len(other) or any(
-        abs(a - b) > 1e-4 * max(1.0, abs(a), abs(b)) for a, b in zip(one, other, strict=True)
-    )
+    close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
+    return len(one) != len(other) or not all(map(close, one, other))
 
 
 def _known(verdict: "bool | Future[Any]") -> Any:
@@ -173,12 +170,12 @@ class Grader:
 
     def grade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """Is the answer right, for each (gold, answer)? An empty answer is wrong. Raises GradingError."""
-        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        verdicts = [self._verdict(*pair) for pair in pairs]
         return [bool(_known(verdict)) for verdict in verdicts]
 
     async def agrade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """`grade` for the event loop, which goes on meanwhile. It may be cancelled."""
-        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        verdicts = [self._verdict(*pair) for pair in pairs]
         # The cache shares its futures: a caller that is cancelled must not cancel them for the others.
         futures = [asyncio.shield(asyncio.wrap_future(v)) for v in verdicts if isinstance(v, Future)]
         await asyncio.gather(*futures, return_exceptions=True)
@@ -227,14 +224,12 @@ class Grader:
         integers = {key for key in distinct if as_integer(key)}
         asked = {key: self._submit("numbers", key) for key in distinct if key not in integers}
         numbers = {key: [float(key)] for key in integers} | {key: _known(future) for key, future in asked.items()}
-        before: list[str] = []
-        others_before: list[str] = []  # without integers, which differ from each other for certain
+        in_time = [key for key in distinct if numbers[key] is not None]
         count = 0
-        for key in distinct:
-            if numbers[key] is None:  # it could not be read in time
-                continue
-            for earlier in others_before if key in integers else before:
-                if _far_apart(numbers[key], numbers[earlier]):
+        for i, key in enumerate(in_time):
+            for earlier in in_time[:i]:
+                # Integers differ from each other for certain.
+                if (key in integers and earlier in integers) or _far_apart(numbers[key], numbers[earlier]):
                     continue
                 if count == self.max_comparisons:
                     cut = "%d distinct answers to one problem: only %d pairs were compared, frequent answers first"
@@ -242,9 +237,6 @@ class Grader:
                     return
                 count += 1
                 yield earlier, key
-            before.append(key)
-            if key not in integers:
-                others_before.append(key)
 
     def _verdict(self, gold: str, answer: str) -> "bool | Future[bool | None]":
         """Equal or not; a future where a worker must say. The future's result is None where that failed."""

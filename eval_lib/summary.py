@@ -148,8 +148,7 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
     """The scores of one problem at every pooled number of repetitions: metric -> [m - 1] -> float64 [windows]."""
     names = {c: k for k, c in enumerate(dict.fromkeys(c for s in searches for c in s["classes"] if c >= 0))}
     count, weight, right_count, right_weight = np.zeros((4, len(searches), len(names)))
-    top = np.full(len(searches), -np.inf)
-    ties, right_ties, any_right, mean_right = np.zeros((4, len(searches)))
+    top, ties, right_ties, any_right, mean_right = np.zeros((5, len(searches)))
     for r, search in enumerate(searches):
         rewards = np.array(search["reward"], dtype=np.float64)
         any_right[r], mean_right[r] = rewards.max(initial=0.0), rewards.mean() if len(rewards) else 0.0
@@ -160,10 +159,9 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
                 weight[r, names[c]] += score
                 right_weight[r, names[c]] += reward * score
         answered = np.array(search["classes"]) >= 0
-        if answered.any():
-            top[r] = search["scores"][answered].max()
-            at_top = answered & (search["scores"] == top[r])
-            ties[r], right_ties[r] = at_top.sum(), rewards[at_top].sum()
+        top[r] = search["scores"][answered].max(initial=-np.inf)
+        at_top = answered & (search["scores"] == top[r])
+        ties[r], right_ties[r] = at_top.sum(), rewards[at_top].sum()
     majority = list(pooled_votes(count, right_count))
     total_weight = pooled_sums(weight.sum(-1))
     weighted = zip(pooled_votes(weight, right_weight), majority, total_weight, strict=True)
@@ -178,22 +176,21 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
 
 def _costs(searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, float | None]:
     """Mean cost of m pooled searches, each problem counting the same; shares over all answers. None: not recorded."""
-
-    def cost(key: str) -> float | None:
-        means = [
-            np.mean([s[key] for s in runs]) for runs in searches_by_problem if all(s[key] is not None for s in runs)
-        ]
-        return m * float(np.mean(means)) if len(means) == len(searches_by_problem) else None
-
     searches = [search for runs in searches_by_problem for search in runs]
     answers = sum(len(search["classes"]) for search in searches) or 1
-    length_limited: float | None = None
-    if all(search["finish_reasons"] is not None for search in searches):
-        length_limited = sum(reason == "length" for search in searches for reason in search["finish_reasons"]) / answers
+
+    def known(key: str) -> bool:
+        return all(search[key] is not None for search in searches)
+
+    def cost(key: str) -> float | None:
+        means = (np.mean([search[key] for search in runs]) for runs in searches_by_problem)
+        return m * float(np.mean(list(means))) if known(key) else None
+
+    reasons = [reason for search in searches for reason in search["finish_reasons"] or ()]
     return {
         "tokens_generated": cost("tokens_generated"),
         "tokens_scored": cost("tokens_scored"),
         "seconds": cost("dt"),
-        "truncated": length_limited,
+        "truncated": reasons.count("length") / answers if known("finish_reasons") else None,
         "empty": sum(c < 0 for search in searches for c in search["classes"]) / answers,
     }

@@ -7,7 +7,6 @@ linearly between the whole numbers around it. Budgets that one run does not reac
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from common_lib.cli import UserError
 from eval_lib.intervals import paired_difference
 from eval_lib.summary import METRICS
+from report_lib.analysis import Analysis
 from report_lib.data import RunRecord
 
 MAX_BUDGETS = 5  # rows per basis and metric
@@ -22,21 +22,7 @@ BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}
 Budget = tuple[float, float, float]  # how much, repetitions pooled in the one run, and in the other
 
 
-@dataclass
-class ComparisonInput:
-    """What a comparison needs of a run.
-
-    scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled); tokens, flops: by data_idx, of one
-    repetition (mean).
-    """
-
-    run: RunRecord
-    scores: dict[int, dict[str, list[float]]]
-    tokens: dict[int, float] | None
-    flops: dict[int, float] | None
-
-
-def compare(one: ComparisonInput, other: ComparisonInput) -> dict[str, Any]:
+def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
     most = (  # repetitions that every common problem has
@@ -55,7 +41,7 @@ def compare(one: ComparisonInput, other: ComparisonInput) -> dict[str, Any]:
 
 
 def shared_budgets(
-    one: ComparisonInput, other: ComparisonInput, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+    one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
 ) -> tuple[dict[str, list[Budget]], list[str]]:
     """By basis, the budgets that both runs reach; and in words why a basis has none."""
     bases = {"N": equal_n_budgets(one.run, other.run, most)}
@@ -65,8 +51,8 @@ def shared_budgets(
         missing.append("the runs have no N in common" if known else "N is not known of both runs")
     for basis in ("tokens", "flops"):
         words = BASES[basis]
-        costs = getattr(one, basis), getattr(other, basis)
-        if not costs[0] or not costs[1]:
+        costs = [analysis.costs[basis] or {} for analysis in (one, other)]
+        if not all(costs):
             missing.append(f"{words} are not known of both runs")
             continue
         first, second = (float(np.mean([cost[pair[i]] for pair in pairs])) for i, cost in enumerate(costs))
@@ -78,8 +64,8 @@ def shared_budgets(
 
 
 def compare_at(
-    one: ComparisonInput,
-    other: ComparisonInput,
+    one: Analysis,
+    other: Analysis,
     pairs: Sequence[tuple[int, int]],
     basis: str,
     budget: Budget,
@@ -128,19 +114,13 @@ def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int,
 
 def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
     """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
-    pairs = [(metric, metric) for metric in METRICS]
-    if other.search_type == "bon" and one.search_type != "bon":
-        pairs.append(("wmaj", "maj"))
-    if one.search_type == "bon" and other.search_type != "bon":
-        pairs.append(("maj", "wmaj"))
-    return pairs
+    first, second = ("maj" if run.search_type == "bon" else "wmaj" for run in (one, other))
+    return [(metric, metric) for metric in METRICS] + [(first, second)] * (first != second)
 
 
 def score_at(scores: Sequence[float], pooled: float) -> float:
     """Score at a fractional number of pooled repetitions, 1 <= pooled <= len(scores), linear between whole numbers."""
-    low = min(math.floor(pooled), len(scores))
-    high = min(low + 1, len(scores))
-    return scores[low - 1] + (pooled - low) * (scores[high - 1] - scores[low - 1])
+    return float(np.interp(pooled, range(1, len(scores) + 1), scores))
 
 
 def spread(low: float, high: float) -> list[float]:
