@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -139,9 +139,7 @@ class Grader:
         self.num_workers = num_workers or min(8, os.cpu_count() or 1)
         self.pair_seconds, self.max_comparisons, self.program = pair_seconds, max_comparisons, program
         self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="grading")
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(self.num_workers):
-            self._idle.put(None)  # a place for a worker that is not started
+        self._own = threading.local()  # `worker`: the one of a thread, where it is started
         self._workers: set[_Worker] = set()
         self._cache: dict[tuple[str, ...], Future[Any]] = {}
         self._closed = False
@@ -192,18 +190,13 @@ class Grader:
         keys = [as_integer(form) or form for form in forms]
         counts = Counter(key for key in keys if key)
         distinct = sorted(counts, key=lambda key: (-counts[key], key))
-        parent = {key: key for key in distinct}
+        name = {key: key for key in distinct}  # of its class, so far
         failures: Counter[str] = Counter()
-
-        def root(key: str) -> str:
-            while parent[key] != key:
-                parent[key] = key = parent[parent[key]]
-            return key
 
         def open_pairs() -> Iterator[tuple[str, str]]:
             for one, other in self._comparable(distinct):
                 # An answer that hung twice would hang against all others too.
-                if root(one) != root(other) and max(failures[one], failures[other]) < 2:
+                if name[one] != name[other] and max(failures[one], failures[other]) < 2:
                     yield one, other
 
         pairs = open_pairs()
@@ -215,9 +208,9 @@ class Grader:
                 equal = _known(verdict)
                 failures.update((one, other) if equal is None else ())
                 if equal:
-                    parent[root(one)] = root(other)
+                    name |= {key: name[other] for key in distinct if name[key] == name[one]}
         numbers: dict[str, int] = {}
-        return [numbers.setdefault(root(key), len(numbers)) if key else -1 for key in keys]
+        return [numbers.setdefault(name[key], len(numbers)) if key else -1 for key in keys]
 
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Pairs of distinct normalised answers that math-verify might call equal, in order, at most max_comparisons."""
@@ -257,24 +250,21 @@ class Grader:
         return self._cache[key]
 
     def _ask(self, do: str, *answers: str) -> Any:
-        """Runs in a thread of the grader: the result of an idle worker, started if need be; None where that failed."""
+        """Runs in a thread of the grader: the result of its worker, started if need be; None where that failed."""
         if max(map(len, answers)) > MAX_ANSWER_CHARS:
             return None
-        worker = self._idle.get()
-        try:
-            if worker is None:
-                worker = _Worker(self.program)
-                self._workers.add(worker)
-            reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
-            if self._closed:
-                raise GradingError("the grader was closed before it had graded everything")
-            if reply is None:
-                self._workers.discard(worker)
-                worker.end()
-                worker = None
-                reply = {"failure": f"took more than {self.pair_seconds:g} s or ended its worker"}
-        finally:
-            self._idle.put(worker)
+        if getattr(self._own, "worker", None) is None:
+            self._own.worker = _Worker(self.program)
+            self._workers.add(self._own.worker)
+        worker = self._own.worker
+        reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
+        if self._closed:
+            raise GradingError("the grader was closed before it had graded everything")
+        if reply is None:
+            self._own.worker = None
+            self._workers.discard(worker)
+            worker.end()
+            reply = {"failure": f"took more than {self.pair_seconds:g} s or ended its worker"}
         if "failure" in reply:
             shown = " with ".join(repr(answer if len(answer) <= 80 else answer[:80] + "...") for answer in answers)
             logger.warning("comparing %s %s; counted as not equal", shown, reply["failure"])

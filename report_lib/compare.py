@@ -29,24 +29,34 @@ def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
         min(len(one.scores[a]["pass1"]) for a, _ in pairs),
         min(len(other.scores[b]["pass1"]) for _, b in pairs),
     )
-    bases, missing = shared_budgets(one, other, pairs, most)
-    rows = [
-        compare_at(one, other, pairs, basis, budget, metrics)
-        for basis, budgets in bases.items()
-        for budget in budgets
-        for metrics in metric_pairs(one.run, other.run)
-    ]
+    budgets, missing = shared_budgets(one, other, pairs, most)
+    rows = []
+    for basis, (amount, pooled_one, pooled_other) in budgets:
+        for metric_one, metric_other in metric_pairs(one.run, other.run):
+            first = {a: score_at(one.scores[a][metric_one], pooled_one) for a, _ in pairs}
+            second = {a: score_at(other.scores[b][metric_other], pooled_other) for a, b in pairs}
+            row = {
+                "basis": basis,
+                "budget": amount,
+                "pooled_one": pooled_one,
+                "pooled_other": pooled_other,
+                "metric_one": metric_one,
+                "metric_other": metric_other,
+                "one": float(np.mean(list(first.values()))),
+                "other": float(np.mean(list(second.values()))),
+            }
+            rows.append(row | paired_difference(first, second))
     note = comparison_note(one.run, other.run, pairs)
     return {"one": one.run.name, "other": other.run.name, "note": note, "missing": missing, "rows": rows}
 
 
 def shared_budgets(
     one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
-) -> tuple[dict[str, list[Budget]], list[str]]:
-    """By basis, the budgets that both runs reach; and in words why a basis has none."""
-    bases = {"N": equal_n_budgets(one.run, other.run, most)}
+) -> tuple[list[tuple[str, Budget]], list[str]]:
+    """(basis, budget) of all that both runs reach; and in words why a basis has none."""
+    budgets = [("N", budget) for budget in equal_n_budgets(one.run, other.run, most)]
     missing = []
-    if not bases["N"]:
+    if not budgets:
         known = one.run.num_blocks and other.run.num_blocks
         missing.append("the runs have no N in common" if known else "N is not known of both runs")
     for basis in ("tokens", "flops"):
@@ -56,35 +66,12 @@ def shared_budgets(
             missing.append(f"{words} are not known of both runs")
             continue
         first, second = (float(np.mean([cost[pair[i]] for pair in pairs])) for i, cost in enumerate(costs))
-        bases[basis] = equal_cost_budgets(first, second, most)
-        if not bases[basis]:
+        found = equal_cost_budgets(first, second, most)
+        budgets += [(basis, budget) for budget in found]
+        if not found:
             reach = [f"{cost:.3g} to {cost * pooled:.3g}" for cost, pooled in zip((first, second), most, strict=True)]
             missing.append(f"no budget of {words} that both runs reach: {reach[0]} against {reach[1]} a problem")
-    return bases, missing
-
-
-def compare_at(
-    one: Analysis,
-    other: Analysis,
-    pairs: Sequence[tuple[int, int]],
-    basis: str,
-    budget: Budget,
-    metrics: tuple[str, str],
-) -> dict[str, Any]:
-    """One row: both scores at one budget and their paired difference."""
-    amount, pooled_one, pooled_other = budget
-    first = {a: score_at(one.scores[a][metrics[0]], pooled_one) for a, _ in pairs}
-    second = {a: score_at(other.scores[b][metrics[1]], pooled_other) for a, b in pairs}
-    return {
-        "basis": basis,
-        "budget": amount,
-        "pooled_one": pooled_one,
-        "pooled_other": pooled_other,
-        "metric_one": metrics[0],
-        "metric_other": metrics[1],
-        "one": float(np.mean(list(first.values()))),
-        "other": float(np.mean(list(second.values()))),
-    } | paired_difference(first, second)
+    return budgets, missing
 
 
 def common_problems(one: RunRecord, other: RunRecord) -> list[tuple[int, int]]:

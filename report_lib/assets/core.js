@@ -79,6 +79,12 @@ VGS.colour = function (value) {
 };
 VGS.ink = (value) => (value > 0.55 ? "#111" : "#fff");
 
+/** How far something is right, from 0 to 1; never by colour alone. */
+VGS.verdict = function (share) {
+  const [css, mark] = share === 1 ? ["right", "✓"] : share > 0 ? ["limited", "½"] : ["wrong", "✗"];
+  return VGS.el("b", { class: `mark ${css}` }, mark);
+};
+
 /** How a finished block is shown: right, wrong, or length-limited; never by colour alone. Others: null. */
 VGS.outcome = function (search, node) {
   if (!search.finish[node]) return null;
@@ -90,13 +96,10 @@ VGS.outcome = function (search, node) {
 // ------------------------------------------------------------------------------------------------ address, keyboard
 
 VGS.address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-VGS.go = function (change) {
-  location.hash = "#" + new URLSearchParams({ ...VGS.address(), ...change });
-};
+VGS.changed = (change) => "#" + new URLSearchParams({ ...VGS.address(), ...change });
+VGS.go = (change) => location.assign(VGS.changed(change));
 /** Note something in the address without a step in the history, and without drawing anything. */
-VGS.note = function (change) {
-  history.replaceState(null, "", "#" + new URLSearchParams({ ...VGS.address(), ...change }));
-};
+VGS.note = (change) => history.replaceState(null, "", VGS.changed(change));
 
 VGS.run = () => VGS.index.runs[Number(VGS.address().run) || 0] || VGS.index.runs[0];
 
@@ -111,9 +114,7 @@ VGS.show = function () {
 VGS.views = {};
 
 /** Replace what is shown. */
-VGS.fill = function (...children) {
-  document.getElementById("main").replaceChildren(...children);
-};
+VGS.fill = (...children) => document.getElementById("main").replaceChildren(...children);
 
 VGS.onKey = function (event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;

@@ -16,7 +16,7 @@ VGS.COLUMNS = [
   ["#", "problem number (data_idx)", "id", (p) => p.id, false],
   ["Problem", "its first words", "problem", (p) => VGS.oneLine(p.problem), false],
   ["Truth", "the reference answer", "truth", (p) => VGS.oneLine(p.truth, 18), false],
-  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => VGS.voteCell(p), false],
+  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => [VGS.verdict(p.wmaj), " ", VGS.oneLine(p.vote || "(no answer)", 18)], false],
   ["Margin", "share of the first answer minus the second's, in the weighted vote", "margin", (p) => VGS.bar(p.margin), false],
   ["Right", "share of final beams that are right (pass@1)", "pass1", (p) => VGS.bar(p.pass1), false],
   ["Disagree", "chance that two final beams, drawn at random, answer differently", "disagreement", (p) => VGS.percent(p.disagreement), true],
@@ -26,15 +26,7 @@ VGS.COLUMNS = [
   ["Tokens", "tokens generated, all repetitions", "tokens", (p) => VGS.short(p.tokens), true],
 ];
 
-VGS.bar = function (share) {
-  return VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
-};
-
-VGS.voteCell = function (problem) {
-  const css = problem.wmaj === 1 ? "right" : problem.wmaj === 0 ? "wrong" : "limited";
-  const mark = problem.wmaj === 1 ? "✓" : problem.wmaj === 0 ? "✗" : "½";
-  return VGS.el("span", {}, VGS.el("b", { class: `mark ${css}` }, mark), " ", VGS.oneLine(problem.vote || "(no answer)", 18));
-};
+VGS.bar = (share) => VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
 
 VGS.listState = { sort: "id", down: false, filter: "all", words: "", at: 0 };
 

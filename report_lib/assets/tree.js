@@ -54,9 +54,8 @@ VGS.drawNode = function (search, place, node, choose) {
   return group;
 };
 
-/** The tree as SVG. `choose(node)` is called on a click. */
-VGS.drawTree = function (search, room, choose) {
-  const place = VGS.layout(search, room);
+/** The tree as SVG, with the geometry of `layout`. `choose(node)` is called on a click. */
+VGS.drawTree = function (search, place, choose) {
   const { x, y, width, row } = place;
   const top = 26;
   const links = VGS.el("g", { class: "links" });
