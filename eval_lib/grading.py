@@ -107,10 +107,8 @@ class _Worker:
 
 def _far_apart(one: list[float], other: list[float]) -> bool:
     """Do both answers have numbers, and do these differ by more than math-verify's rounding (6 decimals) forgives?"""
-    if not one or not other:
-        return False
     close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
-    return len(one) != len(other) or not all(map(close, one, other))
+    return bool(one and other) and (len(one) != len(other) or not all(map(close, one, other)))
 
 
 def _known(verdict: "bool | Future[Any]") -> Any:

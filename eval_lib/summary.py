@@ -1,7 +1,7 @@
 """The table of a search run: every vote at every pooled number of repetitions, with intervals and costs. No torch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ def budget_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
 ) -> Table:
     """A table of the rows of `summarize`, thinned. columns: head -> (how it is shown, keys of what is shown)."""
-    columns = {"N": (_digits("d"), "N"), "pooled": (str, "pooled")} | dict(columns)
+    columns = {"N": (partial(number, form="d"), "N"), "pooled": (str, "pooled")} | dict(columns)
     cells = [[form(*map(row.__getitem__, keys)) for form, *keys in columns.values()] for row in thin(rows)]
     return Table(title, list(columns), cells, notes)
 
@@ -92,11 +92,11 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
     noise = {words: (half_width, f"{metric}_ci_repeat") for metric, words in METRICS.items()}
     costs = {
         "problems": (str, "problems"),
-        "generated": (_digits(",.0f"), "tokens_generated"),
-        "scored": (_digits(",.0f"), "tokens_scored"),
-        "seconds": (_digits(",.1f"), "seconds"),
-        "length-limited": (_digits(".1%"), "truncated"),
-        "empty": (_digits(".1%"), "empty"),
+        "generated": (partial(number, form=",.0f"), "tokens_generated"),
+        "scored": (partial(number, form=",.0f"), "tokens_scored"),
+        "seconds": (partial(number, form=",.1f"), "seconds"),
+        "length-limited": (partial(number, form=".1%"), "truncated"),
+        "empty": (partial(number, form=".1%"), "empty"),
     }
     return [
         budget_table(f"Accuracy, %{of}", rows, accuracy, [INTERVAL_NOTE, *_row_notes(rows, run)]),
@@ -108,10 +108,6 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `summarize` as text of at most 80 columns."""
     return "\n\n".join(map(as_text, run_tables(rows)))
-
-
-def _digits(form: str) -> Callable[[float | None], str]:
-    return partial(number, form=form)
 
 
 def _row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:

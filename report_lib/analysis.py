@@ -42,9 +42,8 @@ class Analysis:
             lost = "no trees, no rejected candidates, no values inside a trace"
             self.notes.append(f"{run.name}: no journal ({journal.path.name}): {lost}")
         self.problems: list[dict[str, Any]] = []
-        self.tokens_generated = 0 if self.has_journal else None  # of all searches, unfinished ones too
-        # searches in which only a rejected candidate was right; None where no rejected ones are seen
-        self.pruned_right = 0 if self.has_journal and run.prunes is not False else None
+        self.tokens_generated = 0  # of all searches, unfinished ones too; without a journal not known
+        self._sees_rejected = self.has_journal and run.prunes is not False
         self._forward_costs = forward_costs(run.meta) if self.has_journal else None
         self._classes: dict[int, dict[int, list[int]]] = {}
         self._observations: list[NDArray] = []
@@ -53,16 +52,12 @@ class Analysis:
         self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
 
     def add(self, view: ProblemView) -> None:
-        pruned_right = None
-        if self.pruned_right is not None:
-            pruned_right = sum(map(only_pruned_right, view.searches))
-            self.pruned_right += pruned_right
+        pruned_right = sum(map(only_pruned_right, view.searches)) if self._sees_rejected else None
         self.problems.append(problem_row(view, pruned_right))
         self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
         final_only = bool(self.run.prunes) and not self.run.biased
         for search in view.searches:
-            if self.tokens_generated is not None:
-                self.tokens_generated += sum(map(len, search.tree.tokens))
+            self.tokens_generated += sum(map(len, search.tree.tokens))
             self._without_journal += not search.in_journal
             if search.line:
                 self._observations.append(observe_search(view.data_idx, search, final_only))
@@ -85,6 +80,8 @@ class Analysis:
         if self.has_journal and self._without_journal:
             lost = f"{self._without_journal} finished searches are not in the journal"
             self.notes.append(f"{run.name}: {lost}: only their final beams are shown")
+        # searches in which only a rejected candidate was right; None where no rejected ones are seen
+        self.pruned_right = sum(row["rescued"] for row in self.problems) if self._sees_rejected else None
         self.flops = mean_costs(self._flops) if self._flops and not self._without_flops else None
         if run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"
@@ -121,4 +118,4 @@ class Analysis:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens generated per second of wall-clock."""
-        return self.tokens_generated / self.seconds if self.seconds and self.tokens_generated else None
+        return self.tokens_generated / self.seconds if self.seconds and self.has_journal else None

@@ -25,10 +25,8 @@ Budget = tuple[float, float, float]  # how much, repetitions pooled in the one r
 def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
-    most = (  # repetitions that every common problem has
-        min(len(one.scores[a]["pass1"]) for a, _ in pairs),
-        min(len(other.scores[b]["pass1"]) for _, b in pairs),
-    )
+    # repetitions that every common problem has
+    most = min(len(one.scores[a]["pass1"]) for a, _ in pairs), min(len(other.scores[b]["pass1"]) for _, b in pairs)
     budgets, missing = shared_budgets(one, other, pairs, most)
     rows = []
     for basis, (amount, pooled_one, pooled_other) in budgets:

@@ -52,14 +52,17 @@ class PageWriter:
         """Write a problem of run `number`."""
         (self.data / f"run{number}").mkdir(exist_ok=True)
         name = f"run{number}/p{view.data_idx}"
-        parts = in_parts([s.text if s.in_journal else beam_texts(s, self.decode) for s in view.searches])
-        places = [{"texts": f"{name}-text{i}", "at": at} for i, part in enumerate(parts) for at in range(len(part))]
+        searches = []
+        parts: list[list[list[str]]] = [[]]
+        for search in view.searches:
+            if sum(len(text) for texts in parts[-1] for text in texts) >= PART_CHARACTERS:
+                parts.append([])
+            place = {"texts": f"{name}-text{len(parts) - 1}", "at": len(parts[-1])}
+            parts[-1].append(search.text if search.in_journal else beam_texts(search, self.decode))
+            ids = not search.in_journal and self.decode is None
+            searches.append(search_data(search) | {"ids": ids} | place)
         for i, part in enumerate(parts):
             self.write(f"{name}-text{i}", part)
-        searches = [
-            search_data(search) | {"ids": not search.in_journal and self.decode is None} | place
-            for search, place in zip(view.searches, places, strict=True)
-        ]
         line = view.lines[0]
         head = {"id": view.data_idx, "problem": line["problem"], "truth": line["gt_answer"][:ANSWER_CHARACTERS]}
         self.write(name, head | {"vote": count_vote(view.searches), "searches": searches})
@@ -79,19 +82,6 @@ class PageWriter:
         shutil.rmtree(self.final, ignore_errors=True)
         self.data.rename(self.final)
         shutil.copyfile(ASSETS / "report.html", self.folder / "report.html")
-
-
-def in_parts(texts: Sequence[list[str]]) -> list[list[list[str]]]:
-    """The texts of searches, in as many parts as it takes to keep each small."""
-    parts: list[list[list[str]]] = [[]]
-    size = 0
-    for text in texts:
-        if size >= PART_CHARACTERS:
-            parts.append([])
-            size = 0
-        parts[-1].append(text)
-        size += sum(map(len, text))
-    return parts
 
 
 def search_data(search: SearchView) -> dict[str, Any]:

@@ -77,7 +77,6 @@ def scale_budget(axis: Axes, values: Sequence[float]) -> None:
 def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: tuple, label: str) -> None:
     """One line with its band: the mean over problems and the problem-clustered 95 % interval."""
     colour, dash, marker = style
-    rows = [row for row in rows if row[key]]
     x, y = [row[key] for row in rows], [row[f"{metric}_m"] for row in rows]
     half = [row[f"{metric}_ci"] for row in rows]
     if None not in half:

@@ -84,9 +84,8 @@ VGS.drawSearch = function (data, at, room) {
 };
 
 VGS.legend = function () {
-  const steps = [0, 0.25, 0.5, 0.75, 1];
   return VGS.el("p", { class: "legend" },
-    "value ", steps.map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
+    "value ", [0, 0.25, 0.5, 0.75, 1].map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
     VGS.el("span", { class: "swatch sample kept" }, "kept"), VGS.el("span", { class: "swatch sample rejected" }, "rejected"),
     " ✓ right  ✗ wrong  … length-limited");
 };
