@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = LOADERS) -> int:
     begin, total = time.perf_counter(), len(plan.problems) * args.num_repetitions
     finished: Sized = ()
     try:
-        with RunFiles.open(paths, make_meta(args, plan)) as files, Grader() as grader:
+        with RunFiles(paths, make_meta(args, plan)) as files, Grader() as grader:
             finished = files.finished
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:

@@ -92,7 +92,7 @@ def make_synthetic_run(path: Path, options: Options) -> None:
     rng = np.random.default_rng([options.seed, 3])
     prompts = [rng.integers(0, STOP_ID, size=60 + len(problem.problem) // 4).tolist() for problem in problems]
     models = SimulatedModels(options, [int(problem.answer) for problem in problems], rates, text)
-    with RunFiles.open(paths, meta(options)) as files, Grader() as grader:
+    with RunFiles(paths, meta(options)) as files, Grader() as grader:
         rows = ResultRows(problems, text.decode, grader)
         progress = SearchProgress(files.finished, len(prompts) * options.repetitions, options.config())
         runner = SearchRunner(models.generate, models, options.config(), files, rows, progress)
