@@ -163,8 +163,7 @@ def make_plan(args: argparse.Namespace) -> CollectionPlan:
                 f"the longest prompt ({longest} tokens) and --max_length {args.max_length} make {longest + args.max_length} "
                 f"tokens, more than the {info.max_position_embeddings} positions of {info.path}"
             )
-    others = [Path(info.path) for info in roll_in_models if info.path != generator.path]
-    for other in others:
+    for other in (Path(info.path) for info in roll_in_models if info.path != generator.path):
         if load_tokenizer(other, "--roll_in_models").get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"--roll_in_models {other} has another tokenizer than --piref_model {args.piref_model}; they must share one"
@@ -202,8 +201,7 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
         if info.fingerprint == plan.generator.fingerprint:
             own.append(model)
             continue
-        await write_roll_ins(args, plan, model, output)
-        for record in output.roll_ins(model).records():
+        for record in await write_roll_ins(args, plan, model, output):
             roll_ins.get(record["i"], {}).update({int(key): ids for key, ids in record["roll_ins"].items()})
 
     async def work(number: int) -> None:
@@ -216,9 +214,11 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
     await stage.run(missing, work)
 
 
-async def write_roll_ins(args: argparse.Namespace, plan: CollectionPlan, model: int, output: CollectionFolder) -> None:
-    """The roll-ins of one model, kept in a file: its engine makes room for the next one's."""
-    lines = output.roll_ins(model)
+async def write_roll_ins(
+    args: argparse.Namespace, plan: CollectionPlan, model: int, output: CollectionFolder
+) -> list[dict[str, Any]]:
+    """The roll-ins of one model, kept in a file until the generator continues them: its engine makes room for the next."""
+    lines = output.open_lines(f"roll_ins-{model:02d}")
     numbers = [number for number in output.missing() if number not in lines.done]
 
     async def work(number: int) -> None:
@@ -228,6 +228,7 @@ async def write_roll_ins(args: argparse.Namespace, plan: CollectionPlan, model: 
         info = plan.roll_in_models[model]
         stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
         await stage.run(numbers, work)
+    return lines.records()
 
 
 async def sample_roll_ins(stage: "Stage", number: int, model: int) -> dict[int, list[int]]:
@@ -251,12 +252,13 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
             len(trace), args.prefixes_per_roll_in, args.cut_weight, draw_seed(args.seed, number, 1, roll_in)
         )
     ] or [[]]
-    repeats = range(args.rollouts_per_prefix)
-    requests = [stage.request(number, prefix, 2, i, repeat) for i, prefix in enumerate(prefixes) for repeat in repeats]
+    starts = [(prefix, i, repeat) for i, prefix in enumerate(prefixes) for repeat in range(args.rollouts_per_prefix)]
+    requests = [stage.request(number, prefix, 2, i, repeat) for prefix, i, repeat in starts]
     replies = await stage.sample(requests)
-    traces = [prefix for prefix in prefixes for _ in repeats]
-    texts = (stage.plan.decode([*prefix, *reply.token_ids]) for prefix, reply in zip(traces, replies, strict=True))
-    answers = [extract_answer(text) for text in texts]
+    answers = [
+        extract_answer(stage.plan.decode([*prefix, *reply.token_ids]))
+        for (prefix, *_), reply in zip(starts, replies, strict=True)
+    ]
     labels = labels_of(
         [reply.finish_reason for reply in replies],
         await grader.agrade([(problem.answer, answer) for answer in answers]),

@@ -176,9 +176,7 @@ def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:
 
 def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole tensor of optimizer state, on the parameter's device and sharded as it is; a step count as it comes."""
-    if value.dim() == 0:
-        return value.to(parameter.device)
-    if hasattr(parameter, "device_mesh"):
+    if value.dim() and hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -51,7 +51,6 @@ class TrainingRun:
                 self.progress = Progress(self.progress_line)
         self.tracker.log_configs(vars(self.args) | {"attention": self.plan.attention.name, "versions": versions()})
         self.record: dict[str, float] = {}  # of the last step
-        self.saved = self.plan.step if self.plan.checkpoint else -1
         self.begun = self.clock = time.perf_counter()
 
     def train(self, stop: StopSignal) -> int:
@@ -130,20 +129,16 @@ class TrainingRun:
         self.log(done, {f"eval/{name}": value for name, value in metrics.items()})
 
     def save(self, done: int) -> None:
-        """Write the checkpoint of the steps done, and push it, if it is not there."""
-        if self.saved == done:
-            return
+        """Write the checkpoint of the steps done, and push it."""
         trainer = {
             "format": 1, "arguments": vars(self.args), "data": self.plan.data, "world_size": self.world.size,
             "attention": self.plan.attention.name, "tracker": self.tracker.id, "versions": versions(),
             "record": self.record,
         }  # fmt: skip
-        in_use = self.pusher.in_use if self.pusher else ()
         path = save_checkpoint(
             self.plan.run_dir, done, self.model, self.optimizer, self.world, trainer, self.plan.model_dir,
-            self.args.max_keep_ckpts, in_use,
+            self.args.max_keep_ckpts, in_use=self.pusher.in_use if self.pusher else (),
         )  # fmt: skip
-        self.saved = done
         if self.pusher:
             self.pusher.push(path, done)
 
@@ -186,17 +181,12 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
     """This rank's micro batches of steps `first` .. num_steps - 1; a data error of one rank is raised on all."""
     workers = args.num_workers if args.num_workers is not None else 2 if world.device.type == "cuda" else 0
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers, collate_fn=as_it_is,
-        prefetch_factor=2 if workers else None,
+        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers,
         generator=torch.Generator(),  # starting a loader draws a seed, which must not move the dropout's noise
     )  # fmt: skip
     for found in loader:
         world.raise_together(found if isinstance(found, str) else None)
         yield found
-
-
-def as_it_is(item):
-    return item
 
 
 def open_metrics(path: Path, last_step: int) -> LineFile:
