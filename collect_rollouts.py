@@ -54,18 +54,8 @@ from engine_lib.base import EngineError, Reply, Request
 from engine_lib.choose import choose_engine, make_engine
 from engine_lib.retry import RequestsFailed, RetryPolicy, ask_until_whole
 from eval_utils import Grader, extract_answer
-from training_lib.collection import (
-    CUT_WEIGHTS,
-    CollectionFolder,
-    SourceProblem,
-    check_output_dir,
-    count,
-    cut_positions,
-    draw_seed,
-    labels_of,
-    load_problems,
-    write_card,
-)
+from training_lib import collection
+from training_lib.collection import CollectionFolder, SourceProblem, draw_seed
 
 logger = logging.getLogger("collect_rollouts")
 
@@ -85,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output_dir", required=True, help="the training set; a data card and parquet files under data/")
     flag("--num_roll_ins", type=int, default=14, help="traces to cut, per problem; 0: every roll-out starts at the prompt")
     flag("--prefixes_per_roll_in", type=int, default=4, help="prefixes of each, nested")
-    flag("--cut_weight", choices=CUT_WEIGHTS, default="sqrt", help="where a trace is cut: after t tokens with probability "
+    flag("--cut_weight", choices=collection.CUT_WEIGHTS, default="sqrt", help="where a trace is cut: after t tokens with probability "
          "proportional to sqrt(t), 1, or 1/sqrt(t). The paper says square-root weighted, no more: sqrt(t) is an assumption")
     flag("--rollouts_per_prefix", type=int, default=1, help="roll-outs of the generator from each prefix")
     flag("--keep_unsolved", action="store_true", help="keep problems of which no roll-out succeeds")
@@ -147,7 +137,7 @@ class CollectionPlan:
 
 def make_plan(args: argparse.Namespace) -> CollectionPlan:
     """Read problems, configs and tokenizers, and check that all fits. Raises UserError."""
-    problems = load_problems(args.problems, args.split, args.max_problems)
+    problems = collection.load_problems(args.problems, args.split, args.max_problems)
     generator = inspect_generator(args.piref_model, "--piref_model")
     names = args.roll_in_models if args.num_roll_ins else []
     roll_in_models = [inspect_generator(name, "--roll_in_models") for name in names]
@@ -248,7 +238,7 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
     prefixes = [
         trace[:cut]
         for roll_in, trace in sorted(roll_ins.items())
-        for cut in cut_positions(
+        for cut in collection.cut_positions(
             len(trace), args.prefixes_per_roll_in, args.cut_weight, draw_seed(args.seed, number, 1, roll_in)
         )
     ] or [[]]
@@ -259,7 +249,7 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
         extract_answer(stage.plan.decode([*prefix, *reply.token_ids]))
         for (prefix, *_), reply in zip(starts, replies, strict=True)
     ]
-    labels = labels_of(
+    labels = collection.labels_of(
         [reply.finish_reason for reply in replies],
         await grader.agrade([(problem.answer, answer) for answer in answers]),
     )
@@ -334,8 +324,8 @@ class Stage:
 
 def report(output: CollectionFolder) -> None:
     """The data card, and its main figures on the screen."""
-    figures = count(output)
-    write_card(output, figures)
+    figures = collection.count(output)
+    collection.write_card(output, figures)
     left_out = f"{figures['dropped']} without a success left out"
     print(f"{figures['rows']} problems ({left_out}), {figures['rollouts']} roll-outs: {figures['labels']}")
     print(f"written to {output.folder}; next: train_classifier.py --data_path {output.folder}", flush=True)
@@ -350,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     enable_fast_transfers()
     args = parse_args(argv)
     folder = Path(args.output_dir)
-    check_output_dir(folder)
+    collection.check_output_dir(folder)
     plan = make_plan(args)
     total, output = len(plan.problems), None
     try:

@@ -60,16 +60,11 @@ class RankBatches:
         units = self._order(epoch)[batch * self.units_per_step : (batch + 1) * self.units_per_step]
         if self.packing == "none":
             return np.array_split(units, self.world_size)[self.rank]
-        groups = self._groups(units)
-        sizes = np.array([self.table.lengths(units[group].ravel()).sum() for group in groups])
-        share = balanced_shares(sizes, self.world_size)[self.rank]
-        return units[np.concatenate([groups[i] for i in share])]
-
-    def _groups(self, units: np.ndarray) -> list[np.ndarray]:
-        """Indices of the units that stay on one rank: neighbours of one row, or single units if those are too few."""
-        rows = self.table.row_of(units[:, 0])
-        groups = np.split(np.arange(len(units)), np.flatnonzero(np.diff(rows)) + 1)
-        return groups if len(groups) >= self.world_size else list(np.arange(len(units))[:, None])
+        groups = np.split(units, np.flatnonzero(np.diff(self.table.row_of(units[:, 0]))) + 1)  # neighbours of one row
+        if len(groups) < self.world_size:
+            groups = np.split(units, len(units))
+        sizes = np.array([self.table.lengths(group).sum() for group in groups])
+        return np.concatenate([groups[i] for i in balanced_shares(sizes, self.world_size)[self.rank]])
 
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""

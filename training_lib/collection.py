@@ -190,27 +190,20 @@ class CollectionFolder:
         del self._rows[shard]
 
 
-class ProblemLines:
+class ProblemLines(LineFile):
     """A file of one line for each finished problem, {"i": problem, ...}: from it a stopped collection goes on."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._file = LineFile(path, separators=(", ", ": "))
+        super().__init__(path, separators=(", ", ": "))
         self.done: set[int] = {record["i"] for _, record in read_rows(path)}
 
     def add(self, number: int, record: dict[str, Any]) -> None:
-        self._file.append({"i": number} | record)
+        self.append({"i": number} | record)
         self.done.add(number)
 
     def records(self) -> list[dict[str, Any]]:
         """All lines, in the order of the problems."""
         return sorted((record for _, record in read_rows(self.path)), key=lambda record: record["i"])
-
-    def close(self) -> None:
-        """Make it durable; one without a line goes."""
-        self._file.close()
-        if not self.done:
-            self.path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

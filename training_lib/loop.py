@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import platform
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from classifier_lib import Qwen2ForClassifier
-from common_lib.files import LineFile, OutputError, read_rows, write_whole
+from common_lib.files import LineFile, OutputError, read_rows
 from common_lib.progress import Progress, format_count, format_seconds
 from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker
@@ -191,11 +192,10 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
 
 def open_metrics(path: Path, last_step: int) -> LineFile:
     """metrics.jsonl, to go on after `last_step`: later lines belong to steps that a stop has undone, and are removed."""
-    LineFile(path).close()  # drops a torn line
-    end = next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)
-    kept = path.read_bytes()[:end]
-    write_whole(path, lambda stream: stream.write(kept))
-    return LineFile(path, separators=(", ", ": "))
+    metrics = LineFile(path, separators=(", ", ": "))
+    if (end := next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)) is not None:
+        os.truncate(path, end)
+    return metrics
 
 
 def versions() -> dict[str, str]:

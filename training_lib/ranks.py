@@ -107,14 +107,9 @@ def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Exchange gradients in this backward pass only where `enabled`: the last of a step."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not enabled:
-        with model.no_sync():
-            yield
-    else:
-        yield
+    replicated = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if replicated and not enabled else contextlib.nullcontext()

@@ -7,7 +7,7 @@ one roll-out is a view on the memory-mapped file and costs microseconds.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,8 +66,9 @@ class RolloutTable:
         start, room = len(roll_in), max(self.max_length - len(roll_in), 0)
         parts = {ROLL_INS: roll_in[: self.max_length], ROLL_OUTS: roll_out[:room]}
         for name, ids in parts.items():
-            if len(_outside(ids, self.vocab_size)):
-                raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(ids, self.vocab_size)}")
+            if len(bad := _outside(ids, self.vocab_size)):
+                words = _outside_words(ids[bad[0]], self.vocab_size)
+                raise UserError(f"row {row}, column {name}[{column}]: {words}")
         return Trace(np.concatenate(list(parts.values())), start, int(self.labels[rollout]), (row, column))
 
     def select(self, keep: np.ndarray) -> "RolloutTable":
@@ -103,9 +104,8 @@ def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return np.flatnonzero((ids < 0) | (ids >= vocab_size))
 
 
-def _outside_words(ids: np.ndarray, vocab_size: int) -> str:
-    bad = ids[_outside(ids, vocab_size)[0]]
-    return f"token id {bad} is outside the model's vocabulary of {vocab_size}"
+def _outside_words(token_id: int, vocab_size: int) -> str:
+    return f"token id {token_id} is outside the model's vocabulary of {vocab_size}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,9 +130,9 @@ def load_rollouts(
     with its row and column; `skip_bad_rows` checks every id, leaves such rows out and logs how many there were.
     """
     dataset = _select(open_dataset(path), path, label_key, max_rows)
-    parts, seen, num_bad, first_fault = [], 0, 0, ""
+    parts, start, seen, num_bad, first_fault = [], 0, 0, 0, ""
     problems: dict[object, int] = {}
-    for start, batch in _record_batches(dataset):
+    for batch in (batch for table in dataset.iter(1000) for batch in table.to_batches()):  # views, nothing is copied
         columns = _read_columns(batch, label_key, path)
         seen += sum(len(column.tokens) for column in columns.values())
         check_ids = skip_bad_rows or seen <= ids_checked_at_start
@@ -148,13 +148,12 @@ def load_rollouts(
         counts = np.minimum(columns[label_key].counts[~bad], num_response)
         values = (column.values[column.first_items(~bad, num_response)] for column in columns.values())
         parts.append((start + np.flatnonzero(~bad), counts, *values, numbers[~bad]))
+        start += batch.num_rows
     if num_bad:
-        logger.warning(
-            "%s: left out %d of %d rows that are faulty; the first is %s", path, num_bad, len(dataset), first_fault
-        )
+        logger.warning("%s: left out %d of %d rows that are faulty; the first is %s", path, num_bad, start, first_fault)
     rows, counts, ins, outs, labels, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
     if len(labels) == 0:
-        raise UserError(f"{path} has no roll-out to train on ({num_bad} of {len(dataset)} rows are faulty)")
+        raise UserError(f"{path} has no roll-out to train on ({num_bad} of {start} rows are faulty)")
     first = np.concatenate([[0], np.cumsum(counts)])
     return RolloutTable(dataset, rows, first, labels, ins, outs, numbers, vocab_size, max_length)
 
@@ -174,15 +173,6 @@ def _select(dataset, path: str, label_key: str, max_rows: int | None) -> Any:
     return dataset.select_columns(wanted + texts).select(first).with_format("arrow")
 
 
-def _record_batches(dataset) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(first row, arrow record batch) over the rows; views, nothing is copied."""
-    start = 0
-    for table in dataset.iter(1000):
-        for batch in table.to_batches():
-            yield start, batch
-            start += batch.num_rows
-
-
 @dataclass(frozen=True, eq=False)
 class _Column:
     """A column of lists in a batch. counts [rows]: items of each row; values [items]: the labels, or how many tokens
@@ -196,15 +186,11 @@ class _Column:
         """Numbers of the first `most` items of each row that is kept. keep: bool [rows]."""
         return np.flatnonzero((place_in_run(self.counts) < most) & np.repeat(keep, self.counts))
 
-    def ids(self, item: int) -> np.ndarray:
-        """The token ids of one list."""
-        begin = int(self.values[:item].sum())
-        return self.tokens[begin : begin + int(self.values[item])]
-
-    def outside(self, vocab_size: int) -> np.ndarray:
-        """Which lists hold an id outside the vocabulary, bool [items]."""
-        owners = np.searchsorted(np.cumsum(self.values), _outside(self.tokens, vocab_size), side="right")
-        return np.bincount(owners, minlength=len(self.values)) > 0
+    def outside(self, vocab_size: int) -> dict[int, int]:
+        """Of each list that holds an id outside the vocabulary: its number, and the first such id."""
+        places = _outside(self.tokens, vocab_size)
+        lists, first = np.unique(np.searchsorted(np.cumsum(self.values), places, side="right"), return_index=True)
+        return dict(zip(lists.tolist(), self.tokens[places[first]].tolist(), strict=True))
 
 
 def _read_columns(batch: pa.RecordBatch, label_key: str, path: str) -> dict[str, _Column]:
@@ -264,8 +250,8 @@ def _find_faults(
     labels, lengths = columns[label_key].values[at[label_key]], columns[ROLL_OUTS].values[at[ROLL_OUTS]]
 
     def outside(name: str) -> _Rule:
-        column, items = columns[name], at[name]
-        return name, column.outside(vocab_size)[items], lambda i: _outside_words(column.ids(items[i]), vocab_size)
+        found = columns[name].outside(vocab_size)
+        return name, np.isin(at[name], list(found)), lambda i: _outside_words(found[at[name][i]], vocab_size)
 
     rules: list[_Rule] = [
         (label_key, (labels < 0) | (labels >= NUM_CLASSES),
