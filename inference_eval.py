@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,8 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
     """What X.meta.json says of a run; a second start is compared with it."""
-    packages = ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy")
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     text = json.dumps([[p.problem, p.answer, ids] for p, ids in zip(plan.problems, plan.prompts, strict=True)])
@@ -126,8 +125,8 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "num_problems": len(plan.problems),
         "problems_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "search": plan.config.to_json() | {"num_blocks": args.num_blocks},
-        "generator": plan.generator.to_json(),
-        "value_model": plan.value_model.to_json(),
+        "generator": asdict(plan.generator),
+        "value_model": asdict(plan.value_model),
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": "bf16" if plan.device.startswith("cuda") else "fp32",
@@ -161,10 +160,8 @@ def load_scorer(args: argparse.Namespace, plan: SearchPlan) -> ScorerThread:
         torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
         use_cache=False,
     ).to(plan.value_device)
-    if args.value_cache_gb == "auto":
-        cache_bytes = default_cache_bytes(plan.value_device)
-    else:
-        cache_bytes = int(args.value_cache_gb * 1e9)
+    auto = args.value_cache_gb == "auto"
+    cache_bytes = default_cache_bytes(plan.value_device) if auto else int(args.value_cache_gb * 1e9)
     logger.info(
         "value model: %s, %s on %s, caches up to %.1f GB", plan.value_model.path, plan.value_dtype, plan.value_device,
         cache_bytes / 1e9,
@@ -180,9 +177,6 @@ class Loaders:
     scorer: Callable[[argparse.Namespace, SearchPlan], ScorerThread] = load_scorer
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
-
-
-LOADERS = Loaders()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def totals(args: argparse.Namespace, files: RunFiles, lines: Sequence[dict[str, 
     )
 
 
-def main(argv: Sequence[str] | None = None, loaders: Loaders = LOADERS) -> int:
+def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int:
     set_up_logging()
     enable_fast_transfers()
     args = parse_args(argv, __doc__)
