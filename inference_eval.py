@@ -95,9 +95,8 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     # From here on with torch and transformers, whose import takes seconds
     device = resolve_device(args.device, "--device")
     value_device = device if args.value_device == "auto" else resolve_device(args.value_device, "--value_device")
-    value_dtype = args.value_dtype
-    if value_dtype == "auto":
-        value_dtype = "bf16" if value_device.startswith("cuda") else "fp32"
+    fastest = "bf16" if value_device.startswith("cuda") else "fp32"
+    value_dtype = fastest if args.value_dtype == "auto" else args.value_dtype
     tokenizer = load_tokenizer(Path(generator.path), "--piref_model")
     check_prompt_format(args.prompt_format, tokenizer)
     prompts = [format_prompt(p.problem, args.prompt_format, tokenizer) for p in problems]
@@ -245,28 +244,24 @@ def start_tracker(args: argparse.Namespace, files: RunFiles, loaders: Loaders) -
 
 
 def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
-    """The table, and the same numbers to the tracker."""
+    """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
     lines = list(files.finished.values())
     rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
-    print(format_table(rows))
-    print(f"\n{totals(args, files, lines)}", flush=True)
+    sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
+    seconds = sum(session["seconds"] for session in files.meta["sessions"])
+    print(
+        f"{format_table(rows)}\n\n"
+        f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
+        f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
+        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}",
+        flush=True,
+    )
     name = benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
         known = {key: value for key, value in row.items() if value is not None}
         metrics = {f"{name}/{key}": known[key] for key in known if key.endswith(("_m", "_ci", "_ci_repeat"))}
         tracker.log_metrics(metrics, step=row["N"])
-
-
-def totals(args: argparse.Namespace, files: RunFiles, lines: Sequence[dict[str, Any]]) -> str:
-    """What the whole run cost, and where it is."""
-    sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
-    seconds = sum(session["seconds"] for session in files.meta["sessions"])
-    return (
-        f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
-        f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
-        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}"
-    )
 
 
 def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int:

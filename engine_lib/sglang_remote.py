@@ -9,6 +9,7 @@ httpx is the client because every installation of this project has it already: h
 import asyncio
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -300,7 +301,8 @@ class SGLangServerEngine:
 
     def _check_info(self, url: str, info: wire.ServerInfo, told: bool) -> None:
         """Raises UserError where the server runs something else than what was asked for."""
-        ours, path = wire.architectures_of(self.model_path), self.model_path
+        path = self.model_path
+        ours = tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
         if ours and info.architectures and ours != info.architectures:
             raise UserError(
                 f"{url} serves {info.model_path}, a {info.architectures[0]}; --piref_model {path} is a {ours[0]}"
