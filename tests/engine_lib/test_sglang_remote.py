@@ -50,7 +50,8 @@ def new_engine(model, *servers, patience=QUICK, **settings):
 def with_engine(model, servers, main, **settings):
     async def run(engine):
         try:
-            return await main(engine)
+            async with asyncio.timeout(40):  # whatever goes wrong, no test hangs
+                return await main(engine)
         finally:
             await engine.close()
 
@@ -237,9 +238,10 @@ def test_a_server_that_comes_back_with_another_model_is_not_used(model, servers)
         await engine.generate(some_requests(10))
         one.info["architectures"] = ["LlamaForCausalLM"]
         one.start_again()
-        while "LlamaForCausalLM" not in engine.servers[0].why:
-            await asyncio.sleep(0.05)
+        await until(lambda: "LlamaForCausalLM" in engine.servers[0].why)
         assert not engine.servers[0].up
+        assert await engine.generate(some_requests(10)) == expected(some_requests(10))
+        assert len(two.bodies) >= 20
 
     with_engine(model, [one, two], main)
 
