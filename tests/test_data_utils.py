@@ -9,12 +9,14 @@ import tiny
 from common_lib.cli import UserError
 from data_utils import (
     BENCHMARKS,
+    INSTRUCTION,
     Problem,
     benchmark_name,
     check_prompt_format,
     format_prompt,
     load_benchmark,
     open_dataset,
+    read_file,
 )
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "{x} in \\boxed{}", "answer": 25}]
@@ -152,3 +154,89 @@ def test_unknown_special_tokens_are_said(caplog):
 
     check_prompt_format("r1", Other())
     assert "reads them as plain text" in caplog.text
+
+
+@pytest.mark.parametrize("prompt_format", ["r1", "chat", "bare"])
+def test_every_format_token_by_token(prompt_format):
+    """Specials are one token each; the problem is ordinary text, braces and words of the template among it."""
+    tokenizer = tiny.tiny_tokenizer()
+    special = tokenizer.convert_tokens_to_ids
+    problem = "Is {problem} or {x} {} 1?"
+    text = problem if prompt_format == "bare" else f"{problem} {INSTRUCTION}"
+    plain = [special(token) for token in tokenizer.tokenize(text)]
+    assert format_prompt(problem, prompt_format, tokenizer) == [
+        *special(["<｜begin▁of▁sentence｜>", "<｜User｜>"]), *plain, *special(["<｜Assistant｜>", "<think>"]),
+        *tokenizer("\n", add_special_tokens=False).input_ids,
+    ]  # fmt: skip
+
+
+def test_formats_that_need_no_template_and_those_that_do():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['role'] }}:{{ messages[0]['content'] }}|{{ add_generation_prompt }}"
+    assert tokenizer.decode(format_prompt("Q", "bare", tokenizer)) == "user:Q|True"
+    assert tokenizer.decode(format_prompt("Q", "chat", tokenizer)) == f"user:Q {INSTRUCTION}|True"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(format_prompt("Q", "r1", tokenizer)).startswith("<｜begin▁of▁sentence｜><｜User｜>Q Please")
+
+
+def test_specials_that_are_known_need_no_warning(caplog):
+    check_prompt_format("r1", tiny.tiny_tokenizer())
+    check_prompt_format("chat", object())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("most", [1, 3, 7, 99, None])
+def test_only_the_first_problems_are_taken_and_looked_at(tmp_path, kind, most):
+    rows = [{"problem": f"p{i}", "answer": str(i), "other": None} for i in range(7)]
+    path = tmp_path / f"set.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        rows.append({"problem": "faulty"})
+        path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n\n" for row in rows))
+        if most in (99, None):
+            with pytest.raises(UserError, match="row 8, has no 'answer'"):
+                load_benchmark(str(path), most)
+            return
+    assert load_benchmark(str(path), most) == [Problem(f"p{i}", str(i)) for i in range(min(most or 7, 7))]
+
+
+def test_named_benchmarks_obey_the_number_too(monkeypatch):
+    rows = [{"Problem": f"p{i}", "Answer": i, "problem": "wrong", "answer": "wrong"} for i in range(5)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda repo: {"train": datasets.Dataset.from_list(rows)})
+    assert load_benchmark("aime-24", 2) == [Problem("p0", "0"), Problem("p1", "1")]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "taken"),
+    [
+        (["train"], None, "train"), (["dev"], None, "dev"), (["train", "test"], None, "test"),
+        (["train", "dev"], None, None), (["train", "test"], "train", "train"), (["train", "dev"], "dev", "dev"),
+        (["train"], "test", None),
+    ],
+)  # fmt: skip
+def test_which_split_is_taken(tmp_path, there, asked, taken):
+    parts = {name: datasets.Dataset.from_list([{"problem": name, "answer": "1"}]) for name in there}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    if taken is None:
+        with pytest.raises(UserError, match=rf"has no split test; it has {', '.join(there)}"):
+            open_dataset(str(tmp_path / "saved"), asked)
+    else:
+        assert open_dataset(str(tmp_path / "saved"), asked)[0]["problem"] == taken
+
+
+def test_long_lines_and_blank_ones(tmp_path):
+    rows = [{"problem": "x" * size, "answer": "€\u2028"} for size in (10, 70_000, 2 << 20, 3)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_file(path) == rows
+    path.write_text(path.read_text(encoding="utf-8") + "\n\n{broken\n", encoding="utf-8")
+    with pytest.raises(UserError, match="long.jsonl, line 10, is not JSON"):
+        read_file(path)
+
+
+def test_places_that_do_not_exist():
+    for place in ("./nowhere", "/nowhere/x", "~/nowhere", "a/b/c", "name"):
+        with pytest.raises(UserError, match=f"{place} does not exist; give a folder"):
+            open_dataset(place)

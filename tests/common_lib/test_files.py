@@ -94,6 +94,51 @@ def test_a_long_whole_line_stays(tmp_path, caplog):
     assert "torn" not in caplog.text
 
 
+@pytest.mark.parametrize("length", [(1 << 16) - 1, 1 << 16, (1 << 16) + 1, 200_000, 3 << 20])
+@pytest.mark.parametrize("rows_before", [1, 3])
+def test_long_rows_before_a_torn_one_stay(tmp_path, length, rows_before):
+    """Real lines are longer than a block that is looked at, also the one that ends where the torn one begins."""
+    long = [{"row": number, "text": "x" * length} for number in range(rows_before)]
+    file = LineFile(tmp_path / "x")
+    for row in long:
+        file.append(row)
+    file.close()
+    whole = (tmp_path / "x").read_bytes()
+    for torn in (b"{", b"y" * (length + 7)):
+        (tmp_path / "x").write_bytes(whole + torn)
+        file = LineFile(tmp_path / "x")
+        assert (tmp_path / "x").read_bytes() == whole
+        file.append({"next": 1})
+        file.close()
+        found = list(read_rows(tmp_path / "x"))
+        assert [row for _, row in found] == [*long, {"next": 1}]
+        assert found[-1][0] == len(whole)
+        with (tmp_path / "x").open("rb") as stream:  # each place is where its row begins
+            for offset, row in found:
+                stream.seek(offset)
+                assert json.loads(stream.readline()) == row
+
+
+def test_a_long_line_that_is_written_in_pieces_and_fails_is_taken_back_whole(path, monkeypatch):
+    file, before, write = LineFile(path), path.read_bytes(), os.write
+    room = [1 << 20]
+
+    def in_pieces(fd, data):
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= 1 << 16
+        return write(fd, bytes(data[: 1 << 16]))
+
+    monkeypatch.setattr(os, "write", in_pieces)
+    with pytest.raises(OutputError):
+        file.append({"text": "x" * (2 << 20)})
+    assert path.read_bytes() == before
+    room[0] = 4 << 20
+    file.append({"text": "x" * (2 << 20)})
+    file.close()
+    assert rows(path) == [*ROWS, {"text": "x" * (2 << 20)}]
+
+
 @pytest.mark.parametrize("room", [0, 1, 5, 8])
 def test_a_line_that_does_not_fit_is_taken_back(path, monkeypatch, room):
     before = path.read_bytes()

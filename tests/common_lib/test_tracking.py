@@ -263,3 +263,90 @@ def test_trackio_is_given_configs_tags_metrics_and_the_end(monkeypatch):
     assert calls[1:] == [({"maj_m": 0.5}, 2), "finish"]
     assert FakeRun.config == {"tags": '["t"]', "search/blocks": 8}
     assert "trackio show --project value-guided-search" in tracker.where
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What neptune-scale is given, by a stand-in
+
+
+class FakeNeptune:
+    """Its Run, noting every call."""
+
+    def __init__(self, **settings):
+        self.settings, self.calls = settings, []
+        FakeNeptune.made.append(self)
+
+    made: ClassVar[list] = []
+
+    def __getattr__(self, name):
+        return lambda *given, **named: self.calls.append((name, *given, *named.items()))
+
+
+@pytest.fixture
+def neptune(monkeypatch):
+    monkeypatch.setattr(FakeNeptune, "made", [])
+    monkeypatch.setitem(sys.modules, "neptune_scale", SimpleNamespace(Run=FakeNeptune))
+    return FakeNeptune.made
+
+
+def test_neptune_is_given_names_values_steps_and_the_end(neptune, monkeypatch):
+    monkeypatch.setenv("NEPTUNE_PROJECT", "team/from-environment")
+    monkeypatch.setattr(Tracker, "close_seconds", 7.0)
+    tracker = make_tracker("neptune", "team/given", run_name="a run", tags=("x", "y"), resume_id="the-id")
+    tracker.log_configs({"search": {"blocks": 8, "deep": {"on": True, "rate": 0.5}}, "none": None, "words": ["a", 1]})
+    for step in (3, 4):
+        tracker.log_metrics({"a/b_m": step / 2, "left_out": float("inf")}, step=step)
+    tracker.close()
+    (run,) = neptune
+    assert (run.settings["project"], run.settings["run_id"], tracker.id) == ("team/given", "the-id", "the-id")
+    assert (run.settings["mode"], run.settings["api_token"]) == ("offline", None)
+    assert run.calls == [
+        ("add_tags", ["x", "y"]),
+        ("log_configs", {"search/blocks": 8, "search/deep/on": True, "search/deep/rate": 0.5, "none": "None",
+                         "words": '["a", 1]'}),
+        ("log_metrics", {"a/b_m": 1.5}, ("step", 3)),
+        ("log_metrics", {"a/b_m": 2.0}, ("step", 4)),
+        ("close", ("timeout", 7.0)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "token"),
+    [
+        ({}, "offline", None),
+        ({"NEPTUNE_API_TOKEN": "t"}, "async", "t"),
+        ({"NEPTUNE_API_KEY": "k"}, "async", "k"),
+        ({"NEPTUNE_API_TOKEN": "t", "NEPTUNE_API_KEY": "k"}, "async", "t"),
+        ({"NEPTUNE_API_TOKEN": "t", "NEPTUNE_MODE": "offline"}, "offline", "t"),
+    ],
+)
+def test_where_neptune_sends_it(neptune, monkeypatch, environment, mode, token):
+    for name, value in ({"NEPTUNE_PROJECT": "team/p"} | environment).items():
+        monkeypatch.setenv(name, value)
+    tracker = make_tracker("neptune")
+    tracker.close()
+    (run,) = neptune
+    assert (run.settings["project"], run.settings["mode"], run.settings["api_token"]) == ("team/p", mode, token)
+    assert ("offline" in tracker.where) == (mode == "offline")
+
+
+def test_a_run_has_an_id_of_its_own_that_is_a_name_for_a_folder(neptune):
+    ids = []
+    for name in ("train 1/x", "train 1/x", "y" * 100, "///"):
+        tracker = make_tracker("neptune", "team/p", run_name=name)
+        tracker.close()
+        ids.append(tracker.id)
+    assert len(set(ids)) == 4 and [run.settings["run_id"] for run in neptune] == ids
+    assert ids[0].startswith("train-1-x-") and ids[2].startswith("y" * 40 + "-") and ids[3].startswith("run-")
+    assert all(len(name) <= 64 and "/" not in name for name in ids)
+
+
+def test_trouble_of_the_sender_is_a_warning_without_the_token(neptune, monkeypatch, caplog):
+    monkeypatch.setenv("NEPTUNE_API_TOKEN", "secret")
+    tracker = make_tracker("neptune", "team/p")
+    for name in ("on_network_error_callback", "on_error_callback", "on_warning_callback"):
+        neptune[0].settings[name](OSError("secret is refused"), None)
+    tracker.close()
+    assert [record.message for record in caplog.records] == [
+        "tracker: OSError: <token> is refused (the run goes on; later troubles of the tracker are not shown)"
+    ]

@@ -84,6 +84,19 @@ def test_each_mistake_is_one_line(flags, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--temperature 0", "--temperature 100", "--top_p 1", "--top_p 0.001", "--seed 0", "--piref_gpu_util 0.99",
+        "--sglang_port 1", "--sglang_port 65535", "--request_timeout 0.5", "--device cuda:12", "--sglang_url https://a/v1",
+    ],
+)  # fmt: skip
+def test_the_edges_are_allowed(flags):
+    name, value = flags.removeprefix("--").split()
+    got = getattr(parse(*flags.split()), name)
+    assert (got[0] if isinstance(got, list) else str(got)) in (value, f"{value}.0")
+
+
 def test_a_url_means_a_server_and_a_server_has_a_default_url():
     args = parse("--sglang_url", "http://a:1", "--sglang_url", "https://b")
     assert (args.engine, args.sglang_url) == ("sglang-server", ["http://a:1", "https://b"])
