@@ -202,12 +202,12 @@ def train_command(folder: Path, name: str, num_steps: int, ranks: int) -> list[s
 
 def training_moment(kind: str, run_dir: Path, step: int, rng: random.Random) -> Callable[[], bool]:
     """Due at `step`, or in a save around it, or some seconds after the start."""
-    before, starting_until = log_identity(run_dir), time.monotonic() + rng.uniform(0.5, 5)
+    before, starting_until = log_changed(run_dir), time.monotonic() + rng.uniform(0.5, 5)
 
     def due() -> bool:
         if "start" in kind:
             return time.monotonic() > starting_until
-        if log_identity(run_dir) == before:
+        if log_changed(run_dir) == before:
             return False  # what lies there is still the last process's
         if "save" in kind:
             return saved_step(run_dir) >= step - SAVE_EVERY and any(run_dir.glob(".writing-step*"))
@@ -234,10 +234,10 @@ def saved_step(run_dir: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("step-*")), default=0)
 
 
-def log_identity(run_dir: Path) -> int:
-    """Another number once a new process has taken up the log: until then its lines are the last process's."""
+def log_changed(run_dir: Path) -> int:
+    """Another number once a new process has cut or written the log: until then its lines are the last process's."""
     path = run_dir / "metrics.jsonl"
-    return path.stat().st_ino if path.exists() else 0
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
