@@ -64,7 +64,7 @@ class SpyEngine:
         return replies
 
     def write(self, request: Request) -> Reply:
-        draws = random.Random(repr((request.seed, self.config.model_path)))
+        draws = random.Random(repr((request.seed, Path(self.config.model_path).name)))
         letters = [Path(self.config.model_path).name[0], *draws.choices("abcdefghijk", k=draws.randint(6, 16))]
         ids = [*encode("".join(letters) + f"</think> \\boxed{{{draws.randrange(4)}}}"), draws.choice(STOPS)]
         reason = "stop"

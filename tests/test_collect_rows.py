@@ -77,12 +77,21 @@ def test_prefixes_are_prefixes_of_the_roll_in_without_its_stop_token(base):
             assert one == same and two == last and len(one) < len(two)
 
 
-def test_a_roll_in_that_is_cut_behind_its_last_token_would_hold_the_stop_token(inputs, tmp_path, monkeypatch):
-    """With a cut at every place, none may hold one; a roll-in that has a stop token only is the bare prompt."""
-    run = collect(monkeypatch.setattr, inputs, tmp_path / "out", prefixes_per_roll_in=60, max_length=80)
-    for request, _ in run.of_kind(False):
-        prefix = request.prompt_ids[len(run.prompts[request.group]) :]
-        assert prefix and not set(prefix) & set(STOPS)
+def test_the_longest_prefix_ends_one_token_before_the_end_of_the_thought(inputs, tmp_path, monkeypatch):
+    """With cuts at every place: the stop token is no part of a roll-in, and a last token that is none is."""
+    many = {"num_roll_ins": 6, "prefixes_per_roll_in": 400, "rollouts_per_prefix": 1, "max_problems": 2}
+    run = collect(monkeypatch.setattr, inputs, tmp_path / "out", **many)
+    ends = []
+    for group, prompt in run.prompts.items():
+        roll_ins = [reply.token_ids for request, reply in run.of_kind(True) if request.group == group]
+        asked = [request.prompt_ids[len(prompt) :] for request, _ in run.of_kind(False) if request.group == group]
+        for number, tokens in enumerate(roll_ins):
+            prefixes = asked[400 * number : 400 * (number + 1)]
+            assert all(tokens[: len(prefix)] == prefix for prefix in prefixes)
+            assert max(map(len, prefixes)) == len(tokens) - (tokens[-1] in STOPS) - 1
+            assert not any(set(prefix) & set(STOPS) for prefix in prefixes)
+            ends.append(tokens[-1] if tokens[-1] in STOPS else "cut")
+    assert set(ends) == {*STOPS, "cut"}
 
 
 def test_the_real_grader_judges_each_answer_by_its_own_problem(inputs, tmp_path, monkeypatch):
@@ -105,7 +114,8 @@ def test_the_real_grader_judges_each_answer_by_its_own_problem(inputs, tmp_path,
         assert [label == 1 for label in row["labels"]] == [
             r and label != 2 for r, label in zip(right, row["labels"], strict=True)
         ]
-    assert sum(verdict for _, verdict in seen) > 3 and len(seen) == 3 * 12
+    assert sum(verdict for _, verdict in seen) >= 2 and len(seen) == 3 * 12
+    assert {truth for (truth, _), _ in seen} == set(truths)
 
 
 def test_the_card_counts_what_the_rows_hold(base):

@@ -56,6 +56,11 @@ def test_lines_are_compact_utf8_json_and_are_read_back_with_their_places(path):
     assert list(read_rows(path)) == [(0, ROWS[0]), (21, ROWS[1])]
 
 
+def test_places_count_blank_lines(tmp_path):
+    (tmp_path / "x").write_bytes(b'\n{"a":1}\n \n\n{"b":2}\n{"c":3}')
+    assert list(read_rows(tmp_path / "x")) == [(1, {"a": 1}), (12, {"b": 2}), (20, {"c": 3})]
+
+
 def test_other_separators(tmp_path):
     file = LineFile(tmp_path / "x", separators=(", ", ": "))
     file.append({"a": 1, "b": 2})

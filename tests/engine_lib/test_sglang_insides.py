@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -102,14 +103,14 @@ def package(monkeypatch):
         engine.child.wait()
 
 
-def with_engine(main, **settings):
+def with_engine(main, config=CONFIG):
     async def run(engine):
         try:
             return await main(engine)
         finally:
             await engine.close()
 
-    return asyncio.run(run(SGLangEngine(CONFIG, **settings)))
+    return asyncio.run(run(SGLangEngine(config)))
 
 
 async def asked(package, requests, engine):
@@ -212,6 +213,28 @@ def test_replies_and_what_is_told_of_it(package):
     with_engine(main)
     (engine,) = package.Engine.made
     assert (engine.settings["model_path"], engine.settings["device"]) == ("folder", "cpu")
+
+
+def test_each_request_is_asked_with_its_own_settings(package):
+    asked = []
+    package.Engine.answer = staticmethod(lambda ids, params: asked.append((ids, params)) or written(ids, params))
+    requests = [Request([i], i, temperature=i / 10, top_p=1 - i / 10, stop_ids=(i, 99), seed=70 + i) for i in (1, 2)]
+    for deterministic in (False, True):
+        config = replace(CONFIG, deterministic=deterministic, device="cuda:1")
+        replies = with_engine(lambda engine: engine.generate(requests), config)
+        assert [len(reply.token_ids) for reply in replies] == [1, 2]
+    assert asked == [
+        ([i], {"max_new_tokens": i, "temperature": i / 10, "top_p": 1 - i / 10, "ignore_eos": False,
+               "stop_token_ids": [i, 99]} | ({"sampling_seed": 70 + i} if deterministic else {}))
+        for deterministic in (False, True) for i in (1, 2)
+    ]  # fmt: skip
+    assert [engine.settings["base_gpu_id"] for engine in package.Engine.made] == [1, 1]
+
+
+def test_a_request_that_takes_too_long(package):
+    with pytest.raises(EngineError, match=r"did not write 2 tokens within --request_timeout 0.05 s"):
+        with_engine(lambda engine: engine.generate([REQUEST]), replace(CONFIG, request_timeout_s=0.05))
+    assert package.Engine.made[0].aborted == 1
 
 
 @pytest.mark.parametrize(
