@@ -112,7 +112,7 @@ class SpyEngine:
             key = request.group, tuple(request.prompt_ids)
             tokens = self.write(request, self.asked[key])
             self.asked[key] += 1
-            replies.append(Reply(tokens, "stop" if tokens[-1] == STOP else "length", len(request.prompt_ids)))
+            replies.append(Reply(tokens, "stop" if tokens[-1] == STOP else "length", len(request.prompt_ids), 3))
         group = requests[0].group
         self.inside[group] += 1
         self.seen.most_searches = max(self.seen.most_searches, sum(count > 0 for count in self.inside.values()))

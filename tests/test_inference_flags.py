@@ -1,5 +1,6 @@
 """Every flag of inference_eval.py at its consumer: what the engine, the value model and the tracker get to see."""
 
+import itertools
 import json
 from pathlib import Path
 from statistics import fmean as mean
@@ -40,7 +41,7 @@ def beams_and_candidates(seen):
 
 def kept_are_the_best(seen):
     pairs = [sorted(zip(row["value"], row["kept"], strict=True), reverse=True) for row in seen.rounds]
-    return all(not later or kept for row in pairs for (_, kept), (_, later) in zip(row, row[1:], strict=False))
+    return all(not later or kept for row in pairs for (_, kept), (_, later) in itertools.pairwise(row))
 
 
 def first_texts(seen):

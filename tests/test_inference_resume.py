@@ -197,9 +197,10 @@ def tree_lines(folder: Path) -> list[dict]:
     return search_spy.read(path) if path.exists() else []
 
 
-def test_read_again_tokens_are_counted_and_the_times_of_both_starts_add_up(again, half_done):
+def test_read_again_tokens_are_counted_and_the_times_of_both_starts_add_up(again, half_done, tmp_path):
     """A search that goes on reads what its journal holds of the beams that go on, and keeps the seconds spent on it."""
-    before = half_done.rounds
+    before, meta_file = half_done.rounds, tmp_path / "out.meta.json"
+    meta_file.write_text(json.dumps(half_done.meta | {"started": "long ago"}))
     seen = again()
     went_on = set(map(search_of, before)) - set(map(search_of, half_done.rows))
     assert went_on
@@ -209,7 +210,7 @@ def test_read_again_tokens_are_counted_and_the_times_of_both_starts_add_up(again
         assert row["dt"] > spent
     meta = seen.meta
     assert len(meta["sessions"]) == 3
-    assert meta["started"] == meta["sessions"][0]["started"]
+    assert meta["started"] == "long ago"
 
 
 def test_a_signal_between_two_lines_ends_with_its_status(folder, tmp_path, monkeypatch, capsys):

@@ -113,13 +113,17 @@ def test_values_answers_and_rewards_stand_beside_their_ids(start):
 def test_a_line_counts_what_its_search_has_cost(start):
     """Tokens of every candidate, and the prompt once; requests, and so the engine's own count, agree."""
     seen = start()
-    asked = defaultdict(int)
+    asked, row_count = defaultdict(int), Counter()
     for row in seen.rounds:
+        row_count[row["data_idx"], row["repeat_idx"]] += len(row["tokens"])
         asked[row["data_idx"], row["repeat_idx"]] += sum(map(len, row["tokens"]))
     prompts = prompts_of(seen)
     for row in seen.rows:
         assert row["tokens_generated"] == asked[row["data_idx"], row["repeat_idx"]]
         assert row["tokens_scored"] == row["tokens_generated"] + len(prompts[row["data_idx"]])
+        assert (
+            row["tokens_cached"] == 3 * row_count[row["data_idx"], row["repeat_idx"]]
+        )  # 3 of each request, the spy says
         assert row["dt"] >= row["seconds_generate"] + row["seconds_score"] > 0
     assert sum(len(row["tokens"]) for row in seen.rounds) == len(seen.requests)
 
