@@ -123,18 +123,12 @@ def test_more_repetitions_later_and_nothing_done_again(inputs, tmp_path, seed):
     assert output.read_bytes() == before
 
 
-def test_search_types_and_selection_run(inputs, tmp_path):
-    for name, changes in {
-        "bon": {"search_type": "bon"},
-        "bfs": {"search_type": "bfs"},
-        "random": {"selection": "random"},
-        "greedy": {"temperature": 0},
-        "chat": {"prompt_format": "chat"},
-    }.items():
-        assert inference_eval.main(flags(inputs, tmp_path / f"{name}.jsonl", num_repetitions=1, **changes)) == 0
-    assert all(len(row["generated_ids"]) == 8 for row in rows_of(tmp_path / "bon.jsonl"))
-    assert {row["round"] for row in rows_of(tmp_path / "bon.tree.jsonl")} == {0}
-    assert all(len(row["generated_ids"]) == 1 for row in rows_of(tmp_path / "bfs.jsonl"))
+def test_greedy_candidates_are_alike_and_sampled_ones_are_not(inputs, tmp_path):
+    """What the real generator makes of --temperature; search types and selection: test_inference_rows.py."""
+    for name, temperature, alike in (("greedy", 0, True), ("sampled", 1, False)):
+        inference_eval.main(flags(inputs, tmp_path / f"{name}.jsonl", num_repetitions=1, temperature=temperature))
+        rounds = rows_of(tmp_path / f"{name}.tree.jsonl")
+        assert {len(set(map(tuple, row["tokens"]))) == 1 for row in rounds if row["round"] == 0} == {alike}
 
 
 def test_right_answers_are_found_graded_and_tracked(inputs, tmp_path):

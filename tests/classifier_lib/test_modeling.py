@@ -200,6 +200,23 @@ def test_head_dropout_is_of_the_backbones_output():
     torch.testing.assert_close(logits, (seen["read"] @ first.T).relu() @ second.T)
 
 
+def test_half_a_head_is_refused(tmp_path):
+    for lost in ("score.0.weight", "score.2.weight"):
+        released_like(tmp_path, torch.float32, 3)
+        weights = {key: tensor for key, tensor in load_file(tmp_path / "model.safetensors").items() if key != lost}
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"not a value model: it has no {lost};"):
+            Qwen2ForClassifier.from_pretrained(tmp_path)
+
+
+def test_from_backbone_sets_labels_and_both_dropouts(tmp_path):
+    tiny.save_generator(tmp_path)
+    model = Qwen2ForClassifier.from_backbone(tmp_path, num_labels=1, p_dropout=0.125)
+    assert model.score[2].weight.shape == (1, 32)
+    assert {model.dropout.p, *(layer.self_attn.attention_dropout for layer in model.model.layers)} == {0.125}
+    assert (model.config.attention_dropout, model.config.score_dropout) == (0.125, 0.125)
+
+
 def test_attention_and_head_dropout_are_set_apart_and_saved(tmp_path):
     model = tiny.tiny_value_model()
     model.set_dropout(attention=0.1, head=0.2)
@@ -220,7 +237,7 @@ def test_rollout_loss_is_the_mean_over_rollouts_of_means_over_tokens(num_labels)
     torch.manual_seed(0)
     logits = torch.randn(12, num_labels)
     rows = {0: [0, 1, 2], 1: [2, 3], 2: [7], 3: []}  # row 2 serves two roll-outs; the last was cut away whole
-    labels, weights = torch.tensor([1, 0, 2 if num_labels == 3 else 0, 1]), torch.full((4,), 1 / 4)
+    labels, weights = torch.tensor([1, 0, 2, 1]), torch.full((4,), 1 / 4)
     expected = 0.0
     for rollout, tokens in rows.items():
         losses = []

@@ -210,11 +210,30 @@ def test_activations_split_a_batch_that_its_caches_would_not():
     assert bounded.usage.tokens_reread == bounded.budget.overruns == 0
 
 
-def test_small_batches_are_only_split():
+class Passes:
+    """(rows, new tokens of a row) of each forward pass, padding included."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+
+@pytest.mark.parametrize("most", [1, 5, 24, 30, 1000])
+def test_a_pass_reads_at_most_so_many_new_tokens(most):
+    """One row goes whatever it holds; nothing is split without need, and the cache has no part in it."""
     model, reference = tiny.tiny_value_model(), tiny.tiny_value_model()
-    scorer = ValueScorer(model, max_batch_tokens=5)
+    passes, scorer = Passes(model), ValueScorer(model, max_batch_tokens=most)
     given = grow_random_trees(scorer, reference, seed=9)
     assert scorer.usage.tokens_scored == given
+    assert all(rows * width <= most or rows == 1 for rows, width in passes.shapes)
+    passes.shapes.clear()
+    scorer.start("t", [5])
+    scorer.score("t", [(0, [1] * 6)] * 9)
+    rows = max(1, most // 6)
+    assert passes.shapes[1:] == [(min(rows, 9 - done), 6) for done in range(0, 9, rows)]
 
 
 def test_history_is_read_again_only_where_needed():
@@ -247,6 +266,46 @@ def test_bfloat16_within_tolerance():
     values = scorer.score("t", [(0, block) for block in blocks])
     for value, block in zip(values, blocks, strict=True):
         assert value == pytest.approx(full_forward(reference, [5] * 9 + block), abs=0.02)
+
+
+def test_a_tree_that_scored_last_keeps_its_cache_longest():
+    """Where room is made, the tree that was scored least recently gives up its cache first."""
+    scorer = ValueScorer(tiny.tiny_value_model())
+    for tree in ("a", "b", "c"):
+        scorer.start(tree, [1] * 20)
+        scorer.score(tree, [(0, [2] * 4)])
+    scorer.score("a", [(1, [3] * 4)])  # so b is the oldest
+    room = scorer.budget.pass_bytes(1, 24, 4) - 12 * scorer.budget.token.kv
+    scorer.budget.limit = scorer.budget.held + room  # half of a tree is in the way
+    scorer.score("c", [(1, [4] * 4)])
+    assert scorer.usage.tokens_reread == 0
+    scorer.score("a", [(2, [5])])
+    assert scorer.usage.tokens_reread == 0
+    scorer.score("b", [(1, [5])])
+    assert scorer.usage.tokens_reread == 24
+
+
+def test_what_finished_is_not_held_and_what_goes_on_is():
+    scorer = ValueScorer(tiny.tiny_value_model())
+    scorer.start("t", [1] * 10)
+    scorer.score("t", [(0, [2] * 4), (0, [3] * 4), (0, [4] * 4)], [True, False, True])
+    assert scorer.budget.held == (10 + 4) * scorer.budget.token.kv
+    before = scorer.usage.tokens_scored
+    scorer.score("t", [(2, [5] * 3)])
+    assert scorer.usage.tokens_scored - before == 3
+
+
+def test_usage_is_told_tree_by_tree():
+    scorer = ValueScorer(tiny.tiny_value_model())
+    scorer.start("a", [1] * 10)
+    scorer.start("b", [2] * 5)
+    scorer.score("a", [(0, [3] * 4)])
+    scorer.score("b", [(0, [3] * 2), (0, [3])])
+    scorer.keep("a", [])
+    scorer.score("a", [(1, [6])])
+    a, b = scorer.tree_usage("a"), scorer.tree_usage("b")
+    assert (a.tokens_scored, a.tokens_reread, b.tokens_scored, b.tokens_padding) == (14 + 15, 14, 8, 1)
+    assert scorer.usage.tokens_scored == a.tokens_scored + b.tokens_scored
 
 
 def test_says_what_is_wrong():

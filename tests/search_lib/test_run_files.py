@@ -96,6 +96,30 @@ def test_a_line_torn_at_any_byte_is_dropped_and_said(written, tmp_path, which, c
     assert "torn" not in caplog.text
 
 
+@pytest.mark.parametrize("size", [100_000, 1_500_000])
+def test_a_long_torn_line_takes_no_other_line_with_it(paths, size, caplog):
+    """Lines of more than 64 KiB and of more than 1 MiB, as real ones are, before it and torn."""
+    long = [7] * (size // 2)
+    with RunFiles(paths, meta()) as files:
+        for key in ((0, 0), (1, 0)):
+            files.add_result(result(*key) | {"generated_ids": [long]})
+        for index in range(2):
+            record = round_(index)
+            record.tokens = [[1], long]
+            files.add_round(SearchTask(0, 1, (5, 6)), record, ["a", "b"])
+    whole = {path: path.read_bytes() for path in (paths.results, paths.tree)}
+    before = state(paths)
+    for path, data in whole.items():
+        last = data[data[:-1].rfind(b"\n") + 1 :]
+        assert len(last) > size
+        for kept in (1, 65_536, len(last) - 1):  # bytes of one more line
+            path.write_bytes(data + last[:kept])
+            caplog.clear()
+            assert state(paths) == before
+            assert f"torn ({kept} bytes)" in caplog.text
+            assert path.read_bytes() == data
+
+
 def test_only_one_torn_line_in_an_otherwise_empty_file(paths, written):
     written.results.write_bytes(b'{"data_idx"')
     assert state(written)[0] == []
@@ -113,6 +137,23 @@ def test_a_journal_that_lacks_a_round_is_refused(written):
     written.tree.write_text("".join([*lines[:2], lines[3]]))
     with pytest.raises(UserError, match=r"round 1 of problem 0, repetition 1 .* a round before it is missing"):
         RunFiles(written, meta())
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3])
+def test_each_missing_round_of_many_is_noticed(paths, missing):
+    """Rounds of two searches by turns; only the last round may be missing: it is done again."""
+    with RunFiles(paths, meta()) as files:
+        for index in range(4):
+            for data_idx in (0, 1):
+                files.add_round(SearchTask(data_idx, 0, (5, 6)), round_(index), ["a", "b"])
+    lines = paths.tree.read_text().splitlines(keepends=True)
+    del lines[2 * missing + 1]
+    paths.tree.write_text("".join(lines))
+    if missing == 3:
+        assert {key: len(rounds) for key, rounds in state(paths)[1].items()} == {(0, 0): 4, (1, 0): 3}
+    else:
+        with pytest.raises(UserError, match=rf"round {missing + 1} of problem 1, repetition 0 .* before it is missing"):
+            RunFiles(paths, meta())
 
 
 def test_a_journal_without_seconds_is_read(written):

@@ -91,11 +91,12 @@ def test_unfinished_beams_are_equally_long():
 
 
 def test_finished_beams_keep_their_place_and_are_not_scored_again():
-    scored_items = []
+    scored_items, ended = [], []
 
     class Counting(SimScorer):
         async def score(self, tree_id, items, finished):
             scored_items.extend(items)
+            ended.extend(finished)
             return await super().score(tree_id, items, finished)
 
     task = tasks(1)[0]
@@ -103,6 +104,7 @@ def test_finished_beams_keep_their_place_and_are_not_scored_again():
     tree = result.tree
     assert len(tree.rounds[1].parent) < 8  # some finished in the first round
     assert len(scored_items) == len(tree.parent) - 1
+    assert ended == [bool(finish) for finish in tree.finish[1:]]  # whose caches a scorer need not keep
     for node in result.beams:
         assert tree.value[node] == sim_value([*task.prompt_ids, *tree.response(node)])
 
