@@ -41,6 +41,8 @@ def train(args: argparse.Namespace) -> int:
     from training_lib.ranks import distribute, join_ranks
     from training_lib.step import TrainStep, load_model, make_optimizer
 
+    if args.use_dora:
+        logger.warning("--use_dora has no effect, as in the released code")
     with join_ranks(args.device, args.fsdp) as world, contextlib.ExitStack() as at_end:
         autocast = world.device.type == "cuda" if args.autocast is None else args.autocast
         attention = choose_attention(args.packing, world.device.type, autocast or args.param_dtype == "bf16")
