@@ -47,7 +47,7 @@ def value_report(seen: NDArray) -> dict[str, Any]:
 
 def quality(part: NDArray) -> dict[str, Any]:
     """Measures of one set of observations; None where a measure does not exist (one kind of answer only)."""
-    right, value = part["right"], part["value"]
+    right, value = part["right"], part["value"].copy()  # contiguous: a sum's last bit depends on that
     within = auc_within(right, value, part["problem"])
     base = float(right.mean())
     return {
@@ -96,14 +96,15 @@ def value_along_trace(seen: NDArray) -> list[dict[str, Any]]:
             part = seen[(seen["block"] == block) & (seen["right"] == right)]
             if len(part) < 5:
                 continue
-            low, high = np.quantile(part["value"], [0.25, 0.75])
+            position, value = part["position"].copy(), part["value"].copy()
+            low, high = np.quantile(value, [0.25, 0.75])
             rows.append(
                 {
                     "block": int(block),
                     "right": right,
                     "count": len(part),
-                    "position": float(part["position"].mean()),
-                    "mean": float(part["value"].mean()),
+                    "position": float(position.mean()),
+                    "mean": float(value.mean()),
                     "low": float(low),
                     "high": float(high),
                 }

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,19 +145,20 @@ def run(line: str, tree: Path, folder: Path) -> None:
 
 def compare(before: Path, after: Path) -> bool:
     """Print a line a kind of file. Returns whether all are equal."""
-    equal: dict[str, int] = defaultdict(int)
-    differences: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, dict[str, str | None]] = {kind: {} for kind in KINDS}
     for name in sorted({*compared_files(before), *compared_files(after)}):
         kind = next(kind for kind in KINDS if name.endswith(kind))
-        if found := difference(before / name, after / name):
-            differences[kind].append(f"{name}, {found}")
-        else:
-            equal[kind] += 1
-    for kind in KINDS:
-        if kind in equal or kind in differences:
-            print(f"{kind:14} {equal[kind]:3} equal, {len(differences[kind])} differ", flush=True)
-            print("".join(f"    {line}\n" for line in differences[kind]), end="")
-    return not any(differences.values())
+        found[kind][name] = difference(before / name, after / name)
+    for kind, files in found.items():
+        different = [f"    {name}, {where}" for name, where in files.items() if where]
+        if files:
+            print(
+                f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ",
+                *different,
+                sep="\n",
+                flush=True,
+            )
+    return not any(where for files in found.values() for where in files.values())
 
 
 def compared_files(folder: Path) -> Iterator[str]:
@@ -174,15 +174,12 @@ def difference(before: Path, after: Path) -> str | None:
     """Where two files differ first; None where they are equal but for KEYS."""
     if not before.exists() or not after.exists():
         return f"is there {'after' if after.exists() else 'before'} only"
-    texts = before.read_bytes(), after.read_bytes()
+    texts = [before.read_bytes(), after.read_bytes()]
+    if before.suffix in (".json", ".jsonl"):
+        texts = [LEFT_OUT.sub(b"", text) for text in texts]
     if texts[0] == texts[1]:
         return None
-    if before.suffix in (".json", ".jsonl"):
-        texts = LEFT_OUT.sub(b"", texts[0]), LEFT_OUT.sub(b"", texts[1])
-        if texts[0] == texts[1]:
-            return None
-    shortest = min(map(len, texts))
-    place = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), shortest)
+    place = len(os.path.commonprefix(texts))  # noqa: RUF071 (of texts, not of paths)
     line = texts[0][:place].count(b"\n") + 1
     return f"line {line}: {' | '.join(repr(text[max(0, place - 40) : place + 60]) for text in texts)}"
 

@@ -43,13 +43,12 @@ def save_checkpoint(
         name: {key: whole(value, world) for key, value in optimizer.state[parameter].items()}
         for name, parameter in model.named_parameters()
     }
-    rng = world.gather(rng_state(world.device))
+    rng = world.gather({name: generator.get_state() for name, generator in generators(world.device).items()})
     with world.together():
         if world.rank == 0:
             writing = run_dir / f"{WRITING}{target.name}"
             try:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
+                writing.mkdir()
                 _write(writing, model, weights, optimizer_state, rng, trainer | {"step": step}, tokenizer_dir)
                 _publish(writing, target)
                 _prune(run_dir, keep, in_use)
@@ -87,7 +86,7 @@ def _publish(writing: Path, target: Path) -> None:
     if target.exists():  # not whole, or it would have been resumed from
         shutil.rmtree(target)
     writing.rename(target)
-    link = target.parent / f"{WRITING}latest"
+    link = target.parent / ".latest"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(target.parent / "latest")
@@ -127,7 +126,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             raise UserError(f"{checkpoint} is of another model: its optimizer knows no {name}")
         optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in state[name].items()}
     if len(rng) == world.size:  # with another number of ranks the draws of dropout differ anyway
-        set_rng_state(rng[world.rank], world.device)
+        for name, generator in generators(world.device).items():
+            if name in rng[world.rank]:
+                generator.set_state(rng[world.rank][name])
 
 
 def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
@@ -176,23 +177,14 @@ def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:
 
 def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole tensor of optimizer state, on the parameter's device and sharded as it is; a step count as it comes."""
-    if value.dim() == 0:
-        return value.to(parameter.device)
-    if hasattr(parameter, "device_mesh"):
+    if value.dim() and hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device, copy=True)
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def generators(device: torch.device) -> dict[str, torch.Generator]:
+    """What a run on this device draws from."""
+    cuda = {"cuda": torch.cuda.default_generators[device.index]} if device.type == "cuda" else {}
+    return {"cpu": torch.default_generator} | cuda

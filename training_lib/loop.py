@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import platform
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from classifier_lib import Qwen2ForClassifier
-from common_lib.files import LineFile, OutputError, read_rows, write_whole
+from common_lib.files import LineFile, OutputError, read_rows
 from common_lib.progress import Progress, format_count, format_seconds
 from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker
@@ -51,7 +52,6 @@ class TrainingRun:
                 self.progress = Progress(self.progress_line)
         self.tracker.log_configs(vars(self.args) | {"attention": self.plan.attention.name, "versions": versions()})
         self.record: dict[str, float] = {}  # of the last step
-        self.saved = self.plan.step if self.plan.checkpoint else -1
         self.begun = self.clock = time.perf_counter()
 
     def train(self, stop: StopSignal) -> int:
@@ -130,20 +130,16 @@ class TrainingRun:
         self.log(done, {f"eval/{name}": value for name, value in metrics.items()})
 
     def save(self, done: int) -> None:
-        """Write the checkpoint of the steps done, and push it, if it is not there."""
-        if self.saved == done:
-            return
+        """Write the checkpoint of the steps done, and push it."""
         trainer = {
             "format": 1, "arguments": vars(self.args), "data": self.plan.data, "world_size": self.world.size,
             "attention": self.plan.attention.name, "tracker": self.tracker.id, "versions": versions(),
             "record": self.record,
         }  # fmt: skip
-        in_use = self.pusher.in_use if self.pusher else ()
         path = save_checkpoint(
             self.plan.run_dir, done, self.model, self.optimizer, self.world, trainer, self.plan.model_dir,
-            self.args.max_keep_ckpts, in_use,
+            self.args.max_keep_ckpts, in_use=self.pusher.in_use if self.pusher else (),
         )  # fmt: skip
-        self.saved = done
         if self.pusher:
             self.pusher.push(path, done)
 
@@ -186,8 +182,7 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
     """This rank's micro batches of steps `first` .. num_steps - 1; a data error of one rank is raised on all."""
     workers = args.num_workers if args.num_workers is not None else 2 if world.device.type == "cuda" else 0
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers, collate_fn=as_it_is,
-        prefetch_factor=2 if workers else None,
+        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers,
         generator=torch.Generator(),  # starting a loader draws a seed, which must not move the dropout's noise
     )  # fmt: skip
     for found in loader:
@@ -195,17 +190,12 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
         yield found
 
 
-def as_it_is(item):
-    return item
-
-
 def open_metrics(path: Path, last_step: int) -> LineFile:
     """metrics.jsonl, to go on after `last_step`: later lines belong to steps that a stop has undone, and are removed."""
-    LineFile(path).close()  # drops a torn line
-    end = next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)
-    kept = path.read_bytes()[:end]
-    write_whole(path, lambda stream: stream.write(kept))
-    return LineFile(path, separators=(", ", ": "))
+    metrics = LineFile(path, separators=(", ", ": "))
+    if (end := next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)) is not None:
+        os.truncate(path, end)
+    return metrics
 
 
 def versions() -> dict[str, str]:

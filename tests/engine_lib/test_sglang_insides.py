@@ -187,6 +187,9 @@ def test_a_process_that_fails_at_the_start_without_a_word(package):
     with pytest.raises(EngineError, match="did not start: one of its processes failed; its messages are above"):
         SGLangEngine(CONFIG, start_grace_s=0.1)
     release.set()
+    for thread in threading.enumerate():
+        if thread.name == "sglang":
+            thread.join(10)
 
 
 # Requests
