@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from common_lib.cli import UserError, enable_fast_transfers, run_script, set_up_logging
 from common_lib.signals import StopSignal
@@ -46,6 +47,9 @@ def train(args: argparse.Namespace) -> int:
     with join_ranks(args.device, args.fsdp) as world, contextlib.ExitStack() as at_end:
         autocast = world.device.type == "cuda" if args.autocast is None else args.autocast
         attention = choose_attention(args.packing, world.device.type, autocast or args.param_dtype == "bf16")
+        with world.together():
+            if world.rank == 0 and not args.eval_only:  # before it is looked for what there is to go on from
+                at_end.callback(lock_run(Path(args.save_dir) / args.run_name).release)
         plan = make_plan(args, world, attention)
         logger.info(
             "=> %d roll-outs a step = %d ranks x %d of %d roll-outs; %d steps an epoch; packing %s, attention %s, on %s",
@@ -58,7 +62,6 @@ def train(args: argparse.Namespace) -> int:
         tracker, pusher = Tracker(), None
         with world.together():
             if world.rank == 0 and not args.eval_only:
-                at_end.callback(lock_run(plan.run_dir).release)
                 tracker, pusher = open_services(args, plan.trainer.get("tracker"))
 
         model = load_model(args, plan, world)

@@ -204,7 +204,7 @@ TABLE: dict[str, Row] = {
     # machine
     "device": Row(
         "cuda",
-        lambda seen, _: "--device cuda: PyTorch finds no GPU" in seen.error
+        lambda seen, _: "--device cuda: this machine has 0 usable GPUs" in seen.error
         or {forward.logits.device.type for forward in seen.forwards} == {"cuda"},
     ),
     "compile": Row(True, lambda seen, _: len(seen.compiled) == 2 and seen.status == 0),

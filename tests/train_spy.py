@@ -98,7 +98,7 @@ class SpyTracker(tracking.Tracker):
         assert not self.ends
         self.metrics.append((step, metrics))
 
-    def send_rest(self, seconds):
+    def send_rest(self, *_):
         self.ends += 1
 
 
@@ -195,7 +195,7 @@ def install(patch: pytest.MonkeyPatch, seen: Spied) -> list[Any]:
 
 
 def spy_maker(kind: str, seen: Spied):
-    def make(project, run_id, tags, seconds):
+    def make(project, run_id, tags, *_):
         seen.trackers.append(SpyTracker(kind, project, run_id, tags))
         return seen.trackers[-1]
 
