@@ -8,7 +8,7 @@ import pytest
 from rollouts import write_rows
 from train_spy import numbered_rows
 
-from training_lib.batch_order import RankBatches, epoch_rollouts, hold_out
+from training_lib.batch_order import RankBatches, epoch_pairs, epoch_rollouts, hold_out
 from training_lib.rollout_data import load_rollouts
 
 
@@ -112,3 +112,12 @@ def test_an_evaluation_reads_every_rollout_in_order_and_a_hold_out_depends_on_th
     assert batches.all_units().tolist() == [[i] for i in range(len(held))]
     assert len(held.rows) == 6 and len(train.rows) == 9
     assert sorted(hold_out(table, 6, 2)[1].rows) != sorted(held.rows) == sorted(hold_out(table, 6, 1)[1].rows)
+
+
+def test_pairs_are_drawn_anew_each_epoch(tmp_path):
+    """Of a row with more roll-outs of one kind others are taken; who is paired with whom changes, too."""
+    table = load(tmp_path, numbered_rows(0, 18))
+    drawn = [{tuple(pair) for pair in epoch_pairs(table, 7, epoch).tolist()} for epoch in range(3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert {x for pair in drawn[0] for x in pair} != {x for pair in drawn[1] for x in pair}
+    assert drawn[0] != {tuple(pair) for pair in epoch_pairs(table, 8, 0).tolist()}
