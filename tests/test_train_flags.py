@@ -102,7 +102,11 @@ def groups(seen: Spied, name: str) -> list:
 
 def started_from(seen: Spied, folder: Path) -> bool:
     """Before the first step the model has the folder's weights."""
-    model = Qwen2ForClassifier.from_pretrained(folder) if folder.name == "value" else Qwen2ForClassifier.from_backbone(folder)
+    model = (
+        Qwen2ForClassifier.from_pretrained(folder)
+        if folder.name == "value"
+        else Qwen2ForClassifier.from_backbone(folder)
+    )
     before = seen.steps[0].before
     kept = [name for name in before if folder.name == "value" or name.startswith("model.")]
     return all(torch.equal(before[name], model.state_dict()[name]) for name in kept)
@@ -126,7 +130,9 @@ def shares_prefixes(seen: Spied) -> bool:
 def groups_stay_together(seen: Spied, size: int) -> bool:
     found = names(seen.trained)
     starts = [column for _, column in found[::size]]
-    together = all(found[i : i + size] == [(r, c + k) for k in range(size)] for i, (r, c) in enumerate(found) if not i % size)
+    together = all(
+        found[i : i + size] == [(r, c + k) for k in range(size)] for i, (r, c) in enumerate(found) if not i % size
+    )
     return together and all(start % size == 0 for start in starts)
 
 
@@ -144,7 +150,11 @@ def tracked(seen: Spied, kind: str, project: str | None) -> bool:
 
 def pushed(step: int) -> list[tuple]:
     name = f"step-{step:08d}"
-    return [("branch", "me/run", f"step-{step}"), ("upload", "me/run", name, f"step-{step}"), ("upload", "me/run", name, "main")]
+    return [
+        ("branch", "me/run", f"step-{step}"),
+        ("upload", "me/run", name, f"step-{step}"),
+        ("upload", "me/run", name, "main"),
+    ]
 
 
 def other_seed(seen: Spied, run) -> bool:

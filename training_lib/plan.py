@@ -71,7 +71,9 @@ def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> T
             f"{args.data_path} has fewer {kind} ({train.units_per_epoch}) than a step of --total_batch_size {args.total_batch_size} takes"
         )
     if validation and not validation.units_per_epoch:
-        raise UserError("the validation data have no pair of a correct and an incorrect roll-out; hold more problems out")
+        raise UserError(
+            "the validation data have no pair of a correct and an incorrect roll-out; hold more problems out"
+        )
     plan = TrainingPlan(run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, train, validation)
     if going_on and trainer["data"] != plan.data:
         then, now = trainer["data"], plan.data

@@ -76,7 +76,9 @@ def evaluate_on(
     def on_rank(rank: int) -> dict[str, float]:
         batches = RankBatches(table, 3, 4, 2, packing, 1, pairs, rank, ranks)
         model = models[rank]
-        step = TrainStep(model, ThreadWorld(rank, ranks, CPU, meeting), SDPA, False, 4, pairs, packing != "none", sharded)
+        step = TrainStep(
+            model, ThreadWorld(rank, ranks, CPU, meeting), SDPA, False, 4, pairs, packing != "none", sharded
+        )
         lay_out = batches.lay_out
 
         def spy(units):
@@ -137,7 +139,9 @@ def test_figures_are_those_of_the_traces_by_themselves(table, num_labels):
         for percent in POSITIONS:
             ends[percent].append(round((len(value) - 1) * percent / 100))
     by_token = np.repeat(rights, [len(value) for value in values])
-    wanted = {"loss": np.mean(losses), "accuracy": np.concatenate(hits).mean()} | figures(by_token, np.concatenate(values))
+    wanted = {"loss": np.mean(losses), "accuracy": np.concatenate(hits).mean()} | figures(
+        by_token, np.concatenate(values)
+    )
     for percent in POSITIONS:
         at = np.array([value[i] for value, i in zip(values, ends[percent], strict=True)])
         wanted |= {f"{name}_at_{percent}": figure for name, figure in figures(np.array(rights), at).items()}

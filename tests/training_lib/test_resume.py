@@ -137,7 +137,9 @@ def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(s
     assert f"going on from {tmp_path / 'run/step-00000003'}" in second.log
     # What the optimizer stepped from and to is what the uninterrupted run had, to the bit.
     for name, value in first.steps[3].before.items():
-        assert (second.steps[0].before[name] == value).all() and (second.steps[0].after[name] == first.steps[3].after[name]).all()
+        assert (second.steps[0].before[name] == value).all() and (
+            second.steps[0].after[name] == first.steps[3].after[name]
+        ).all()
 
 
 def timeless(line: str) -> dict:

@@ -180,7 +180,9 @@ def test_pairs_that_do_not_exist_are_told_before_training(inputs, tmp_path):
     assert "the validation data have no pair of a correct and an incorrect roll-out" in seen.error
     write_rows(tmp_path / "wrong", [row | {"labels": [0] * 4} for row in rows])
     seen = run(inputs, tmp_path, **pairs | {"eval_every": -1}, data_path=tmp_path / "wrong")
-    assert "has fewer pairs of a correct and an incorrect roll-out (0) than a step of --total_batch_size 8" in seen.error
+    assert (
+        "has fewer pairs of a correct and an incorrect roll-out (0) than a step of --total_batch_size 8" in seen.error
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -319,3 +321,11 @@ def test_each_rank_draws_on_from_its_own_noise(inputs, tmp_path):
         restore(checkpoint, model, optimizer, SomeRanks(rank, size, CPU))
         assert torch.equal(torch.get_rng_state(), expected)
         assert all(float(state["step"]) == 4 for state in optimizer.state.values())
+
+
+def test_after_a_mistake_a_sharded_run_can_start_again(inputs, tmp_path):
+    """Its process group of one rank is gone, whatever ended the run."""
+    assert "lacks column nothing" in run(inputs, tmp_path, fsdp=True, label_key="nothing").error
+    assert not torch.distributed.is_initialized()
+    assert run(inputs, tmp_path, fsdp=True, num_steps=1).status == 0
+    assert not torch.distributed.is_initialized()
