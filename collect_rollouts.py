@@ -55,7 +55,7 @@ from engine_lib.choose import choose_engine, make_engine
 from engine_lib.retry import RequestsFailed, RetryPolicy, ask_until_whole
 from eval_utils import Grader, extract_answer
 from training_lib import collection
-from training_lib.collection import CollectionFolder, SourceProblem, draw_seed
+from training_lib.collection import CollectionFolder, ProblemLines, SourceProblem, draw_seed
 
 logger = logging.getLogger("collect_rollouts")
 
@@ -191,8 +191,14 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
         if info.fingerprint == plan.generator.fingerprint:
             own.append(model)
             continue
-        for record in await write_roll_ins(args, plan, model, output):
+        lines = output.open_lines(f"roll_ins-{model:02d}")
+        if numbers := [number for number in missing if number not in lines.done]:
+            stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
+            await write_roll_ins(stage, model, lines, numbers)
+        for record in lines.records():
             roll_ins.get(record["i"], {}).update({int(key): ids for key, ids in record["roll_ins"].items()})
+
+    stage = Stage(args, plan, plan.generator, "roll-outs", len(missing))
 
     async def work(number: int) -> None:
         traces = roll_ins.pop(number)
@@ -200,25 +206,16 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
             traces |= await sample_roll_ins(stage, number, model)
         output.add(number, await make_row(stage, grader, number, traces))
 
-    stage = Stage(args, plan, plan.generator, "roll-outs", len(missing))
     await stage.run(missing, work)
 
 
-async def write_roll_ins(
-    args: argparse.Namespace, plan: CollectionPlan, model: int, output: CollectionFolder
-) -> list[dict[str, Any]]:
-    """The roll-ins of one model, kept in a file until the generator continues them: its engine makes room for the next."""
-    lines = output.open_lines(f"roll_ins-{model:02d}")
-    numbers = [number for number in output.missing() if number not in lines.done]
+async def write_roll_ins(stage: "Stage", model: int, lines: ProblemLines, numbers: Sequence[int]) -> None:
+    """Roll-ins of these problems by one model, kept in a file: its engine makes room for the generator's."""
 
     async def work(number: int) -> None:
         lines.add(number, {"roll_ins": await sample_roll_ins(stage, number, model)})
 
-    if numbers:
-        info = plan.roll_in_models[model]
-        stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
-        await stage.run(numbers, work)
-    return lines.records()
+    await stage.run(numbers, work)
 
 
 async def sample_roll_ins(stage: "Stage", number: int, model: int) -> dict[int, list[int]]:

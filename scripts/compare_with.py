@@ -2,11 +2,13 @@
 
     python scripts/compare_with.py REV                    # a commit, branch or tag of this checkout
     python scripts/compare_with.py REV --keep outputs     # keep what was made, to look at differences
+    python scripts/compare_with.py REV --to REV2          # two revisions, where a later change was meant to change outputs
 
 Both trees (REV in a worktree of its own, and this one as it stands) run the same commands on the same inputs, which REV's
 tree makes once: collection, training (one rank and two, every packing, resumed, with attention dropout), searches (one
 resumed in mid-search), a report, and SGLang's run at temperature 0 where it is installed. Then every file is compared,
-byte for byte, but for the values of KEYS. Searches run one at a time: what stands in one batch decides rounding.
+byte for byte, but for the values of KEYS (through SGLang also of `tokens_cached`: when requests meet decides what its
+cache holds). Searches run one at a time: what stands in one batch decides rounding.
 Prints a line a kind of file; exit status 1 if anything differs.
 """
 
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +34,7 @@ KEYS = (
 )  # fmt: skip
 VALUE = r'(?:"(?:[^"\\]|\\.)*"|\{[^{}]*\}|\[[^][]*\]|[\w.+-]+)'
 LEFT_OUT = re.compile(rf'(?:,\s*)?"(?:{"|".join(KEYS)})":\s*{VALUE}'.encode())
+CACHED = re.compile(rf'(?:,\s*)?"tokens_cached":\s*{VALUE}'.encode())
 KINDS = (
     "table.json", "metrics.jsonl", "trainer.json", "config.json", "settings.json", "README.md", ".tree.jsonl",
     ".meta.json", ".jsonl", ".parquet", ".safetensors", "optimizer.pt", "rng.pt", ".json", ".jinja",
@@ -152,12 +155,8 @@ def compare(before: Path, after: Path) -> bool:
     for kind, files in found.items():
         different = [f"    {name}, {where}" for name, where in files.items() if where]
         if files:
-            print(
-                f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ",
-                *different,
-                sep="\n",
-                flush=True,
-            )
+            counts = f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ"
+            print("\n".join([counts, *different]), flush=True)
     return not any(where for files in found.values() for where in files.values())
 
 
@@ -177,6 +176,8 @@ def difference(before: Path, after: Path) -> str | None:
     texts = [before.read_bytes(), after.read_bytes()]
     if before.suffix in (".json", ".jsonl"):
         texts = [LEFT_OUT.sub(b"", text) for text in texts]
+    if before.name.startswith("sglang"):
+        texts = [CACHED.sub(b"", text) for text in texts]
     if texts[0] == texts[1]:
         return None
     place = len(os.path.commonprefix(texts))  # noqa: RUF071 (of texts, not of paths)
@@ -200,13 +201,18 @@ def worktree(revision: str) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision")
+    parser.add_argument("--to", metavar="REV2", help="compare with that revision (default: this tree as it stands)")
     parser.add_argument("--keep", type=Path, help="new folder for inputs and outputs (default: a temporary one)")
     args = parser.parse_args(argv)
-    with worktree(args.revision) as tree, tempfile.TemporaryDirectory() as temporary:
+    with (
+        worktree(args.revision) as tree,
+        worktree(args.to) if args.to else nullcontext(ROOT) as other,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         folder = args.keep.resolve() if args.keep else Path(temporary)
         (folder / "inputs").mkdir(parents=True)
         make_inputs(tree, folder / "inputs")
-        for name, source in (("before", tree), ("after", ROOT)):
+        for name, source in (("before", tree), ("after", other)):
             run_all(source, folder / name)
         shutil.rmtree(folder / "work")
         return 0 if compare(folder / "before", folder / "after") else 1

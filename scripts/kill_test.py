@@ -10,7 +10,6 @@ most `save_every` steps are lost, after SIGTERM none. Prints one line a trial an
 differs.
 """
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +24,8 @@ from subprocess import DEVNULL, PIPE, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from common_lib.cli import ArgumentParser, run_script
 
 # What a second start may change: how long things took, and what had to be read again.
 FREE_KEYS = {"dt", "seconds_generate", "seconds_score", "tokens_scored", "tokens_reread", "tokens_cached"}
@@ -202,12 +203,12 @@ def train_command(folder: Path, name: str, num_steps: int, ranks: int) -> list[s
 
 def training_moment(kind: str, run_dir: Path, step: int, rng: random.Random) -> Callable[[], bool]:
     """Due at `step`, or in a save around it, or some seconds after the start."""
-    before, starting_until = log_identity(run_dir), time.monotonic() + rng.uniform(0.5, 5)
+    before, starting_until = log_changed(run_dir), time.monotonic() + rng.uniform(0.5, 5)
 
     def due() -> bool:
         if "start" in kind:
             return time.monotonic() > starting_until
-        if log_identity(run_dir) == before:
+        if log_changed(run_dir) == before:
             return False  # what lies there is still the last process's
         if "save" in kind:
             return saved_step(run_dir) >= step - SAVE_EVERY and any(run_dir.glob(".writing-step*"))
@@ -234,19 +235,19 @@ def saved_step(run_dir: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("step-*")), default=0)
 
 
-def log_identity(run_dir: Path) -> int:
-    """Another number once a new process has taken up the log: until then its lines are the last process's."""
+def log_changed(run_dir: Path) -> int:
+    """Another number once a new process has cut or written the log: until then its lines are the last process's."""
     path = run_dir / "metrics.jsonl"
-    return path.stat().st_ino if path.exists() else 0
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=10, help="trials, or stops of training (default: %(default)s)")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=10, help="trials, or stops of training")
     parser.add_argument("--engine", choices=("simulated", "transformers"), default="simulated")
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--train", action="store_true", help="training in the place of a search")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -261,4 +262,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

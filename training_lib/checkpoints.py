@@ -68,8 +68,7 @@ def _write(folder, model, weights, optimizer_state, rng, trainer, tokenizer_dir)
     config.architectures = ["Qwen2ForClassifier"]  # FSDP renames the class
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
-    tensors = {name: value.contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file lets only its owner read it
     torch.save(optimizer_state, folder / "optimizer.pt")
     torch.save(rng, folder / "rng.pt")
@@ -97,8 +96,7 @@ def _prune(run_dir: Path, keep: int, in_use: Collection[str]) -> None:
     for old in checkpoints(run_dir)[:-keep]:
         if old.name not in in_use:
             # Renamed first: a directory that is half removed must not look whole.
-            gone = old.rename(run_dir / f"{WRITING}removed-{old.name}")
-            shutil.rmtree(gone)
+            shutil.rmtree(old.rename(run_dir / f"{WRITING}removed-{old.name}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ def _first_line(error: Exception) -> str:
 def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:
     """All of a tensor that may be sharded, on the CPU; None but on rank 0, which writes. Every rank calls it."""
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return value.detach().cpu() if world.rank == 0 else None
+    return value.detach().cpu().contiguous() if world.rank == 0 else None
 
 
 def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -176,8 +176,7 @@ class CollectionFolder:
         lines, numbers = self._rows[shard], self._numbers(shard)
         if len(lines.done) < len(numbers):
             return
-        rows = [{name: record[name] for name in SCHEMA.names} for record in lines.records()]
-        kept = [row for row in rows if self.settings["keep_unsolved"] or 1 in row["labels"]]
+        kept = [row for row in lines.records() if self.settings["keep_unsolved"] or 1 in row["labels"]]
         table = pa.Table.from_pylist(kept, schema=SCHEMA).replace_schema_metadata({"problems": str(len(numbers))})
         write_whole(
             self._places(shard)[0 if kept else 1],

@@ -29,7 +29,7 @@ def evaluate(step: TrainStep, batches: RankBatches) -> dict[str, float]:
         step.model.train()
     found = [part for _, parts_of_rank in parts for part in parts_of_rank]
     arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    metrics = _pair_metrics(arrays) if batches.pairs else _rollout_metrics(arrays)
+    metrics = _pair_metrics(**arrays) if batches.pairs else _rollout_metrics(**arrays)
     return {"loss": sum(loss for loss, _ in parts)} | {
         name: float(value) for name, value in metrics.items() if value is not None
     }
@@ -70,8 +70,7 @@ def _batch_results(batch: MicroBatch, logits: torch.Tensor, batches: RankBatches
     return found | {"value": success_probs(logits).numpy(), "hit": hit, "length": length}
 
 
-def _rollout_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
-    value, hit, length, correct, problem = (arrays[name] for name in ("value", "hit", "length", "correct", "problem"))
+def _rollout_metrics(value, hit, length, correct, problem) -> dict[str, float | None]:
     by_token = np.repeat(correct, length)
     metrics = {
         "accuracy": hit.mean(),
@@ -93,8 +92,7 @@ def _rollout_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
     return metrics
 
 
-def _pair_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
-    value, correct, problem = arrays["value"], arrays["correct"], arrays["problem"]
+def _pair_metrics(value, correct, problem) -> dict[str, float | None]:
     return {
         "accuracy": (value[0::2] > value[1::2]).mean(),
         "auc": auc(correct, value),

@@ -56,10 +56,9 @@ class TrainingRun:
 
     def train(self, stop: StopSignal) -> int:
         """Every step that is left. Returns the exit status."""
-        args, done = self.args, self.plan.step
-        for batches in read_steps(args, self.plan.train, done, self.world):
+        args, first = self.args, self.plan.step
+        for done, batches in enumerate(read_steps(args, self.plan.train, first, self.world), first + 1):
             self.train_step(done, batches)
-            done += 1
             signals = max(self.world.gather(stop.received or 0))
             if args.eval_every > 0 and (done % args.eval_every == 0 or done == args.num_steps):
                 self.evaluate(done)
@@ -73,8 +72,8 @@ class TrainingRun:
         self.say(f"done: {args.num_steps} steps; the value model is {self.plan.run_dir / 'latest'}")
         return 0
 
-    def train_step(self, done: int, batches: list[MicroBatch]) -> None:
-        """One optimizer step. `done`: steps before it.
+    def train_step(self, number: int, batches: list[MicroBatch]) -> None:
+        """One optimizer step, numbered from 1.
 
         A loss or gradient that is not finite is a UserError, before the weights change.
         """
@@ -82,19 +81,13 @@ class TrainingRun:
         batches = self.step.pad_to_same_count(batches)
         with torch.autograd.set_detect_anomaly(args.debug, check_nan=False):
             losses = self.step.backward(batches)
-        counts = [
-            sum(losses),
-            sum(batch.input_ids.size for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(len(batch.token_index) for batch in batches),
-            sum(batch.num_pairs for batch in batches),
-        ]
-        loss, computed, real, owned, pairs = self.world.sum(counts)
-        lr = args.max_lr if args.disable_lr_schedule else learning_rate(done, args.num_steps, args.max_lr)
+        counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
+        loss, computed, real, owned, pairs = self.world.sum([sum(losses), *map(sum, zip(*counts, strict=True))])
+        lr = args.max_lr if args.disable_lr_schedule else learning_rate(number - 1, args.num_steps, args.max_lr)
         norm = torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), args.grad_norm_clip)
         norm = float(norm.full_tensor() if args.fsdp else norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self.stop_not_finite(done + 1, loss, norm, losses, batches)
+            self.stop_not_finite(number, loss, norm, losses, batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -102,14 +95,14 @@ class TrainingRun:
 
         seconds = time.perf_counter() - self.clock
         self.record = {
-            "step": done + 1, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
+            "step": number, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
             "tokens_per_s": computed / seconds, "real_tokens_per_s": real / seconds, "loss_tokens_per_s": owned / seconds,
         }  # fmt: skip
         if peak := peak_flops(self.world.device):
             self.record["mfu"] = step_flops(self.model, real, pairs) / seconds / (peak * self.world.size)
-        self.log(done + 1, self.record, attention=self.plan.attention.name)
+        self.log(number, self.record, attention=self.plan.attention.name)
         if self.progress:
-            self.progress.update(now=done == self.plan.step)
+            self.progress.update(now=number == self.plan.step + 1)
 
     def stop_not_finite(
         self, step: int, loss: float, norm: float, losses: list[float], batches: list[MicroBatch]

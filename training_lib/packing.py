@@ -79,12 +79,11 @@ def padded_batch(traces: Sequence[Trace], max_length: int) -> MicroBatch:
     longest = max(len(trace.tokens) for trace in traces)
     width = min(-(-longest // bucket) * bucket, max(max_length, longest))
     input_ids = np.full((len(traces), width), PAD_ID, dtype=np.int64)
-    for row, trace in enumerate(traces):
-        input_ids[row, : len(trace.tokens)] = trace.tokens
     position_ids = np.broadcast_to(np.arange(width), input_ids.shape)
     places = [row * width + np.arange(len(trace.tokens)) for row, trace in enumerate(traces)]
-    positions = np.concatenate([np.arange(len(trace.tokens)) for trace in traces])
-    return _micro_batch(traces, places, input_ids, position_ids, None, positions)
+    real = np.concatenate(places)
+    input_ids.flat[real] = np.concatenate([trace.tokens for trace in traces])
+    return _micro_batch(traces, places, input_ids, position_ids, None, real % width)
 
 
 def packed_row(traces: Sequence[Trace], multiple: int = 8) -> MicroBatch:
@@ -104,8 +103,7 @@ def tree_row(traces: Sequence[Trace], multiple: int = 8) -> MicroBatch:
     with its predecessor, and the predecessor's tokens behind that prefix have got their whole subtree.
     """
     order = sorted(range(len(traces)), key=lambda i: sort_key(traces[i].tokens))
-    size = sum(len(trace.tokens) for trace in traces)
-    tokens, positions, end = (np.empty(size, dtype=np.int64) for _ in range(3))
+    tokens, positions, end = np.empty((3, sum(len(trace.tokens) for trace in traces)), dtype=np.int64)
     branch = np.empty(max(len(trace.tokens) for trace in traces), dtype=np.int64)  # place of each token, by depth
     places: list[np.ndarray] = [branch] * len(traces)
     cursor = 0
@@ -180,10 +178,10 @@ def _fill_rows(units: Sequence[Unit], capacity: int) -> list[list[Trace]]:
     rows: list[list[Trace]] = []
     for unit in sorted(units, key=size, reverse=True):
         fitting = [row for row in rows if size(row) + size(unit) <= capacity]
-        if not fitting:
-            rows.append([])
-            fitting = [rows[-1]]
-        max(fitting, key=size).extend(unit)
+        if fitting:
+            max(fitting, key=size).extend(unit)
+        else:
+            rows.append(list(unit))
     return rows
 
 

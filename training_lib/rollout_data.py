@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 ROLL_INS, ROLL_OUTS = "roll_in_ids", "roll_outs_ids"
 NUM_CLASSES = 3  # labels are classes 0, 1, 2 also where the model has one output: its target is `label == 1`
-IDS_CHECKED_AT_START = 200_000_000  # a second or two
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of roll-outs
@@ -121,7 +120,7 @@ def load_rollouts(
     label_key: str = "labels",
     skip_bad_rows: bool = False,
     max_rows: int | None = None,
-    ids_checked_at_start: int = IDS_CHECKED_AT_START,
+    ids_checked_at_start: int = 200_000_000,  # a second or two
 ) -> RolloutTable:
     """Open a data set, check it, and index the first `num_response` roll-outs of each row.
 
