@@ -146,15 +146,6 @@ def timeless(line: str) -> dict:
     return {name: value for name, value in json.loads(line).items() if name != "seconds" and "_per_s" not in name}
 
 
-def test_a_checkpoint_of_another_number_of_ranks_or_model_is_known(stopped, tmp_path):
-    given = settings(stopped, save_dir=tmp_path)
-    assert spied_run(command(given), stopped / "cache").status == 0
-    shutil.rmtree(tmp_path / "run/step-00000004")
-    (tmp_path / "run/step-00000002/optimizer.pt").write_bytes(b"torn")
-    error = spied_run(command(given), stopped / "cache").error
-    assert "step-00000002 cannot be read (" in error and "remove it to go on from the one before" in error
-
-
 def test_the_checkpoint_is_looked_for_under_the_lock(stopped, tmp_path, monkeypatch):
     """A run that saves its last step while another starts: the second must not go on from the step before."""
     from training_lib import checkpoints
