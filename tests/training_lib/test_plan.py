@@ -9,8 +9,10 @@ from rollouts import write_rows
 from tiny import save_generator, save_value_model
 from train_spy import command, numbered_rows, spied_run
 
+import train_classifier
 from classifier_lib import Qwen2ForClassifier
 from common_lib.cli import UserError
+from common_lib.tracking import Tracker
 from training_lib import attention, loop, plan
 from training_lib import step as step_module
 from training_lib.arguments import parse_args
@@ -149,3 +151,14 @@ def test_the_progress_line_and_the_end_are_told(inputs, tmp_path, capsys):
         assert f"step {record['step']}/3 {figures} tokens/s " in said
     assert "step 2 evaluation: loss" in said and "step 3 evaluation: loss" in said
     assert f"done: 3 steps; the value model is {tmp_path / 'run/latest'}" in said
+
+
+def test_only_the_first_rank_tracks_and_pushes(monkeypatch):
+    made = []
+    monkeypatch.setattr(train_classifier, "make_tracker", lambda *args: made.append(args) or Tracker())
+    monkeypatch.setattr(train_classifier, "HubPusher", lambda name: made.append(name))
+    args = parse_args(["--run_name", "run", "--track", "--push_to_hub", "--logger_tags", "a"])
+    train_classifier.open_services(args, 1, "before")
+    assert made == []
+    train_classifier.open_services(args, 0, "before")
+    assert made == ["run", ("neptune", None, "run", ["a"], "before")]
