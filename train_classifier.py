@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from common_lib.cli import UserError, enable_fast_transfers, run_script, set_up_logging
 from common_lib.signals import StopSignal
@@ -44,6 +45,9 @@ def train(args: argparse.Namespace) -> int:
     with join_ranks(args.device, args.fsdp) as world, contextlib.ExitStack() as at_end:
         autocast = world.device.type == "cuda" if args.autocast is None else args.autocast
         attention = choose_attention(args.packing, world.device.type, autocast or args.param_dtype == "bf16")
+        with world.together():
+            if world.rank == 0 and not args.eval_only:  # before it is looked for what there is to go on from
+                at_end.callback(lock_run(Path(args.save_dir) / args.run_name).release)
         plan = make_plan(args, world, attention)
         logger.info(
             "=> %d roll-outs a step = %d ranks x %d of %d roll-outs; %d steps an epoch; packing %s, attention %s, on %s",
@@ -53,11 +57,8 @@ def train(args: argparse.Namespace) -> int:
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
             return 0
-        tracker, pusher = Tracker(), None
         with world.together():
-            if world.rank == 0 and not args.eval_only:
-                at_end.callback(lock_run(plan.run_dir).release)
-                tracker, pusher = open_services(args, plan.trainer.get("tracker"))
+            tracker, pusher = open_services(args, world.rank, plan.trainer.get("tracker"))
 
         model = load_model(args, plan, world)
         step = TrainStep(
@@ -76,8 +77,10 @@ def train(args: argparse.Namespace) -> int:
             return run.train(stop)
 
 
-def open_services(args: argparse.Namespace, tracker_id: str | None) -> tuple[Tracker, HubPusher | None]:
-    """Tracker and hub, for rank 0. tracker_id: of the run that goes on. Raises UserError where one is not set up."""
+def open_services(args: argparse.Namespace, rank: int, tracker_id: str | None) -> tuple[Tracker, HubPusher | None]:
+    """Tracker and hub of a training, on rank 0. tracker_id: of the run that goes on. UserError where one is not set up."""
+    if rank or args.eval_only:
+        return Tracker(), None
     pusher = HubPusher(args.run_name) if args.push_to_hub else None
     tracker = make_tracker(args.tracker, args.neptune_project, args.run_name, args.logger_tags, tracker_id)
     if args.tracker != "none":
@@ -93,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("classifier_lib").setLevel(logging.ERROR)  # what it says of the model, rank 0 says
     try:
-        return train(parse_args(argv, __doc__))
+        args = parse_args(argv, __doc__)
+        if args.use_dora:
+            logger.info("--use_dora has no effect, as in the released code")
+        return train(args)
     except UserError:
         if rank:  # rank 0 tells it; the first to exit would make torchrun end the others before they spoke
             time.sleep(10)

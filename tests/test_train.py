@@ -319,21 +319,13 @@ def test_metrics_that_cannot_be_written_end_the_run_with_one_line(inputs, tmp_pa
     assert losses(tmp_path / "runs/run") == losses(tmp_path / "runs/other")
 
 
-def test_debug_and_default_name(inputs, tmp_path):
-    arguments = flags(
-        inputs, tmp_path, debug=True, run_name=None, num_steps=50, save_every=100, track=True, use_dora=True
-    )
-    assert train_classifier.main(arguments) == 0
-    assert len(losses(tmp_path / "runs/backbone-data-seed1337-debug")) == 10
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses and evaluation
 
 
 @pytest.mark.parametrize("kind", ["three classes", "one class", "bradley-terry"])
-def test_training_and_evaluation_of_each_kind(tmp_path, inputs, kind):
-    """Labels that the roll-outs' tokens give away are learned, and the evaluation says so."""
+def test_labels_that_are_given_away_are_learned_and_evaluated_alike_in_each_layout(tmp_path, inputs, caplog, kind):
+    """The evaluation says so, and --eval_only says it again of the checkpoint, whatever the packing."""
     rows = random_rows(80, per_row=6)
     for row in rows:
         row["labels"] = [int(i % 3) for i in range(6)]
@@ -357,11 +349,14 @@ def test_training_and_evaluation_of_each_kind(tmp_path, inputs, kind):
         assert found["within_auc"] == 1.0
     else:
         assert found["within_auc_at_75"] == 1.0 and found["brier"] < 0.05 and found["ece"] < 0.2
-    evaluations = []
     for packing in ("none", "pack"):
-        assert train_classifier.main([*arguments, "--eval_only", "--packing", packing]) == 0
-        evaluations.append(packing)
-    assert evaluations == ["none", "pack"]
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert train_classifier.main([*arguments, "--eval_only", "--packing", packing]) == 0
+        [said] = [message for message in caplog.messages if message.startswith("step 30 evaluation: loss")]
+        words = said.removeprefix("step 30 evaluation: ").split()
+        shown = {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        assert len(shown) >= 4 and shown == pytest.approx({name: found[name] for name in shown}, abs=2e-4)
 
 
 def test_evaluation_figures_by_hand():

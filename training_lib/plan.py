@@ -70,6 +70,10 @@ def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> T
         raise UserError(
             f"{args.data_path} has fewer {kind} ({train.units_per_epoch}) than a step of --total_batch_size {args.total_batch_size} takes"
         )
+    if validation and not validation.units_per_epoch:
+        raise UserError(
+            "the validation data have no pair of a correct and an incorrect roll-out; hold more problems out"
+        )
     plan = TrainingPlan(run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, train, validation)
     if going_on and trainer["data"] != plan.data:
         then, now = trainer["data"], plan.data
@@ -83,7 +87,10 @@ def check_same_run(args: argparse.Namespace, trainer: dict[str, Any], run_dir: P
     """Arguments that decide what is computed must be those that the run was started with; others are told."""
     old = trainer["arguments"]
     if changed := [name for name in IDENTITY if old.get(name) != getattr(args, name)]:
-        shown = "; ".join(f"--{name} was {old.get(name)}, is {getattr(args, name)}" for name in changed)
+        flags = {"held_out": "what is held out (--eval_every, --eval_size, --validation_data_path)"}
+        shown = "; ".join(
+            f"{flags.get(name, f'--{name}')} was {old.get(name)}, is {getattr(args, name)}" for name in changed
+        )
         raise UserError(
             f"{run_dir} holds a run of another configuration: {shown}; give the old values, or another --run_name"
         )

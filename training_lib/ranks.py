@@ -84,9 +84,11 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         store = None if size > 1 else dist.HashStore()
         dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=datetime.timedelta(hours=1))
-    yield World(rank, size, place)
-    if grouped and size == 1:  # several leave by launch.leave_ranks
-        dist.destroy_process_group()
+    try:
+        yield World(rank, size, place)
+    finally:
+        if grouped and size == 1:  # several leave by launch.leave_ranks
+            dist.destroy_process_group()
 
 
 def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:

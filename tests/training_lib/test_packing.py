@@ -100,6 +100,15 @@ def test_a_trie_longer_than_a_row_is_split_and_repeats_the_prefix():
     assert all((batch.input_ids[0, :20] == prefix).all() for batch in batches)
 
 
+def test_rows_are_filled_to_the_brim_the_longest_first():
+    """Best fit: the smallest space that is left is taken, whatever the order of the units."""
+    sizes = [2, 4, 6, 3, 5]
+    traces = [Trace(np.full(size, size), 1, 0, (size, 0)) for size in sizes]
+    batches = lay_out([[trace] for trace in traces], "pack", 1, 10)
+    assert [[row for row, _ in batch.sources] for batch in batches] == [[6, 4], [5, 3, 2]]
+    assert [batch.num_tokens for batch in batches] == [10, 10]
+
+
 def test_padding_goes_up_to_a_bucket():
     trace = Trace(np.ones(1500, dtype=np.int32), 10, 0, (0, 0))
     assert padded_batch([trace], 16384).input_ids.shape == (1, 2048)
