@@ -54,18 +54,8 @@ from engine_lib.base import EngineError, Reply, Request
 from engine_lib.choose import choose_engine, make_engine
 from engine_lib.retry import RequestsFailed, RetryPolicy, ask_until_whole
 from eval_utils import Grader, extract_answer
-from training_lib.collection import (
-    CUT_WEIGHTS,
-    CollectionFolder,
-    SourceProblem,
-    check_output_dir,
-    count,
-    cut_positions,
-    draw_seed,
-    labels_of,
-    load_problems,
-    write_card,
-)
+from training_lib import collection
+from training_lib.collection import CollectionFolder, ProblemLines, SourceProblem, draw_seed
 
 logger = logging.getLogger("collect_rollouts")
 
@@ -85,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output_dir", required=True, help="the training set; a data card and parquet files under data/")
     flag("--num_roll_ins", type=int, default=14, help="traces to cut, per problem; 0: every roll-out starts at the prompt")
     flag("--prefixes_per_roll_in", type=int, default=4, help="prefixes of each, nested")
-    flag("--cut_weight", choices=CUT_WEIGHTS, default="sqrt", help="where a trace is cut: after t tokens with probability "
+    flag("--cut_weight", choices=collection.CUT_WEIGHTS, default="sqrt", help="where a trace is cut: after t tokens with probability "
          "proportional to sqrt(t), 1, or 1/sqrt(t). The paper says square-root weighted, no more: sqrt(t) is an assumption")
     flag("--rollouts_per_prefix", type=int, default=1, help="roll-outs of the generator from each prefix")
     flag("--keep_unsolved", action="store_true", help="keep problems of which no roll-out succeeds")
@@ -147,7 +137,7 @@ class CollectionPlan:
 
 def make_plan(args: argparse.Namespace) -> CollectionPlan:
     """Read problems, configs and tokenizers, and check that all fits. Raises UserError."""
-    problems = load_problems(args.problems, args.split, args.max_problems)
+    problems = collection.load_problems(args.problems, args.split, args.max_problems)
     generator = inspect_generator(args.piref_model, "--piref_model")
     names = args.roll_in_models if args.num_roll_ins else []
     roll_in_models = [inspect_generator(name, "--roll_in_models") for name in names]
@@ -163,8 +153,7 @@ def make_plan(args: argparse.Namespace) -> CollectionPlan:
                 f"the longest prompt ({longest} tokens) and --max_length {args.max_length} make {longest + args.max_length} "
                 f"tokens, more than the {info.max_position_embeddings} positions of {info.path}"
             )
-    others = [Path(info.path) for info in roll_in_models if info.path != generator.path]
-    for other in others:
+    for other in (Path(info.path) for info in roll_in_models if info.path != generator.path):
         if load_tokenizer(other, "--roll_in_models").get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"--roll_in_models {other} has another tokenizer than --piref_model {args.piref_model}; they must share one"
@@ -202,9 +191,14 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
         if info.fingerprint == plan.generator.fingerprint:
             own.append(model)
             continue
-        await write_roll_ins(args, plan, model, output)
-        for record in output.roll_ins(model).records():
+        lines = output.open_lines(f"roll_ins-{model:02d}")
+        if numbers := [number for number in missing if number not in lines.done]:
+            stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
+            await write_roll_ins(stage, model, lines, numbers)
+        for record in lines.records():
             roll_ins.get(record["i"], {}).update({int(key): ids for key, ids in record["roll_ins"].items()})
+
+    stage = Stage(args, plan, plan.generator, "roll-outs", len(missing))
 
     async def work(number: int) -> None:
         traces = roll_ins.pop(number)
@@ -212,22 +206,16 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
             traces |= await sample_roll_ins(stage, number, model)
         output.add(number, await make_row(stage, grader, number, traces))
 
-    stage = Stage(args, plan, plan.generator, "roll-outs", len(missing))
     await stage.run(missing, work)
 
 
-async def write_roll_ins(args: argparse.Namespace, plan: CollectionPlan, model: int, output: CollectionFolder) -> None:
-    """The roll-ins of one model, kept in a file: its engine makes room for the next one's."""
-    lines = output.roll_ins(model)
-    numbers = [number for number in output.missing() if number not in lines.done]
+async def write_roll_ins(stage: "Stage", model: int, lines: ProblemLines, numbers: Sequence[int]) -> None:
+    """Roll-ins of these problems by one model, kept in a file: its engine makes room for the generator's."""
 
     async def work(number: int) -> None:
         lines.add(number, {"roll_ins": await sample_roll_ins(stage, number, model)})
 
-    if numbers:
-        info = plan.roll_in_models[model]
-        stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
-        await stage.run(numbers, work)
+    await stage.run(numbers, work)
 
 
 async def sample_roll_ins(stage: "Stage", number: int, model: int) -> dict[int, list[int]]:
@@ -247,17 +235,18 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
     prefixes = [
         trace[:cut]
         for roll_in, trace in sorted(roll_ins.items())
-        for cut in cut_positions(
+        for cut in collection.cut_positions(
             len(trace), args.prefixes_per_roll_in, args.cut_weight, draw_seed(args.seed, number, 1, roll_in)
         )
     ] or [[]]
-    repeats = range(args.rollouts_per_prefix)
-    requests = [stage.request(number, prefix, 2, i, repeat) for i, prefix in enumerate(prefixes) for repeat in repeats]
+    starts = [(prefix, i, repeat) for i, prefix in enumerate(prefixes) for repeat in range(args.rollouts_per_prefix)]
+    requests = [stage.request(number, prefix, 2, i, repeat) for prefix, i, repeat in starts]
     replies = await stage.sample(requests)
-    traces = [prefix for prefix in prefixes for _ in repeats]
-    texts = (stage.plan.decode([*prefix, *reply.token_ids]) for prefix, reply in zip(traces, replies, strict=True))
-    answers = [extract_answer(text) for text in texts]
-    labels = labels_of(
+    answers = [
+        extract_answer(stage.plan.decode([*prefix, *reply.token_ids]))
+        for (prefix, *_), reply in zip(starts, replies, strict=True)
+    ]
+    labels = collection.labels_of(
         [reply.finish_reason for reply in replies],
         await grader.agrade([(problem.answer, answer) for answer in answers]),
     )
@@ -332,8 +321,8 @@ class Stage:
 
 def report(output: CollectionFolder) -> None:
     """The data card, and its main figures on the screen."""
-    figures = count(output)
-    write_card(output, figures)
+    figures = collection.count(output)
+    collection.write_card(output, figures)
     left_out = f"{figures['dropped']} without a success left out"
     print(f"{figures['rows']} problems ({left_out}), {figures['rollouts']} roll-outs: {figures['labels']}")
     print(f"written to {output.folder}; next: train_classifier.py --data_path {output.folder}", flush=True)
@@ -348,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     enable_fast_transfers()
     args = parse_args(argv)
     folder = Path(args.output_dir)
-    check_output_dir(folder)
+    collection.check_output_dir(folder)
     plan = make_plan(args)
     total, output = len(plan.problems), None
     try:

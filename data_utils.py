@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.cli import UserError, hub_errors
+from common_lib.files import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +89,12 @@ def read_file(path: Path) -> Sequence[Any]:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            rows = json.loads(text)
+            rows = json.loads(path.read_text(encoding="utf-8"))
         else:
-            for number, line in enumerate(text.split("\n"), 1):
+            for number, _, line in read_lines(path):
                 where = f", line {number},"
-                rows += [json.loads(line)] if line.strip() else []
+                rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}{where} is not JSON: {error}") from error
     except (OSError, ValueError) as error:

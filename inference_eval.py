@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,8 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     # From here on with torch and transformers, whose import takes seconds
     device = resolve_device(args.device, "--device")
     value_device = device if args.value_device == "auto" else resolve_device(args.value_device, "--value_device")
-    value_dtype = args.value_dtype
-    if value_dtype == "auto":
-        value_dtype = "bf16" if value_device.startswith("cuda") else "fp32"
+    fastest = "bf16" if value_device.startswith("cuda") else "fp32"
+    value_dtype = fastest if args.value_dtype == "auto" else args.value_dtype
     tokenizer = load_tokenizer(Path(generator.path), "--piref_model")
     check_prompt_format(args.prompt_format, tokenizer)
     prompts = [format_prompt(p.problem, args.prompt_format, tokenizer) for p in problems]
@@ -112,9 +111,8 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
     """What X.meta.json says of a run; a second start is compared with it."""
-    packages = ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy")
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     text = json.dumps([[p.problem, p.answer, ids] for p, ids in zip(plan.problems, plan.prompts, strict=True)])
@@ -126,8 +124,8 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "num_problems": len(plan.problems),
         "problems_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "search": plan.config.to_json() | {"num_blocks": args.num_blocks},
-        "generator": plan.generator.to_json(),
-        "value_model": plan.value_model.to_json(),
+        "generator": asdict(plan.generator),
+        "value_model": asdict(plan.value_model),
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": "bf16" if plan.device.startswith("cuda") else "fp32",
@@ -161,10 +159,8 @@ def load_scorer(args: argparse.Namespace, plan: SearchPlan) -> ScorerThread:
         torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
         use_cache=False,
     ).to(plan.value_device)
-    if args.value_cache_gb == "auto":
-        cache_bytes = default_cache_bytes(plan.value_device)
-    else:
-        cache_bytes = int(args.value_cache_gb * 1e9)
+    auto = args.value_cache_gb == "auto"
+    cache_bytes = default_cache_bytes(plan.value_device) if auto else int(args.value_cache_gb * 1e9)
     logger.info(
         "value model: %s, %s on %s, caches up to %.1f GB", plan.value_model.path, plan.value_dtype, plan.value_device,
         cache_bytes / 1e9,
@@ -180,9 +176,6 @@ class Loaders:
     scorer: Callable[[argparse.Namespace, SearchPlan], ScorerThread] = load_scorer
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
-
-
-LOADERS = Loaders()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,11 +244,18 @@ def start_tracker(args: argparse.Namespace, files: RunFiles, loaders: Loaders) -
 
 
 def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
-    """The table, and the same numbers to the tracker."""
+    """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
     lines = list(files.finished.values())
     rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
-    print(format_table(rows))
-    print(f"\n{totals(args, files, lines)}", flush=True)
+    sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
+    seconds = sum(session["seconds"] for session in files.meta["sessions"])
+    print(
+        f"{format_table(rows)}\n\n"
+        f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
+        f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
+        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}",
+        flush=True,
+    )
     name = benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
@@ -264,18 +264,7 @@ def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: T
         tracker.log_metrics(metrics, step=row["N"])
 
 
-def totals(args: argparse.Namespace, files: RunFiles, lines: Sequence[dict[str, Any]]) -> str:
-    """What the whole run cost, and where it is."""
-    sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
-    seconds = sum(session["seconds"] for session in files.meta["sessions"])
-    return (
-        f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
-        f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
-        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}"
-    )
-
-
-def main(argv: Sequence[str] | None = None, loaders: Loaders = LOADERS) -> int:
+def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int:
     set_up_logging()
     enable_fast_transfers()
     args = parse_args(argv, __doc__)
@@ -284,7 +273,7 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = LOADERS) -> int:
     begin, total = time.perf_counter(), len(plan.problems) * args.num_repetitions
     finished: Sized = ()
     try:
-        with RunFiles.open(paths, make_meta(args, plan)) as files, Grader() as grader:
+        with RunFiles(paths, make_meta(args, plan)) as files, Grader() as grader:
             finished = files.finished
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:

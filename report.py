@@ -19,6 +19,7 @@ network.
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,11 @@ def load_decoder(name: str | None) -> Decode | None:
 
     with hub_errors(f"--tokenizer {name}"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except ValueError as error:
             raise UserError(f"--tokenizer {name} is not a tokenizer ({error})") from error
 
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    return decode
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,34 +100,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def analyse_all(
-    runs: Sequence[RunRecord], page: PageWriter | None = None, decode: Decode | None = None
+    runs: Sequence[RunRecord], page: PageWriter | None = None
 ) -> tuple[list[Analysis], list[dict[str, Any]]]:
     """One pass over each run, and comparisons with the first; a page's data files are written on the way."""
     total, done = sum(len(run.by_problem) for run in runs), 0
     progress = Progress(lambda: f"{done} of {total} problems read")
-    analyses: list[Analysis] = []
+
+    def step(number: int, view: ProblemView) -> None:
+        nonlocal done
+        if page:
+            page.add(number, view)
+        done += 1
+        progress.update()
+
     with Grader() as grader:
-        for i, run in enumerate(runs):
-            write = page.problem_writer(i, decode) if page else (lambda view: None)
-
-            def step(view: ProblemView, write: Callable[[ProblemView], None] = write) -> None:
-                nonlocal done
-                write(view)
-                done += 1
-                progress.update()
-
-            analyses.append(analyse(run, grader, step))
+        analyses = [analyse(run, grader, partial(step, number)) for number, run in enumerate(runs)]
     if sys.stderr.isatty():
         progress.close()
-    first, *others = [analysis.comparison_input for analysis in analyses]
-    return analyses, [compare(first, other) for other in others]
+    return analyses, [compare(analyses[0], other) for other in analyses[1:]]
 
 
 def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
-    page = PageWriter(folder)
+    page = PageWriter(folder, decode)
     try:
-        analyses, comparisons = analyse_all(runs, page, decode)
+        analyses, comparisons = analyse_all(runs, page)
         write_tables(folder, analyses, comparisons)
         plots = draw(folder, analyses)
         page.finish(analyses, all_tables(analyses, comparisons), plots)

@@ -19,11 +19,8 @@ from transformers.utils import ModelOutput
 
 logger = logging.getLogger(__name__)
 
-# Classes of a finished roll-out. A model with one label predicts `label == LABEL_CORRECT`.
-LABEL_INCORRECT = 0  # ended with a wrong answer
-LABEL_CORRECT = 1  # ended with the right answer
-LABEL_LENGTH = 2  # did not end within the token limit
-NUM_LABELS = (1, 3)
+# Classes of a finished roll-out: 0 ended with a wrong answer, 1 with the right one, 2 did not end within the token limit.
+LABEL_CORRECT = 1  # a model with one label predicts `label == LABEL_CORRECT`
 
 HEAD_KEYS = ("score.0.weight", "score.2.weight")
 HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
@@ -47,7 +44,7 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
     """
 
     def __init__(self, config: Qwen2Config):
-        if config.num_labels not in NUM_LABELS:
+        if config.num_labels not in (1, 3):
             raise ValueError(f"num_labels is {config.num_labels}; a value model has 3 (default) or 1")
         super().__init__(config)
         self.num_labels = config.num_labels

@@ -6,6 +6,8 @@ candidates share is held once; to score a batch of candidates their paths are la
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +16,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from classifier_lib.cache_budget import CacheBudget, TokenBytes
 from classifier_lib.modeling import Qwen2ForClassifier, success_probs
-
-ROOT = 0  # node number of the prompt; the candidates are numbered 1, 2, ... in the order they were scored in
 
 
 @dataclass
@@ -29,6 +29,8 @@ class ScoringUsage:
 
 class ValueScorer:
     """Scores candidates of many search trees with one value model, paying for each token once.
+
+    The prompt is node 0; the candidates are numbered 1, 2, ... in the order they are scored in.
 
     scorer.start("tree", prompt_ids)
     values = scorer.score("tree", [(0, block_a), (0, block_b)])    # nodes 1 and 2, children of the prompt
@@ -64,16 +66,17 @@ class ValueScorer:
             raise ValueError(f"tree {tree_id!r} has been started already")
         if not prompt_ids:
             raise ValueError(f"tree {tree_id!r}: the prompt is empty")
-        nodes = [_Node(-1, list(prompt_ids))]
-        nodes += [_Node(parent, list(tokens), was_read=True) for parent, tokens in history]
-        nodes[ROOT].was_read = len(nodes) > 1
+        nodes = [_Node(None, list(prompt_ids))]
+        for parent, tokens in history:
+            nodes.append(_Node(nodes[parent], list(tokens), was_read=True))
+        nodes[0].was_read = len(nodes) > 1
         self._trees[tree_id] = _Tree(nodes)
 
     def keep(self, tree_id: str, nodes: Iterable[int]) -> None:
         """Free the caches of all nodes that are not in `nodes` or above one of them."""
         tree = self._trees[tree_id]
-        wanted = {above for node in nodes for above in tree.path(node)}
-        self._drop(node for number, node in enumerate(tree.nodes) if number not in wanted)
+        wanted = {above for number in nodes for above in tree.nodes[number].path()}
+        self._drop(node for node in tree.nodes if node not in wanted)
 
     def release(self, tree_id: str) -> None:
         """Forget a tree. Unknown ones are no error, so that it can be called twice."""
@@ -96,89 +99,73 @@ class ValueScorer:
             return []
         tree = self._trees.pop(tree_id)
         self._trees[tree_id] = tree  # now the most recently used
-        first = len(tree.nodes)
         for parent, tokens in items:
-            if not 0 <= parent < first:
-                raise ValueError(f"tree {tree_id!r} has no node {parent} (it has 0 to {first - 1})")
+            if not 0 <= parent < len(tree.nodes):
+                raise ValueError(f"tree {tree_id!r} has no node {parent} (it has 0 to {len(tree.nodes) - 1})")
             if not tokens:
                 raise ValueError(f"tree {tree_id!r}: an empty block has no last token to score")
             if not 0 <= min(tokens) <= max(tokens) < self.model.config.vocab_size:
                 raise ValueError(f"tree {tree_id!r}: a token id is outside the value model's vocabulary")
-        tree.nodes += [_Node(parent, list(tokens)) for parent, tokens in items]
-        self._read_shared_ancestors(tree, [parent for parent, _ in items])
-        final = finished or [False] * len(items)
-        hold = {first + i for i in range(len(items)) if not final[i]}
-        values = self._read(tree, range(first, len(tree.nodes)), hold)
-        return [values[first + i] for i in range(len(items))]
+        ends = zip(items, finished or [False] * len(items), strict=True)
+        candidates = [_Node(tree.nodes[parent], list(tokens), final=final) for (parent, tokens), final in ends]
+        tree.nodes += candidates
+        self._read_shared_ancestors(tree, candidates)
+        values = self._read(tree, candidates)
+        return [values[node] for node in candidates]
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def _read_shared_ancestors(self, tree: _Tree, parents: Sequence[int]) -> None:
+    def _read_shared_ancestors(self, tree: _Tree, candidates: Sequence[_Node]) -> None:
         """Read the ancestors that are not held and that several candidates share, level by level, each once.
 
         An ancestor of one candidate is read together with it, and so is one that there is no room to hold.
         """
-        uses: dict[tuple[int, int], int] = {}
-        for parent in parents:
-            for depth, node in enumerate(tree.path(parent)):
-                if tree.nodes[node].kv is None:
-                    uses[depth, node] = uses.get((depth, node), 0) + 1
-        for depth in sorted({depth for depth, _ in uses}):
-            nodes = [node for (at, node), count in sorted(uses.items()) if at == depth and count > 1]
-            if nodes and self._can_hold(tree, nodes):
-                self._read(tree, nodes, set(nodes))
+        uses = Counter(node for child in candidates for node in child.path()[:-1] if node.kv is None)
+        shared = [(len(node.path()), node) for node in tree.nodes if uses[node] > 1]
+        for depth in sorted({depth for depth, _ in shared}):
+            nodes = [node for at, node in shared if at == depth]
+            if self._can_hold(tree, nodes):
+                self._read(tree, nodes)
 
-    def _can_hold(self, tree: _Tree, nodes: Sequence[int]) -> bool:
+    def _can_hold(self, tree: _Tree, nodes: Sequence[_Node]) -> bool:
         """Whether these nodes can be held beside the reading of one; makes the room by giving up other trees' caches."""
-        rows = [self._row(tree, node) for node in nodes]
+        rows = map(_Row.of, nodes)
         one = max(self.budget.pass_bytes(1, row.prefix_length, len(row.new_tokens)) for row in rows)
-        held = sum(len(tree.nodes[node].tokens) for node in nodes) * self.budget.token.kv
+        held = sum(len(node.tokens) for node in nodes) * self.budget.token.kv
         return self._make_room(held + one, keep=tree)
 
-    def _row(self, tree: _Tree, node: int) -> _Row:
-        path = tree.path(node)
-        held = 0
-        while held < len(path) and tree.nodes[path[held]].kv is not None:
-            held += 1
-        to_read = path[held:]
-        prefix_length = sum(len(tree.nodes[n].tokens) for n in path[:held])
-        return _Row(path[:held], to_read, prefix_length, [t for n in to_read for t in tree.nodes[n].tokens])
-
-    def _read(self, tree: _Tree, nodes: Iterable[int], hold: set[int]) -> dict[int, float]:
-        """Read nodes in chunks that fit and keep the caches of those in `hold`; the value at the end of each node."""
-        values: dict[int, float] = {}
-        remaining = list(nodes)
-        while remaining:
-            chunk = self._next_chunk(tree, remaining, hold)
-            values |= self._read_chunk(tree, chunk, hold)
-            remaining = [node for node in remaining if node not in values]
+    def _read(self, tree: _Tree, nodes: Sequence[_Node]) -> dict[_Node, float]:
+        """Read nodes in chunks that fit, and keep their caches as far as they are wanted; the value at the end of each."""
+        values: dict[_Node, float] = {}
+        while remaining := [node for node in nodes if node not in values]:
+            values |= self._read_chunk(tree, self._next_chunk(tree, remaining))
         return values
 
-    def _next_chunk(self, tree: _Tree, remaining: Sequence[int], hold: set[int]) -> list[_Row]:
+    def _next_chunk(self, tree: _Tree, remaining: Sequence[_Node]) -> list[_Row]:
         """Rows with a prefix of one length for the next forward pass, the longest first (so little is padded)."""
-        rows = [self._row(tree, node) for node in remaining]
+        rows = list(map(_Row.of, remaining))
         prefix = min(row.prefix_length for row in rows)
         alike = sorted((r for r in rows if r.prefix_length == prefix), key=lambda r: -len(r.new_tokens))
         longest = len(alike[0].new_tokens)
         if not self._make_room(self.budget.pass_bytes(1, prefix, longest), keep=tree):
             # The last resort: give up this tree's caches, too, but for those of the first row.
-            self._drop(node for number, node in enumerate(tree.nodes) if number not in alike[0].held)
+            self._drop(node for node in tree.nodes if node not in alike[0].held)
             self.budget.check_last_row(prefix, longest)
             return alike[:1]
-        held_after = longest if any(row.to_read[-1] in hold for row in alike) else 0
+        held_after = 0 if all(row.to_read[-1].final for row in alike) else longest
         most = max(1, self.max_batch_tokens // longest)
         return alike[: min(most, self.budget.rows_that_fit(prefix, longest, held_after))]
 
     @torch.inference_mode()
-    def _read_chunk(self, tree: _Tree, rows: list[_Row], hold: set[int]) -> dict[int, float]:
+    def _read_chunk(self, tree: _Tree, rows: list[_Row]) -> dict[_Node, float]:
         """Read rows in one forward pass; the value at the end of each."""
         prefix, width = rows[0].prefix_length, max(len(row.new_tokens) for row in rows)
         with self.budget.reading(len(rows), prefix, width):
-            kv = self._working_cache(tree, rows, prefix + width)
+            kv = self._working_cache(rows, prefix + width)
             values = self._forward(kv, rows, prefix, width)
             self._account(tree, rows, width)
             for i, row in enumerate(rows):
-                self._hold(tree, row, kv[:, :, i], hold)
+                self._hold(row, kv[:, :, i])
         return {row.to_read[-1]: value for row, value in zip(rows, values, strict=True)}
 
     def _forward(self, kv: torch.Tensor, rows: list[_Row], prefix: int, width: int) -> list[float]:
@@ -197,23 +184,23 @@ class ValueScorer:
         last = hidden[torch.arange(len(rows), device=device), torch.tensor(lengths, device=device) - 1]
         return success_probs(self.model.score(last)).tolist()
 
-    def _working_cache(self, tree: _Tree, rows: list[_Row], length: int) -> torch.Tensor:
+    def _working_cache(self, rows: list[_Row], length: int) -> torch.Tensor:
         """[2, layers, rows, kv heads, length, head dim], the held prefixes copied in."""
         config, head_dim = self.model.config, self.model.model.layers[0].self_attn.head_dim
         shape = (2, config.num_hidden_layers, len(rows), config.num_key_value_heads, length, head_dim)
         kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         for i, row in enumerate(rows):
             at = 0
-            for number in row.held:
-                node_kv = tree.nodes[number].kv
-                kv[:, :, i, :, at : at + node_kv.shape[3]] = node_kv
-                at += node_kv.shape[3]
+            for node in row.held:
+                end = at + len(node.tokens)
+                kv[:, :, i, :, at:end] = node.kv
+                at = end
         return kv
 
     def _account(self, tree: _Tree, rows: list[_Row], width: int) -> None:
         scored = sum(len(row.new_tokens) for row in rows)
         reread = 0
-        for node in (tree.nodes[number] for row in rows for number in row.to_read):
+        for node in itertools.chain.from_iterable(row.to_read for row in rows):
             reread += len(node.tokens) if node.was_read else 0
             node.was_read = True
         for usage in (tree.usage, self.usage):
@@ -221,13 +208,12 @@ class ValueScorer:
             usage.tokens_reread += reread
             usage.tokens_padding += len(rows) * width - scored
 
-    def _hold(self, tree: _Tree, row: _Row, kv: torch.Tensor, hold: set[int]) -> None:
+    def _hold(self, row: _Row, kv: torch.Tensor) -> None:
         """Keep the new caches of a row that was just read, as far as there is room."""
         at = row.prefix_length
-        for number in row.to_read:
-            node = tree.nodes[number]
+        for node in row.to_read:
             end = at + len(node.tokens)
-            wanted = node.kv is None and (number in hold or number != row.to_read[-1])
+            wanted = node.kv is None and not (node.final and node is row.to_read[-1])
             if wanted and self.budget.hold(len(node.tokens)):
                 node.kv = kv[:, :, :, at:end].clone()
             at = end
@@ -252,12 +238,20 @@ class ValueScorer:
 # Trees, and rows of a forward pass
 
 
-@dataclass
+@dataclass(eq=False)
 class _Node:
-    parent: int
+    parent: _Node | None
     tokens: list[int]
     was_read: bool = False  # went through the model before: reading it again counts as such
+    final: bool = False  # will have no children
     kv: torch.Tensor | None = None  # [2, layers, kv heads, len(tokens), head dim], or not held
+
+    def path(self) -> list[_Node]:
+        """From the prompt down to this node."""
+        path = [self]
+        while path[-1].parent is not None:
+            path.append(path[-1].parent)
+        return path[::-1]
 
 
 @dataclass
@@ -265,22 +259,23 @@ class _Tree:
     nodes: list[_Node]
     usage: ScoringUsage = field(default_factory=ScoringUsage)
 
-    def path(self, node: int) -> list[int]:
-        """Node numbers from the prompt down to `node`."""
-        path = [node]
-        while path[-1] != ROOT:
-            path.append(self.nodes[path[-1]].parent)
-        return path[::-1]
-
 
 @dataclass
 class _Row:
     """One node to read: `held` cached ancestors give the prefix, the tokens of `to_read` (itself last) are new."""
 
-    held: list[int]
-    to_read: list[int]
+    held: list[_Node]
+    to_read: list[_Node]
     prefix_length: int
     new_tokens: list[int]
+
+    @classmethod
+    def of(cls, node: _Node) -> _Row:
+        path = node.path()
+        held = list(itertools.takewhile(lambda above: above.kv is not None, path))
+        to_read = path[len(held) :]
+        prefix_length = sum(len(above.tokens) for above in held)
+        return cls(held, to_read, prefix_length, [token for new in to_read for token in new.tokens])
 
 
 class _WorkingLayer(DynamicLayer):

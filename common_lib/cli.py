@@ -87,20 +87,15 @@ def enable_fast_transfers() -> None:
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what the hub's libraries raise (offline, unknown, gated) into one line about `what`."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors as hub
 
     try:
         yield
-    except GatedRepoError as error:
+    except hub.GatedRepoError as error:
         raise UserError(f"{what} is gated: accept its terms on the hub and log in with `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
         raise UserError(f"{what} is neither a local path nor known to the hub; check the name") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (hub.LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{what} is neither a local path nor in the local cache, and the hub cannot be reached; "
             "download it where there is a network, and give its folder"

@@ -42,13 +42,12 @@ def default_cache_bytes(device: str) -> int:
     return int(0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def limit_cpu_threads(shares: int = 2) -> None:
-    """Generation and scoring run at the same time: on a CPU each gets its share of the cores, unless OMP_NUM_THREADS
-    says otherwise."""
+def limit_cpu_threads() -> None:
+    """Generation and scoring run at the same time: on a CPU each gets half of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // shares))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def hardware_name(device: str) -> str:

@@ -87,14 +87,12 @@ class LineFile:
 
     def _drop_torn_line(self) -> None:
         """Cut off what follows the last newline."""
-        end = os.fstat(self._fd).st_size
-        keep, block = end, 1 << 16
-        while keep:
-            begin = max(0, keep - block)
+        end = keep = os.fstat(self._fd).st_size
+        newline = -1  # not found
+        while keep and newline < 0:
+            begin = max(0, keep - (1 << 16))
             newline = os.pread(self._fd, keep - begin, begin).rfind(b"\n")
             keep = begin + newline + 1
-            if newline >= 0:
-                break
         if keep < end:
             logger.warning("%s: its last line is torn (%d bytes); it is dropped and done again", self.path, end - keep)
             os.ftruncate(self._fd, keep)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,6 @@ class ModelInfo:
     num_parameters_embedding: int | None
     num_labels: int | None  # of the value head; None: there is no head
     has_lm_head: bool | None  # None: cannot be told
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def resolve_model(name: str, flag: str) -> Path:
@@ -141,13 +138,12 @@ def load_tokenizer(path: Path, flag: str) -> Any:
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
     """All end-of-sequence ids: the generation config's, the config's (SGLang stops at both), and the tokenizer's."""
-    found: set[int] = set()
+    found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             eos = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
-            found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
+            found |= set(eos if isinstance(eos, list) else [eos])
+    found.discard(None)
     if not found:
         raise UserError(f"the generator {path} names no end-of-sequence token: no search could ever finish a trace")
     return tuple(sorted(found))
@@ -170,9 +166,7 @@ def check_value_model(info: ModelInfo) -> None:
         raise UserError(f"--classifier_ckpt_path {info.path} has a head of {info.num_labels} labels; 3 or 1 are known")
 
 
-def check_token_ids(
-    generator: ModelInfo, value: ModelInfo, tokenizer: Any, largest_id: int, load=load_tokenizer
-) -> None:
+def check_token_ids(generator: ModelInfo, value: ModelInfo, tokenizer: Any, largest_id: int, load: Any) -> None:
     """Generator and value model must mean the same by a token id. Raises UserError with the first differences."""
     largest = max(largest_id, *tokenizer.get_vocab().values())
     if largest >= value.vocab_size:

@@ -22,8 +22,6 @@ from common_lib.cli import UserError
 
 logger = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 30.0  # for sending what is left; what was not sent stays on disk
-
 Scalar = str | int | float | bool
 
 
@@ -33,11 +31,11 @@ class Tracker:
     `id` names the run when it is resumed; `where` says where the data are and how to see them.
     """
 
-    _warned = False
+    close_seconds = 30.0  # for sending what is left; what was not sent stays on disk
+    _warned = _closed = False
 
-    def __init__(self, run_id: str = "", where: str = "not tracked", close_seconds: float = CLOSE_SECONDS) -> None:
-        self.id, self.where, self._close_seconds = run_id, where, close_seconds
-        self._closed = False
+    def __init__(self, run_id: str = "", where: str = "not tracked") -> None:
+        self.id, self.where = run_id, where
         # Runs before neptune-scale's own exit handler, which has no timeout and waits for ever for a host that is gone.
         atexit.register(self.close)
 
@@ -58,7 +56,7 @@ class Tracker:
         if not self._closed:
             self._closed = True
             atexit.unregister(self.close)
-            self._guarded(self.send_rest, self._close_seconds)
+            self._guarded(self.send_rest, self.close_seconds)
 
     def send_configs(self, configs: dict[str, Scalar]) -> None:
         """May raise anything, as the next two."""
@@ -87,19 +85,18 @@ def make_tracker(
     run_name: str = "run",
     tags: Sequence[str] = (),
     resume_id: str | None = None,
-    close_seconds: float = CLOSE_SECONDS,
 ) -> Tracker:
     """The tracker of a run; one process calls it, inside its main guard (neptune-scale may start a process).
 
-    kind: one of KINDS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for trackio any name.
+    kind: one of TRACKERS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for trackio any name.
     resume_id: the `id` of the tracker that the run had before. Raises UserError for an unknown kind, a project that is
     missing or malformed, or a package that is not installed; any other failure is a warning and a tracker that logs
     nowhere.
     """
     if kind not in TRACKERS:
-        raise UserError(f"unknown tracker {kind!r}: one of {', '.join(KINDS)}")
+        raise UserError(f"unknown tracker {kind!r}: one of {', '.join(TRACKERS)}")
     try:
-        return TRACKERS[kind](project, resume_id or _new_id(run_name), list(tags), close_seconds)
+        return TRACKERS[kind](project, resume_id or _new_id(run_name), list(tags))
     except ImportError:
         package = {"neptune": "neptune-scale"}.get(kind, kind)
         raise UserError(f"{package} is not installed: pip install {package}, or use --tracker none") from None
@@ -159,7 +156,7 @@ def _in_words(error: BaseException) -> str:
 class NeptuneTracker(Tracker):
     """neptune-scale: to its host where there is a token, else to a file on disk, as NEPTUNE_MODE=offline also asks."""
 
-    def __init__(self, project: str | None, run_id: str, tags: list[str], close_seconds: float) -> None:
+    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
         project = project or os.environ.get("NEPTUNE_PROJECT")
         if not project:
             raise UserError("no neptune project: give --neptune_project WORKSPACE/PROJECT or set NEPTUNE_PROJECT")
@@ -197,7 +194,7 @@ class NeptuneTracker(Tracker):
             where = f"neptune, offline ({offline_because}): {sync} uploads it"
         else:
             where = f"neptune project {project}, run {run_id}; if the host fails, {sync} uploads the rest"
-        super().__init__(run_id, where, close_seconds)
+        super().__init__(run_id, where)
         if tags:
             self._run.add_tags(tags)
 
@@ -218,14 +215,14 @@ class NeptuneTracker(Tracker):
 class TrackioTracker(Tracker):
     """trackio: a local database, shown by its own command."""
 
-    def __init__(self, project: str | None, run_id: str, tags: list[str], close_seconds: float) -> None:
+    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
         import trackio
 
         project = project or "value-guided-search"
         self._trackio = trackio
         self._run = trackio.init(project=project, name=run_id, resume="allow", embed=False)
         shown = f"`trackio show --project {shlex.quote(project)}` shows it"
-        super().__init__(run_id, f"trackio project {project}, run {run_id}: {shown}", close_seconds)
+        super().__init__(run_id, f"trackio project {project}, run {run_id}: {shown}")
         if tags:
             self.log_configs({"tags": tags})
 
@@ -239,10 +236,9 @@ class TrackioTracker(Tracker):
         self._trackio.finish()
 
 
-# name -> maker, which is given project, id, tags, and the seconds that closing may take
-TRACKERS: dict[str, Callable[[str | None, str, list[str], float], Tracker]] = {
+# name -> maker, which is given project, id and tags
+TRACKERS: dict[str, Callable[[str | None, str, list[str]], Tracker]] = {
     "neptune": NeptuneTracker,
     "trackio": TrackioTracker,
     "none": lambda *_: Tracker(),
 }
-KINDS = tuple(TRACKERS)

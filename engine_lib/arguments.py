@@ -63,17 +63,16 @@ def resolve_engine(args: argparse.Namespace) -> None:
     check_device_name(args.device, "--device")
     for url in args.sglang_url:
         check_url(url)
-    if args.sglang_url and args.engine not in ("auto", "sglang-server"):
-        raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
     if args.sglang_url:
+        if args.engine not in ("auto", "sglang-server"):
+            raise UserError(f"--sglang_url needs --engine sglang-server, not {args.engine}")
         args.engine = "sglang-server"
     if args.sglang_args and args.engine == "transformers":
         raise UserError("--sglang_args need --engine sglang, not transformers")
-    if args.engine != "sglang-server":
-        return
-    if args.sglang_args:
-        raise UserError("--sglang_args are for --engine sglang; give them to the servers where those are started")
-    args.sglang_url = args.sglang_url or [f"http://localhost:{args.sglang_port}"]
+    if args.engine == "sglang-server":
+        if args.sglang_args:
+            raise UserError("--sglang_args are for --engine sglang; give them to the servers where those are started")
+        args.sglang_url = args.sglang_url or [f"http://localhost:{args.sglang_port}"]
 
 
 def check_url(url: str) -> None:

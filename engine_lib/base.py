@@ -84,7 +84,6 @@ def check_requests(requests: Sequence[Request], context_length: int, vocab_size:
                 f"a request of {len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones is longer "
                 f"than the generator's context of {context_length}"
             )
-        lowest, highest = min(request.prompt_ids), max(request.prompt_ids)
-        if lowest < 0 or highest >= vocab_size:
-            bad = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {bad} is outside the generator's vocabulary of {vocab_size}")
+        for token in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} is outside the generator's vocabulary of {vocab_size}")

@@ -1,5 +1,6 @@
 """Which engine: a table of names, each of which imports its engine only when it is chosen."""
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -9,28 +10,14 @@ from engine_lib.base import Engine, EngineConfig
 logger = logging.getLogger(__name__)
 
 
-def _sglang(config: EngineConfig) -> Engine:
-    from engine_lib.sglang_local import SGLangEngine
-
-    return SGLangEngine(config)
+def _late(module: str, engine: str) -> Callable[[EngineConfig], Engine]:
+    return lambda config: getattr(importlib.import_module(module), engine)(config)
 
 
-def _sglang_server(config: EngineConfig) -> Engine:
-    from engine_lib.sglang_remote import SGLangServerEngine
-
-    return SGLangServerEngine(config)
-
-
-def _transformers(config: EngineConfig) -> Engine:
-    from engine_lib.transformers_engine import TransformersEngine
-
-    return TransformersEngine(config)
-
-
-ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
-    "sglang": _sglang,
-    "sglang-server": _sglang_server,
-    "transformers": _transformers,
+ENGINES = {
+    "sglang": _late("engine_lib.sglang_local", "SGLangEngine"),
+    "sglang-server": _late("engine_lib.sglang_remote", "SGLangServerEngine"),
+    "transformers": _late("engine_lib.transformers_engine", "TransformersEngine"),
 }
 
 

@@ -229,7 +229,7 @@ def process_unchanged() -> Iterator[None]:
     root, policy = logging.getLogger(), asyncio.get_event_loop_policy()
     handlers, level = root.handlers[:], root.level
     quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
-    before = {name: os.environ.get(name) for name in quiet}
+    before = {name: os.environ[name] for name in quiet if name in os.environ}
     os.environ.update(quiet)
     logging.getLogger("sglang").setLevel(logging.ERROR)
     try:
@@ -239,11 +239,9 @@ def process_unchanged() -> Iterator[None]:
     finally:
         asyncio.set_event_loop_policy(policy)
         root.handlers[:], root.level = handlers, level
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in quiet:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _zmq_contexts() -> list[Any]:

@@ -9,6 +9,7 @@ httpx is the client because every installation of this project has it already: h
 import asyncio
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -280,16 +281,13 @@ class SGLangServerEngine:
                 urls = [worker["url"] for worker in workers if worker["is_healthy"]]
                 if not urls:
                     raise ServerLost("the router has no healthy server")
-            infos = {url: await self._ask_one(url) for url in urls}
+            pages = {url: [await self._get(f"{url}/{page}") for page in ("model_info", "server_info")] for url in urls}
+            infos = {url: wire.read_info(*(page.json() for page in told)) for url, told in pages.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{server.url} does not answer as an SGLang server does ({error!r})") from error
         for url, info in infos.items():
             self._check_info(url, info, told=url in server.info)
         server.info = infos
-
-    async def _ask_one(self, url: str) -> wire.ServerInfo:
-        model, server = await self._get(f"{url}/model_info"), await self._get(f"{url}/server_info")
-        return wire.read_info(model.json(), server.json())
 
     async def _get(self, url: str) -> httpx.Response:
         """A page that tells of a server, or 404 for none. Raises ServerLost."""
@@ -303,7 +301,8 @@ class SGLangServerEngine:
 
     def _check_info(self, url: str, info: wire.ServerInfo, told: bool) -> None:
         """Raises UserError where the server runs something else than what was asked for."""
-        ours, path = wire.architectures_of(self.model_path), self.model_path
+        path = self.model_path
+        ours = tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
         if ours and info.architectures and ours != info.architectures:
             raise UserError(
                 f"{url} serves {info.model_path}, a {info.architectures[0]}; --piref_model {path} is a {ours[0]}"
@@ -325,12 +324,9 @@ def choose_server(servers: Sequence[Server], group: str) -> Server:
     that prefer it. Room is a bounded load (Mirrokni et al. 2018, arXiv 1608.01350): no more than LOAD_BOUND times the
     server's share of all running requests, this one included; so there is always one with room.
     """
-
-    def preference(server: Server) -> bytes:
-        return hashlib.blake2b(f"{group}\n{server.url}".encode(), digest_size=8).digest()
-
     bound = math.ceil(LOAD_BOUND * (sum(server.load for server in servers) + 1) / len(servers))
-    return max((server for server in servers if server.load < bound), key=preference)
+    with_room = [server for server in servers if server.load < bound]
+    return max(with_room, key=lambda server: hashlib.blake2b(f"{group}\n{server.url}".encode(), digest_size=8).digest())
 
 
 def _make_client() -> httpx.AsyncClient:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +123,6 @@ def same_model(served: str, path: Path) -> bool:
     if served == str(path) or (Path(served).exists() and Path(served).resolve() == path.resolve()):
         return True
     return f"models--{served.replace('/', '--')}" in path.resolve().parts  # the hub's cache
-
-
-def architectures_of(path: Path) -> tuple[str, ...]:
-    return tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
 
 
 def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:

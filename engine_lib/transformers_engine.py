@@ -82,28 +82,24 @@ class TransformersEngine:
             if not batch:
                 continue
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._run, [r for r, _ in batch])
-            try:
-                outcomes: list[Reply | BaseException] = list(await work)
-            except Exception as error:
-                outcomes = [EngineError(f"the transformers engine failed: {error}")] * len(batch)
-            for (_, future), outcome in zip(batch, outcomes, strict=True):
+            (outcome,) = await asyncio.gather(work, return_exceptions=True)
+            for row, (_, future) in enumerate(batch):
                 if future.done():  # cancelled meanwhile
                     continue
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
+                if isinstance(outcome, Exception):
+                    future.set_exception(EngineError(f"the transformers engine failed: {outcome}"))
                 else:
-                    future.set_result(outcome)
+                    future.set_result(outcome[row])
 
     def _take_batch(self) -> list[tuple[Request, asyncio.Future]]:
         """The longest-waiting requests that fit together."""
         self._waiting = [(request, future) for request, future in self._waiting if not future.done()]
-        longest = 0
-        for count, (request, _) in enumerate(self._waiting):
+        count = longest = 0
+        for request, _ in self._waiting[: self.max_batch_rows]:
             longest = max(longest, len(request.prompt_ids) + request.max_new_tokens)
-            if count and (count >= self.max_batch_rows or (count + 1) * longest > self.max_batch_tokens):
+            if count and (count + 1) * longest > self.max_batch_tokens:
                 break
-        else:
-            count = len(self._waiting)
+            count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
@@ -159,13 +155,6 @@ class _BatchRows:
         self.seeds = np.array([r.seed for r in requests], dtype=np.uint64)
         self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
         self.top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device)
-        self.limits = torch.tensor([r.max_new_tokens for r in requests], device=device)
-        self.all_stops = torch.tensor(
-            sorted({s for r in requests for s in r.stop_ids}), dtype=torch.long, device=device
-        )
-        self.is_stop = torch.tensor(
-            [[s in r.stop_ids for s in self.all_stops.tolist()] for r in requests], device=device
-        )
 
     def choose(self, input_ids, logits):
         """As a logits processor: everything but the drawn token is made impossible."""
@@ -174,19 +163,18 @@ class _BatchRows:
         return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
 
     def is_done(self, input_ids, scores, **kwargs):
-        done = self.limits <= input_ids.shape[1] - self.start
-        if self.all_stops.numel():
-            done = done | ((input_ids[:, -1:] == self.all_stops) & self.is_stop).any(dim=1)
-        return done | self.stopped()
+        written, last = input_ids.shape[1] - self.start, input_ids[:, -1].tolist()
+        done = [
+            token in request.stop_ids or written >= request.max_new_tokens or self.stopped()
+            for token, request in zip(last, self.requests, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
 
     def reply(self, row: int, new_tokens: list[int], shared: bool) -> Reply:
         """`shared`: an earlier row of the batch has read this prompt, all but its last token."""
         request = self.requests[row]
-        tokens, reason = new_tokens[: request.max_new_tokens], "length"
-        for at, token in enumerate(tokens):
-            if token in request.stop_ids:
-                tokens, reason = tokens[: at + 1], "stop"
-                break
-        if reason == "length" and len(tokens) < request.max_new_tokens:
-            reason = "abort"  # closed in mid-batch
+        tokens = new_tokens[: request.max_new_tokens]
+        reason = "length" if len(tokens) == request.max_new_tokens else "abort"  # closed in mid-batch
+        if stops := [at for at, token in enumerate(tokens) if token in request.stop_ids]:
+            tokens, reason = tokens[: stops[0] + 1], "stop"
         return Reply(tokens, reason, len(request.prompt_ids), len(request.prompt_ids) - 1 if shared else 0)

@@ -6,16 +6,18 @@ Equality is math-verify's (https://github.com/huggingface/Math-Verify), asked of
 import asyncio
 import json
 import logging
+import math
 import os
-import queue
 import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,7 @@ class _Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, bufsize=0)
         if self._read(START_SECONDS) != "ready":
             self.process.kill()
-            said = self.process.stderr.read().decode(errors="replace").split("\n") if self.process.stderr else []
-            self.end()
+            said = self.process.communicate()[1].decode(errors="replace").split("\n")
             raise GradingError(f"the grading worker did not start: {' '.join(said[-2:]).strip() or 'it said nothing'}")
 
     def _read(self, seconds: float) -> Any:
@@ -100,20 +101,14 @@ class _Worker:
 
     def end(self) -> None:
         """Kill the process and free its pipes. Only for the thread that holds the worker."""
-        self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe:
-                pipe.close()
-        self.process.wait()
+        with self.process:  # on leaving, Popen closes its pipes and waits
+            self.process.kill()
 
 
 def _far_apart(one: list[float], other: list[float]) -> bool:
     """Do both answers have numbers, and do these differ by more than math-verify's rounding (6 decimals) forgives?"""
-    if not one or not other:
-        return False
-    return len(one) != len(other) or any(
-        abs(a - b) > 1e-4 * max(1.0, abs(a), abs(b)) for a, b in zip(one, other, strict=True)
-    )
+    close = partial(math.isclose, rel_tol=1e-4, abs_tol=1e-4)
+    return bool(one and other) and (len(one) != len(other) or not all(map(close, one, other)))
 
 
 def _known(verdict: "bool | Future[Any]") -> Any:
@@ -142,9 +137,7 @@ class Grader:
         self.num_workers = num_workers or min(8, os.cpu_count() or 1)
         self.pair_seconds, self.max_comparisons, self.program = pair_seconds, max_comparisons, program
         self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="grading")
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        for _ in range(self.num_workers):
-            self._idle.put(None)  # a place for a worker that is not started
+        self._own = threading.local()  # `worker`: the one of a thread, where it is started
         self._workers: set[_Worker] = set()
         self._cache: dict[tuple[str, ...], Future[Any]] = {}
         self._closed = False
@@ -173,12 +166,12 @@ class Grader:
 
     def grade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """Is the answer right, for each (gold, answer)? An empty answer is wrong. Raises GradingError."""
-        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        verdicts = [self._verdict(*pair) for pair in pairs]
         return [bool(_known(verdict)) for verdict in verdicts]
 
     async def agrade(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """`grade` for the event loop, which goes on meanwhile. It may be cancelled."""
-        verdicts = [self._verdict(gold, answer) for gold, answer in pairs]
+        verdicts = [self._verdict(*pair) for pair in pairs]
         # The cache shares its futures: a caller that is cancelled must not cancel them for the others.
         futures = [asyncio.shield(asyncio.wrap_future(v)) for v in verdicts if isinstance(v, Future)]
         await asyncio.gather(*futures, return_exceptions=True)
@@ -195,18 +188,13 @@ class Grader:
         keys = [as_integer(form) or form for form in forms]
         counts = Counter(key for key in keys if key)
         distinct = sorted(counts, key=lambda key: (-counts[key], key))
-        parent = {key: key for key in distinct}
+        name = {key: key for key in distinct}  # of its class, so far
         failures: Counter[str] = Counter()
-
-        def root(key: str) -> str:
-            while parent[key] != key:
-                parent[key] = key = parent[parent[key]]
-            return key
 
         def open_pairs() -> Iterator[tuple[str, str]]:
             for one, other in self._comparable(distinct):
                 # An answer that hung twice would hang against all others too.
-                if root(one) != root(other) and max(failures[one], failures[other]) < 2:
+                if name[one] != name[other] and max(failures[one], failures[other]) < 2:
                     yield one, other
 
         pairs = open_pairs()
@@ -218,23 +206,21 @@ class Grader:
                 equal = _known(verdict)
                 failures.update((one, other) if equal is None else ())
                 if equal:
-                    parent[root(one)] = root(other)
+                    name |= {key: name[other] for key in distinct if name[key] == name[one]}
         numbers: dict[str, int] = {}
-        return [numbers.setdefault(root(key), len(numbers)) if key else -1 for key in keys]
+        return [numbers.setdefault(name[key], len(numbers)) if key else -1 for key in keys]
 
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Pairs of distinct normalised answers that math-verify might call equal, in order, at most max_comparisons."""
         integers = {key for key in distinct if as_integer(key)}
         asked = {key: self._submit("numbers", key) for key in distinct if key not in integers}
         numbers = {key: [float(key)] for key in integers} | {key: _known(future) for key, future in asked.items()}
-        before: list[str] = []
-        others_before: list[str] = []  # without integers, which differ from each other for certain
+        in_time = [key for key in distinct if numbers[key] is not None]
         count = 0
-        for key in distinct:
-            if numbers[key] is None:  # it could not be read in time
-                continue
-            for earlier in others_before if key in integers else before:
-                if _far_apart(numbers[key], numbers[earlier]):
+        for i, key in enumerate(in_time):
+            for earlier in in_time[:i]:
+                # Integers differ from each other for certain.
+                if (key in integers and earlier in integers) or _far_apart(numbers[key], numbers[earlier]):
                     continue
                 if count == self.max_comparisons:
                     cut = "%d distinct answers to one problem: only %d pairs were compared, frequent answers first"
@@ -242,9 +228,6 @@ class Grader:
                     return
                 count += 1
                 yield earlier, key
-            before.append(key)
-            if key not in integers:
-                others_before.append(key)
 
     def _verdict(self, gold: str, answer: str) -> "bool | Future[bool | None]":
         """Equal or not; a future where a worker must say. The future's result is None where that failed."""
@@ -265,24 +248,21 @@ class Grader:
         return self._cache[key]
 
     def _ask(self, do: str, *answers: str) -> Any:
-        """Runs in a thread of the grader: the result of an idle worker, started if need be; None where that failed."""
+        """Runs in a thread of the grader: the result of its worker, started if need be; None where that failed."""
         if max(map(len, answers)) > MAX_ANSWER_CHARS:
             return None
-        worker = self._idle.get()
-        try:
-            if worker is None:
-                worker = _Worker(self.program)
-                self._workers.add(worker)
-            reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
-            if self._closed:
-                raise GradingError("the grader was closed before it had graded everything")
-            if reply is None:
-                self._workers.discard(worker)
-                worker.end()
-                worker = None
-                reply = {"failure": f"took more than {self.pair_seconds:g} s or ended its worker"}
-        finally:
-            self._idle.put(worker)
+        if getattr(self._own, "worker", None) is None:
+            self._own.worker = _Worker(self.program)
+            self._workers.add(self._own.worker)
+        worker = self._own.worker
+        reply = None if self._closed else worker.ask(do, answers, self.pair_seconds)
+        if self._closed:
+            raise GradingError("the grader was closed before it had graded everything")
+        if reply is None:
+            self._own.worker = None
+            self._workers.discard(worker)
+            worker.end()
+            reply = {"failure": f"took more than {self.pair_seconds:g} s or ended its worker"}
         if "failure" in reply:
             shown = " with ".join(repr(answer if len(answer) <= 80 else answer[:80] + "...") for answer in answers)
             logger.warning("comparing %s %s; counted as not equal", shown, reply["failure"])

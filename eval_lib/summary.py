@@ -1,7 +1,7 @@
 """The table of a search run: every vote at every pooled number of repetitions, with intervals and costs. No torch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ def budget_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
 ) -> Table:
     """A table of the rows of `summarize`, thinned. columns: head -> (how it is shown, keys of what is shown)."""
-    columns = {"N": (_digits("d"), "N"), "pooled": (str, "pooled")} | dict(columns)
+    columns = {"N": (partial(number, form="d"), "N"), "pooled": (str, "pooled")} | dict(columns)
     cells = [[form(*map(row.__getitem__, keys)) for form, *keys in columns.values()] for row in thin(rows)]
     return Table(title, list(columns), cells, notes)
 
@@ -92,11 +92,11 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
     noise = {words: (half_width, f"{metric}_ci_repeat") for metric, words in METRICS.items()}
     costs = {
         "problems": (str, "problems"),
-        "generated": (_digits(",.0f"), "tokens_generated"),
-        "scored": (_digits(",.0f"), "tokens_scored"),
-        "seconds": (_digits(",.1f"), "seconds"),
-        "length-limited": (_digits(".1%"), "truncated"),
-        "empty": (_digits(".1%"), "empty"),
+        "generated": (partial(number, form=",.0f"), "tokens_generated"),
+        "scored": (partial(number, form=",.0f"), "tokens_scored"),
+        "seconds": (partial(number, form=",.1f"), "seconds"),
+        "length-limited": (partial(number, form=".1%"), "truncated"),
+        "empty": (partial(number, form=".1%"), "empty"),
     }
     return [
         budget_table(f"Accuracy, %{of}", rows, accuracy, [INTERVAL_NOTE, *_row_notes(rows, run)]),
@@ -108,10 +108,6 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `summarize` as text of at most 80 columns."""
     return "\n\n".join(map(as_text, run_tables(rows)))
-
-
-def _digits(form: str) -> Callable[[float | None], str]:
-    return partial(number, form=form)
 
 
 def _row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
@@ -148,8 +144,7 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
     """The scores of one problem at every pooled number of repetitions: metric -> [m - 1] -> float64 [windows]."""
     names = {c: k for k, c in enumerate(dict.fromkeys(c for s in searches for c in s["classes"] if c >= 0))}
     count, weight, right_count, right_weight = np.zeros((4, len(searches), len(names)))
-    top = np.full(len(searches), -np.inf)
-    ties, right_ties, any_right, mean_right = np.zeros((4, len(searches)))
+    top, ties, right_ties, any_right, mean_right = np.zeros((5, len(searches)))
     for r, search in enumerate(searches):
         rewards = np.array(search["reward"], dtype=np.float64)
         any_right[r], mean_right[r] = rewards.max(initial=0.0), rewards.mean() if len(rewards) else 0.0
@@ -160,10 +155,9 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
                 weight[r, names[c]] += score
                 right_weight[r, names[c]] += reward * score
         answered = np.array(search["classes"]) >= 0
-        if answered.any():
-            top[r] = search["scores"][answered].max()
-            at_top = answered & (search["scores"] == top[r])
-            ties[r], right_ties[r] = at_top.sum(), rewards[at_top].sum()
+        top[r] = search["scores"][answered].max(initial=-np.inf)
+        at_top = answered & (search["scores"] == top[r])
+        ties[r], right_ties[r] = at_top.sum(), rewards[at_top].sum()
     majority = list(pooled_votes(count, right_count))
     total_weight = pooled_sums(weight.sum(-1))
     weighted = zip(pooled_votes(weight, right_weight), majority, total_weight, strict=True)
@@ -178,22 +172,21 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
 
 def _costs(searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, float | None]:
     """Mean cost of m pooled searches, each problem counting the same; shares over all answers. None: not recorded."""
-
-    def cost(key: str) -> float | None:
-        means = [
-            np.mean([s[key] for s in runs]) for runs in searches_by_problem if all(s[key] is not None for s in runs)
-        ]
-        return m * float(np.mean(means)) if len(means) == len(searches_by_problem) else None
-
     searches = [search for runs in searches_by_problem for search in runs]
     answers = sum(len(search["classes"]) for search in searches) or 1
-    length_limited: float | None = None
-    if all(search["finish_reasons"] is not None for search in searches):
-        length_limited = sum(reason == "length" for search in searches for reason in search["finish_reasons"]) / answers
+
+    def known(key: str) -> bool:
+        return all(search[key] is not None for search in searches)
+
+    def cost(key: str) -> float | None:
+        means = (np.mean([search[key] for search in runs]) for runs in searches_by_problem)
+        return m * float(np.mean(list(means))) if known(key) else None
+
+    reasons = [reason for search in searches for reason in search["finish_reasons"] or ()]
     return {
         "tokens_generated": cost("tokens_generated"),
         "tokens_scored": cost("tokens_scored"),
         "seconds": cost("dt"),
-        "truncated": length_limited,
+        "truncated": reasons.count("length") / answers if known("finish_reasons") else None,
         "empty": sum(c < 0 for search in searches for c in search["classes"]) / answers,
     }

@@ -5,7 +5,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 ROWS_SHOWN = 8
@@ -19,7 +19,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
-    words: Sequence[str] = field(default_factory=list)
+    words: Sequence[str] = ()
 
 
 def thin(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -60,15 +60,10 @@ def as_text(table: Table, width: int = 80) -> str:
     """Columns padded; wider than `width` only where the columns are."""
     grid = [table.columns, *table.rows]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    aligned = [
-        [
-            c.ljust(w) if name in table.words else c.rjust(w)
-            for c, w, name in zip(row, widths, table.columns, strict=True)
-        ]
-        for row in grid
-    ]
+    sides = ["<" if name in table.words else ">" for name in table.columns]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in table.notes]
-    return printable("\n".join([table.title, *("  ".join(row).rstrip() for row in aligned), *notes]))
+    return printable("\n".join([table.title, *(form.format(*row).rstrip() for row in grid), *notes]))
 
 
 def as_markdown(table: Table) -> str:

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from eval_lib.grading import Grader
 from eval_lib.summary import pooled_scores, summarize
-from report_lib.compare import ComparisonInput
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
 from report_lib.data import RunRecord
 from report_lib.problem import ProblemView, SearchView, only_pruned_right, problem_row, problem_view
@@ -30,7 +29,11 @@ def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] 
 
 
 class Analysis:
-    """What a report says of one run: sums and columns over its problems, and when it is finished, what follows."""
+    """What a report says of one run: sums and columns over its problems, and when it is finished, what follows.
+
+    scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled). costs: `tokens` and `flops` of one
+    repetition by data_idx (mean), None where they are not known.
+    """
 
     def __init__(self, run: RunRecord, journal: Journal):
         self.run, self.has_journal = run, bool(journal.searches)
@@ -39,9 +42,8 @@ class Analysis:
             lost = "no trees, no rejected candidates, no values inside a trace"
             self.notes.append(f"{run.name}: no journal ({journal.path.name}): {lost}")
         self.problems: list[dict[str, Any]] = []
-        self.tokens_generated = 0 if self.has_journal else None  # of all searches, unfinished ones too
-        # searches in which only a rejected candidate was right; None where no rejected ones are seen
-        self.pruned_right = 0 if self.has_journal and run.prunes is not False else None
+        self.tokens_generated = 0  # of all searches, unfinished ones too; without a journal not known
+        self._sees_rejected = self.has_journal and run.prunes is not False
         self._forward_costs = forward_costs(run.meta) if self.has_journal else None
         self._classes: dict[int, dict[int, list[int]]] = {}
         self._observations: list[NDArray] = []
@@ -50,16 +52,12 @@ class Analysis:
         self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
 
     def add(self, view: ProblemView) -> None:
-        pruned_right = None
-        if self.pruned_right is not None:
-            pruned_right = sum(map(only_pruned_right, view.searches))
-            self.pruned_right += pruned_right
+        pruned_right = sum(map(only_pruned_right, view.searches)) if self._sees_rejected else None
         self.problems.append(problem_row(view, pruned_right))
         self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
         final_only = bool(self.run.prunes) and not self.run.biased
         for search in view.searches:
-            if self.tokens_generated is not None:
-                self.tokens_generated += sum(map(len, search.tree.tokens))
+            self.tokens_generated += sum(map(len, search.tree.tokens))
             self._without_journal += not search.in_journal
             if search.line:
                 self._observations.append(observe_search(view.data_idx, search, final_only))
@@ -82,14 +80,10 @@ class Analysis:
         if self.has_journal and self._without_journal:
             lost = f"{self._without_journal} finished searches are not in the journal"
             self.notes.append(f"{run.name}: {lost}: only their final beams are shown")
-        self.flops = by_problem = None  # of one repetition, mean over problems
-        if self._flops and not self._without_flops:
-            self.flops = mean_costs(self._flops)
-            by_problem = {
-                i: float(np.mean([sum(search[key] for key in COST_KEYS) for search in searches]))
-                for i, searches in self._flops.items()
-            }
-        elif run.meta:
+        # searches in which only a rejected candidate was right; None where no rejected ones are seen
+        self.pruned_right = sum(row["rescued"] for row in self.problems) if self._sees_rejected else None
+        self.flops = mean_costs(self._flops) if self._flops and not self._without_flops else None
+        if run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"
             self.notes.append(f"{run.name}: no FLOPs ({needs})")
         planned = run.meta["num_problems"] if run.meta else None
@@ -101,21 +95,17 @@ class Analysis:
         # seconds a search spent in each round, and waiting: neither generating nor being scored; mean over searches
         self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
         self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches
-        self.comparison_input = ComparisonInput(run, self._mean_scores(), self._mean_tokens(), by_problem)
-
-    def _mean_scores(self) -> dict[int, dict[str, list[float]]]:
-        windows = pooled_scores(self.run.lines, self._classes)
-        return {
+        self.scores = {
             i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
-            for i, scores in windows.items()
+            for i, scores in pooled_scores(run.lines, self._classes).items()
         }
-
-    def _mean_tokens(self) -> dict[int, float] | None:
-        """Tokens generated in one repetition, by problem."""
-        if not all("tokens_generated" in line for line in self.run.lines):
-            return None
-        by_problem = self.run.by_problem.items()
-        return {i: float(np.mean([line["tokens_generated"] for line in lines])) for i, lines in by_problem}
+        self.costs: dict[str, dict[int, float] | None] = {"tokens": None, "flops": None}
+        if all("tokens_generated" in line for line in run.lines):
+            spent = {i: [line["tokens_generated"] for line in lines] for i, lines in run.by_problem.items()}
+            self.costs["tokens"] = {i: float(np.mean(tokens)) for i, tokens in spent.items()}
+        if self.flops:
+            spent = {i: [sum(costs.values()) for costs in searches] for i, searches in self._flops.items()}
+            self.costs["flops"] = {i: float(np.mean(flops)) for i, flops in spent.items()}
 
     @property
     def seconds(self) -> float | None:
@@ -128,4 +118,4 @@ class Analysis:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens generated per second of wall-clock."""
-        return self.tokens_generated / self.seconds if self.seconds and self.tokens_generated else None
+        return self.tokens_generated / self.seconds if self.seconds and self.has_journal else None

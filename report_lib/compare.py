@@ -7,7 +7,6 @@ linearly between the whole numbers around it. Budgets that one run does not reac
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from common_lib.cli import UserError
 from eval_lib.intervals import paired_difference
 from eval_lib.summary import METRICS
+from report_lib.analysis import Analysis
 from report_lib.data import RunRecord
 
 MAX_BUDGETS = 5  # rows per basis and metric
@@ -22,83 +22,54 @@ BASES = {"N": "N", "tokens": "tokens", "flops": "FLOPs"}
 Budget = tuple[float, float, float]  # how much, repetitions pooled in the one run, and in the other
 
 
-@dataclass
-class ComparisonInput:
-    """What a comparison needs of a run.
-
-    scores: data_idx -> metric -> [m - 1] (a problem's mean score at m pooled); tokens, flops: by data_idx, of one
-    repetition (mean).
-    """
-
-    run: RunRecord
-    scores: dict[int, dict[str, list[float]]]
-    tokens: dict[int, float] | None
-    flops: dict[int, float] | None
-
-
-def compare(one: ComparisonInput, other: ComparisonInput) -> dict[str, Any]:
+def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
-    most = (  # repetitions that every common problem has
-        min(len(one.scores[a]["pass1"]) for a, _ in pairs),
-        min(len(other.scores[b]["pass1"]) for _, b in pairs),
-    )
-    bases, missing = shared_budgets(one, other, pairs, most)
-    rows = [
-        compare_at(one, other, pairs, basis, budget, metrics)
-        for basis, budgets in bases.items()
-        for budget in budgets
-        for metrics in metric_pairs(one.run, other.run)
-    ]
+    # repetitions that every common problem has
+    most = min(len(one.scores[a]["pass1"]) for a, _ in pairs), min(len(other.scores[b]["pass1"]) for _, b in pairs)
+    budgets, missing = shared_budgets(one, other, pairs, most)
+    rows = []
+    for basis, (amount, pooled_one, pooled_other) in budgets:
+        for metric_one, metric_other in metric_pairs(one.run, other.run):
+            first = {a: score_at(one.scores[a][metric_one], pooled_one) for a, _ in pairs}
+            second = {a: score_at(other.scores[b][metric_other], pooled_other) for a, b in pairs}
+            row = {
+                "basis": basis,
+                "budget": amount,
+                "pooled_one": pooled_one,
+                "pooled_other": pooled_other,
+                "metric_one": metric_one,
+                "metric_other": metric_other,
+                "one": float(np.mean(list(first.values()))),
+                "other": float(np.mean(list(second.values()))),
+            }
+            rows.append(row | paired_difference(first, second))
     note = comparison_note(one.run, other.run, pairs)
     return {"one": one.run.name, "other": other.run.name, "note": note, "missing": missing, "rows": rows}
 
 
 def shared_budgets(
-    one: ComparisonInput, other: ComparisonInput, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
-) -> tuple[dict[str, list[Budget]], list[str]]:
-    """By basis, the budgets that both runs reach; and in words why a basis has none."""
-    bases = {"N": equal_n_budgets(one.run, other.run, most)}
+    one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+) -> tuple[list[tuple[str, Budget]], list[str]]:
+    """(basis, budget) of all that both runs reach; and in words why a basis has none."""
+    budgets = [("N", budget) for budget in equal_n_budgets(one.run, other.run, most)]
     missing = []
-    if not bases["N"]:
+    if not budgets:
         known = one.run.num_blocks and other.run.num_blocks
         missing.append("the runs have no N in common" if known else "N is not known of both runs")
     for basis in ("tokens", "flops"):
         words = BASES[basis]
-        costs = getattr(one, basis), getattr(other, basis)
-        if not costs[0] or not costs[1]:
+        costs = [analysis.costs[basis] or {} for analysis in (one, other)]
+        if not all(costs):
             missing.append(f"{words} are not known of both runs")
             continue
         first, second = (float(np.mean([cost[pair[i]] for pair in pairs])) for i, cost in enumerate(costs))
-        bases[basis] = equal_cost_budgets(first, second, most)
-        if not bases[basis]:
+        found = equal_cost_budgets(first, second, most)
+        budgets += [(basis, budget) for budget in found]
+        if not found:
             reach = [f"{cost:.3g} to {cost * pooled:.3g}" for cost, pooled in zip((first, second), most, strict=True)]
             missing.append(f"no budget of {words} that both runs reach: {reach[0]} against {reach[1]} a problem")
-    return bases, missing
-
-
-def compare_at(
-    one: ComparisonInput,
-    other: ComparisonInput,
-    pairs: Sequence[tuple[int, int]],
-    basis: str,
-    budget: Budget,
-    metrics: tuple[str, str],
-) -> dict[str, Any]:
-    """One row: both scores at one budget and their paired difference."""
-    amount, pooled_one, pooled_other = budget
-    first = {a: score_at(one.scores[a][metrics[0]], pooled_one) for a, _ in pairs}
-    second = {a: score_at(other.scores[b][metrics[1]], pooled_other) for a, b in pairs}
-    return {
-        "basis": basis,
-        "budget": amount,
-        "pooled_one": pooled_one,
-        "pooled_other": pooled_other,
-        "metric_one": metrics[0],
-        "metric_other": metrics[1],
-        "one": float(np.mean(list(first.values()))),
-        "other": float(np.mean(list(second.values()))),
-    } | paired_difference(first, second)
+    return budgets, missing
 
 
 def common_problems(one: RunRecord, other: RunRecord) -> list[tuple[int, int]]:
@@ -128,19 +99,13 @@ def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int,
 
 def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
     """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
-    pairs = [(metric, metric) for metric in METRICS]
-    if other.search_type == "bon" and one.search_type != "bon":
-        pairs.append(("wmaj", "maj"))
-    if one.search_type == "bon" and other.search_type != "bon":
-        pairs.append(("maj", "wmaj"))
-    return pairs
+    first, second = ("maj" if run.search_type == "bon" else "wmaj" for run in (one, other))
+    return [(metric, metric) for metric in METRICS] + [(first, second)] * (first != second)
 
 
 def score_at(scores: Sequence[float], pooled: float) -> float:
     """Score at a fractional number of pooled repetitions, 1 <= pooled <= len(scores), linear between whole numbers."""
-    low = min(math.floor(pooled), len(scores))
-    high = min(low + 1, len(scores))
-    return scores[low - 1] + (pooled - low) * (scores[high - 1] - scores[low - 1])
+    return float(np.interp(pooled, range(1, len(scores) + 1), scores))
 
 
 def spread(low: float, high: float) -> list[float]:

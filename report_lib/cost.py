@@ -87,7 +87,7 @@ def search_flops(tree: Tree, line: Mapping[str, Any], costs: Costs) -> dict[str,
 
 def mean_costs(by_problem: Mapping[int, Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """COST_KEYS and their sum `flops`: mean over problems of the mean over repetitions. Times m: of m pooled ones."""
-    problems = [searches for searches in by_problem.values() if searches]
+    problems = by_problem.values()
     means = {
         key: sum(sum(search[key] for search in searches) / len(searches) for searches in problems) / len(problems)
         for key in COST_KEYS

@@ -31,9 +31,12 @@ Decode = Callable[[list[int]], str]
 class PageWriter:
     """Writes the page's files while runs are analysed: nothing but the current problem is held."""
 
-    def __init__(self, folder: Path):
-        """Begin in a folder beside the final one. Raises UserError where `report_data` is something else's."""
-        self.folder, self.final = folder, folder / DATA
+    def __init__(self, folder: Path, decode: Decode | None):
+        """Begin in a folder beside the final one. Raises UserError where `report_data` is something else's.
+
+        decode: ids to text, for runs without a journal.
+        """
+        self.folder, self.final, self.decode = folder, folder / DATA, decode
         if self.final.exists() and not (self.final / "assets").is_dir():
             raise UserError(f"{self.final} exists and is no report's; give another --out, or move it away")
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,20 +48,21 @@ class PageWriter:
         """Remove what is not finished; an earlier report stays as it is."""
         shutil.rmtree(self.data, ignore_errors=True)
 
-    def problem_writer(self, number: int, decode: Decode | None) -> Callable[[ProblemView], None]:
-        """What to call with each problem of run `number`. `decode`: ids to text, for runs without a journal."""
-        (self.data / f"run{number}").mkdir()
-        return lambda view: self._write_problem(f"run{number}/p{view.data_idx}", view, decode)
-
-    def _write_problem(self, name: str, view: ProblemView, decode: Decode | None) -> None:
-        parts = in_parts([search.text if search.in_journal else beam_texts(search, decode) for search in view.searches])
-        places = [{"texts": f"{name}-text{i}", "at": at} for i, part in enumerate(parts) for at in range(len(part))]
+    def add(self, number: int, view: ProblemView) -> None:
+        """Write a problem of run `number`."""
+        (self.data / f"run{number}").mkdir(exist_ok=True)
+        name = f"run{number}/p{view.data_idx}"
+        searches = []
+        parts: list[list[list[str]]] = [[]]
+        for search in view.searches:
+            if sum(len(text) for texts in parts[-1] for text in texts) >= PART_CHARACTERS:
+                parts.append([])
+            place = {"texts": f"{name}-text{len(parts) - 1}", "at": len(parts[-1])}
+            parts[-1].append(search.text if search.in_journal else beam_texts(search, self.decode))
+            ids = not search.in_journal and self.decode is None
+            searches.append(search_data(search) | {"ids": ids} | place)
         for i, part in enumerate(parts):
             self.write(f"{name}-text{i}", part)
-        searches = [
-            search_data(search) | {"ids": not search.in_journal and decode is None} | place
-            for search, place in zip(view.searches, places, strict=True)
-        ]
         line = view.lines[0]
         head = {"id": view.data_idx, "problem": line["problem"], "truth": line["gt_answer"][:ANSWER_CHARACTERS]}
         self.write(name, head | {"vote": count_vote(view.searches), "searches": searches})
@@ -68,35 +72,16 @@ class PageWriter:
         text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         (self.data / f"{name}.js").write_text(f'VGS.receive("{name}",{text});\n', encoding="ascii")
 
-    def finish(self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: Sequence[dict]) -> None:
+    def finish(self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: list[dict]) -> None:
         """index.js; then the data take the place of an earlier report's, and the page is written last."""
         runs = [
-            {
-                "name": analysis.run.name,
-                "folder": f"run{i}",
-                "settings": settings(analysis),
-                "notes": analysis.notes,
-                "problems": analysis.problems,
-            }
-            for i, analysis in enumerate(analyses)
+            {"name": a.run.name, "folder": f"run{i}", "settings": settings(a), "notes": a.notes, "problems": a.problems}
+            for i, a in enumerate(analyses)
         ]
-        self.write("index", {"runs": runs, "tables": list(map(vars, tables)), "plots": list(plots)})
+        self.write("index", {"runs": runs, "tables": list(map(vars, tables)), "plots": plots})
         shutil.rmtree(self.final, ignore_errors=True)
         self.data.rename(self.final)
         shutil.copyfile(ASSETS / "report.html", self.folder / "report.html")
-
-
-def in_parts(texts: Sequence[list[str]]) -> list[list[list[str]]]:
-    """The texts of searches, in as many parts as it takes to keep each small."""
-    parts: list[list[list[str]]] = [[]]
-    size = 0
-    for text in texts:
-        if size >= PART_CHARACTERS:
-            parts.append([])
-            size = 0
-        parts[-1].append(text)
-        size += sum(map(len, text))
-    return parts
 
 
 def search_data(search: SearchView) -> dict[str, Any]:

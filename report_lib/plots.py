@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from eval_lib.summary import METRICS
 from eval_lib.tables import printable, short
@@ -52,19 +52,15 @@ AXES = {  # basis -> key of a row, label of the axis, words of the caption
 MAX_PANELS = 6
 
 
-def grid(
-    count: int, width: float = 4.6, height: float = 3.4, columns: int = 2, **settings: Any
-) -> tuple[Figure, list[Axes]]:
+def grid(count: int, width: float, height: float, columns: int = 3, **settings: Any) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, at most `columns` side by side."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **settings
-    )
-    flat = list(axes.flat)
-    for unused in flat[count:]:
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **settings)
+    for unused in axes.flat[count:]:
         unused.set_visible(False)
-    return figure, flat[:count]
+    return figure, list(axes.flat[:count])
 
 
 def scale_budget(axis: Axes, values: Sequence[float]) -> None:
@@ -74,16 +70,13 @@ def scale_budget(axis: Axes, values: Sequence[float]) -> None:
     for value in sorted(values):
         if not ticks or value >= ticks[-1] * 1.9:
             ticks.append(value)
-    axis.set_xticks(ticks)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xticks(ticks, map(short, ticks))
     axis.minorticks_off()
 
 
 def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: tuple, label: str) -> None:
     """One line with its band: the mean over problems and the problem-clustered 95 % interval."""
     colour, dash, marker = style
-    rows = [row for row in rows if row[key]]
     x, y = [row[key] for row in rows], [row[f"{metric}_m"] for row in rows]
     half = [row[f"{metric}_ci"] for row in rows]
     if None not in half:
@@ -113,7 +106,7 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str) -> Figure | None:
     shown = [analysis for analysis in analyses if all(row[key] for row in analysis.rows)][:MAX_PANELS]
     if not shown:
         return None
-    figure, axes = grid(len(shown), width=5.4, height=4.0, columns=3, sharey=True, sharex=True)
+    figure, axes = grid(len(shown), width=5.4, height=4.0, sharey=True, sharex=True)
     for axis, analysis in zip(axes, shown, strict=True):
         for metric, style in LINES.items():
             draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric])
@@ -127,7 +120,7 @@ def comparison_figure(analyses: Sequence[Analysis]) -> Figure | None:
     shown = [axis for axis in AXES.values() if all(row[axis[0]] for analysis in analyses for row in analysis.rows)]
     if len(analyses) < 2 or not shown:
         return None
-    figure, axes = grid(len(shown), width=4.8, height=4.0, columns=3, sharey=True)
+    figure, axes = grid(len(shown), width=4.8, height=4.0, sharey=True)
     for axis, (key, label, _) in zip(axes, shown, strict=True):
         for i, analysis in enumerate(analyses):
             for metric in ("wmaj", "maj") if analysis.run.search_type == "bon" else ("wmaj",):
@@ -146,7 +139,7 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
     if len(groups) < 2 and kind != "length":
         return None
     shown = np.linspace(0, len(groups) - 1, min(len(groups), MAX_PANELS)).round().astype(int)
-    figure, axes = grid(len(shown), width=3.1, height=3.3, columns=3, sharex=True, sharey=True)
+    figure, axes = grid(len(shown), width=3.1, height=3.3, sharex=True, sharey=True)
     for axis, group in zip(axes, (groups[i] for i in shown), strict=True):
         bins, count = group["bins"], group["count"]
         x, y = [b["mean_value"] for b in bins], [b["share_right"] for b in bins]
@@ -161,19 +154,17 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
         axis.text(0.97, 0.04, words, ha="right", va="bottom", fontsize=7.5, transform=axis.transAxes)
     figure.supxlabel("value (predicted success probability), mean of the bin", fontsize=9)
     figure.supylabel("share that is right", fontsize=9)
-    figure.suptitle(
-        f"Reliability, {printable(analysis.run.name)}: {bias_words(analysis.values['biased'])}", fontsize=10
-    )
+    title = f"Reliability, {printable(analysis.run.name)}: {bias_words(analysis.values['biased'])}"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
 def trace_figure(analyses: Sequence[Analysis]) -> Figure | None:
     """Value along the trace for right and wrong finished candidates: mean, and the middle half as a band."""
-    blocks = [len({row["block"] for row in analysis.values["trace"]}) for analysis in analyses]
-    shown = [analysis for analysis, count in zip(analyses, blocks, strict=True) if count > 1][:MAX_PANELS]
+    shown = [a for a in analyses if len({row["block"] for row in a.values["trace"]}) > 1][:MAX_PANELS]
     if not shown:
         return None
-    figure, axes = grid(len(shown), sharey=True)
+    figure, axes = grid(len(shown), width=4.6, height=3.4, columns=2, sharey=True)
     for axis, analysis in zip(axes, shown, strict=True):
         for right, colour, dash, marker in ((True, "#0b2a6f", "-", "o"), (False, "#c4661f", (0, (5, 1.5)), "s")):
             rows = [row for row in analysis.values["trace"] if row["right"] == right]
@@ -246,10 +237,10 @@ def write_plots(folder: Path, analyses: Sequence[Analysis]) -> list[dict[str, An
         for stem, caption, figure in figures(analyses):
             if figure is None:
                 continue
-            for ending in ("png", "svg"):
-                figure.savefig(folder / f"{stem}.{ending}", metadata={"Date": None} if ending == "svg" else None)
+            names = {"png": f"{stem}.png", "svg": f"{stem}.svg"}
+            figure.savefig(folder / names["png"])
+            figure.savefig(folder / names["svg"], metadata={"Date": None})
             plt.close(figure)
             wide = stem == "comparison" or (stem.startswith("accuracy") and len(analyses) > 2)
-            names = {"png": f"{stem}.png", "svg": f"{stem}.svg"}
             written.append(names | {"title": stem.replace("_", " "), "caption": caption, "wide": wide})
     return written

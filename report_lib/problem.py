@@ -56,10 +56,7 @@ def problem_view(run: RunRecord, journal: Journal, data_idx: int, grader: Grader
     searches = []
     for repeat_idx in sorted(lines.keys() | recorded.keys()):
         line, in_journal = lines.get(repeat_idx), repeat_idx in recorded
-        if in_journal:
-            tree, text = journal.read(data_idx, repeat_idx)
-        else:
-            tree, text = tree_of_line(run, lines[repeat_idx])
+        tree, text = journal.read(data_idx, repeat_idx) if in_journal else tree_of_line(run, lines[repeat_idx])
         if line and in_journal:
             check_same_search(run, line, tree)
         grades = grade_finished(tree, text, line, gold, grader)

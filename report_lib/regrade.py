@@ -48,9 +48,8 @@ def regrade(source: Path, target: Path) -> str:
 
     write_whole(target, write)
     beams = sum(len(line["reward"]) for line in run.lines)
-    how = (
-        "extracted again from the journal's text" if journal.searches else "as stored (no journal to extract them from)"
-    )
+    stored = "as stored (no journal to extract them from)"
+    how = "extracted again from the journal's text" if journal.searches else stored
     counts = f"{len(changes)} of {beams} rewards changed ({now_right} now right, {len(changes) - now_right} now wrong)"
     more = [f"... and {len(changes) - MOST_TOLD} more"] if len(changes) > MOST_TOLD else []
     return "\n".join([*run.notes, f"{target}: {counts}; answers {how}", *changes[:MOST_TOLD], *more])

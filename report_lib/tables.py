@@ -45,11 +45,10 @@ def all_tables(analyses: Sequence[Analysis], comparisons: Sequence[dict], brief:
             tables.append(budget_table(title, analysis.rows, FLOPS_COLUMNS, [FORMULA]))
     tables += map(value_table, analyses)
     told: set[str] = set()
-    once = []
     for table in tables:
-        once.append(replace(table, notes=[note for note in table.notes if note not in told]))
+        table.notes = [note for note in table.notes if note not in told]
         told.update(table.notes)
-    return once
+    return tables
 
 
 def wall_clock(analysis: Analysis) -> list[str]:
@@ -100,21 +99,16 @@ def value_cells(group: dict[str, Any]) -> list[str]:
 
 def comparison_table(comparison: dict[str, Any], brief: bool) -> Table:
     """Rows by basis, budget and metric; pass@1, which no budget changes, once. `brief`: extreme budgets, votes only."""
-    ends: dict[str, list[float]] = {}
-    for row in comparison["rows"]:
-        ends.setdefault(row["basis"], [row["budget"], row["budget"]])[1] = row["budget"]
-    rows, pass1 = [], None
-    for row in comparison["rows"]:
-        if row["metric_one"] == "pass1":
-            pass1 = pass1 or comparison_cells(row)
-        elif not brief or (
-            row["budget"] in ends[row["basis"]] and (row["metric_one"], row["metric_other"]) in BRIEF_METRICS
-        ):
-            rows.append(comparison_cells(row))
+    of_pass1 = [row for row in comparison["rows"] if row["metric_one"] == "pass1"]
+    rows = [row for row in comparison["rows"] if row["metric_one"] != "pass1"]
+    if brief:
+        budgets = {basis: [row["budget"] for row in rows if row["basis"] == basis] for basis in BASES}
+        rows = [row for row in rows if row["budget"] in (budgets[row["basis"]][0], budgets[row["basis"]][-1])]
+        rows = [row for row in rows if (row["metric_one"], row["metric_other"]) in BRIEF_METRICS]
     return Table(
         f"{comparison['one']} against {comparison['other']}: accuracy in % at equal N, tokens, FLOPs",
         ["at equal", "budget", "metric", "first", "second", "difference", "p"],
-        [pass1, *rows] if pass1 else rows,
+        list(map(comparison_cells, [*of_pass1[:1], *rows])),
         [comparison["note"] + ".", *[f"{missing}." for missing in comparison["missing"]]],
         words=["at equal", "metric"],
     )
@@ -157,18 +151,15 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: Sequence[dict]) -> None:
+def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: list[dict]) -> None:
     """table.md, table.csv (one row per run and pooled number of repetitions), table.json."""
     notes = "".join(f"- {printable(note)}\n" for analysis in analyses for note in analysis.notes)
     tables = "\n".join(map(as_markdown, all_tables(analyses, comparisons)))
-    runs = list(map(to_json, analyses))
+    data = {"format": 1, "flops": FORMULA, "runs": list(map(to_json, analyses)), "comparisons": comparisons}
     written = {
         "table.md": "# Search report\n\n" + (notes + "\n" if notes else "") + tables,
         "table.csv": as_csv([{"run": analysis.run.name, **row} for analysis in analyses for row in analysis.rows]),
-        "table.json": json.dumps(
-            {"format": 1, "flops": FORMULA, "runs": runs, "comparisons": list(comparisons)}, indent=1, allow_nan=False
-        )
-        + "\n",
+        "table.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
     }
     for name, text in written.items():
         (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,6 @@
 """What scoring costs: ValueScorer against reading every whole trace again, in one run, on random weights.
 
-    python scripts/benchmark_scoring.py                          # CPU, a small model
-    python scripts/benchmark_scoring.py --shape 1.5b --device cuda --dtype bf16 --block 4096 --attention flash_attention_2
+    python scripts/benchmark_scoring.py
 
 One search tree is grown as beam search grows it: `candidates` blocks a round, half of them kept, until the trace is
 rounds x block tokens long. "re-reading" is the released code's way: the whole trace of every candidate at every block, and
@@ -19,60 +18,34 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
+from benchmark_search import SMALL
 from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
+from classifier_lib.modeling import success_probs
 from common_lib.cli import ArgumentParser, run_script
+from common_lib.devices import hardware_name
 
-SHAPES = {
-    "small": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-                  vocab_size=4096),
-    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                 num_key_value_heads=2, vocab_size=151936),
-}  # fmt: skip
 Beam = tuple[int, list[int]]  # node number, all tokens
-Interval = tuple[float, float]  # of `time.perf_counter`
+Score = Callable[[list[Beam], list[list[int]]], list[float]]  # of parents, each with a block
 
 
-def make_model(shape: str, device: str, dtype: torch.dtype, attention: str) -> Qwen2ForClassifier:
+def make_model(device: str, dtype: torch.dtype) -> Qwen2ForClassifier:
     torch.manual_seed(0)
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=1 << 17, num_labels=3, tie_word_embeddings=False)
-    with torch.device(device):
-        model = Qwen2ForClassifier._from_config(config, attn_implementation=attention, dtype=dtype)
+    model = Qwen2ForClassifier._from_config(Qwen2Config(**SMALL, num_labels=3), dtype=dtype)
     # At the usual initial scale a random head gives 1/3 for everything, and no difference would show.
     with torch.no_grad():
         for layer in (0, 2):
             model.score[layer].weight.mul_(10)
-    return model.eval()
+    return model.to(device).eval()
 
 
-def timed(work: Callable, times: list[Interval]) -> Callable:
-    """`work`, which notes when it works."""
-
-    def worker(*args):
-        begin = time.perf_counter()
-        result = work(*args)  # values are numbers of Python: a GPU has done its part
-        times.append((begin, time.perf_counter()))
-        return result
-
-    return worker
-
-
-def length(intervals: Sequence[Interval]) -> float:
-    """Time that lies in any of them."""
-    total, until = 0.0, float("-inf")
-    for begin, end in sorted(intervals):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
-
-
-def grow(score: Callable, args: argparse.Namespace) -> tuple[list[Beam], list[float]]:
+def grow(score: Score, args: argparse.Namespace) -> tuple[list[Beam], list[float]]:
     """Grow one tree as a search does; returns the final beams and their values."""
-    rng, vocabulary, node = random.Random(1), SHAPES[args.shape]["vocab_size"], 0
-    beams: list[Beam] = [(0, [rng.randrange(vocabulary) for _ in range(args.prompt)])] * (args.candidates // 2)
+    rng, node = random.Random(1), 0
+    beams: list[Beam] = [(0, random_tokens(rng, args.prompt))] * (args.candidates // 2)
     for _ in range(args.rounds):
-        blocks = [[rng.randrange(vocabulary) for _ in range(args.block)] for _ in range(args.candidates)]
+        blocks = [random_tokens(rng, args.block) for _ in range(args.candidates)]
         parents = [beams[i // 2] for i in range(args.candidates)]
         values = score(parents, blocks)
         order = sorted(range(args.candidates), key=lambda i: -values[i])[: args.candidates // 2]
@@ -81,8 +54,13 @@ def grow(score: Callable, args: argparse.Namespace) -> tuple[list[Beam], list[fl
     return beams, [values[i] for i in order]
 
 
+def random_tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(SMALL["vocab_size"]) for _ in range(count)]
+
+
 def measure_cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
-    scorer, times = ValueScorer(model, int(args.cache_gb * 1e9) if args.cache_gb else None), []
+    """Seconds it takes."""
+    scorer = ValueScorer(model)
 
     def score(parents: list[Beam], blocks: list[list[int]]) -> list[float]:
         if not scorer.usage.tokens_scored:
@@ -91,26 +69,31 @@ def measure_cached(model: Qwen2ForClassifier, args: argparse.Namespace) -> float
             scorer.keep("tree", {node for node, _ in parents})
         return scorer.score("tree", [(node, block) for (node, _), block in zip(parents, blocks, strict=True)])
 
-    beams, values = grow(timed(score, times), args)
-    show("cached", length(times), scorer.usage.tokens_scored)
+    begin = time.perf_counter()
+    beams, values = grow(score, args)
+    seconds = time.perf_counter() - begin
+    show("cached", seconds, scorer.usage.tokens_scored)
     worst = max(abs(value - full_value(model, ids)) for value, (_, ids) in zip(values, beams, strict=True))
     print(f"\nlargest difference of a value to a full forward pass: {worst:.2e}")
-    return length(times)
+    return seconds
 
 
 def measure_rereading(model: Qwen2ForClassifier, args: argparse.Namespace) -> float:
-    tokens, times = [], []
+    """Seconds it takes."""
+    tokens = 0
 
     def score(parents: list[Beam], blocks: list[list[int]]) -> list[float]:
+        nonlocal tokens
         traces = [ids + block for (_, ids), block in zip(parents, blocks, strict=True)]
-        tokens.extend(map(len, traces))
+        tokens += sum(map(len, traces))
         return [full_value(model, ids) for ids in traces]
 
-    score = timed(score, times)
+    begin = time.perf_counter()
     beams, _ = grow(score, args)
     score(beams, [[]] * len(beams))
-    show("re-reading", length(times), sum(tokens))
-    return length(times)
+    seconds = time.perf_counter() - begin
+    show("re-reading", seconds, tokens)
+    return seconds
 
 
 def show(name: str, seconds: float, tokens: int) -> None:
@@ -120,25 +103,20 @@ def show(name: str, seconds: float, tokens: int) -> None:
 @torch.inference_mode()
 def full_value(model: Qwen2ForClassifier, ids: Sequence[int]) -> float:
     hidden = model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[:, -1]
-    return torch.softmax(model.score(hidden).float(), -1)[0, 1].item()
+    return success_probs(model.score(hidden)).item()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--attention", default="sdpa", help="sdpa or flash_attention_2")
     for name, default in (("prompt", 100), ("block", 128), ("rounds", 4), ("candidates", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--cache_gb", type=float, help="bound on the scorer's caches")
     args = parser.parse_args(argv)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    print(f"{args.shape} model, {args.dtype}, {where}, torch {torch.__version__}; prompt {args.prompt}, {args.rounds} rounds of "
+    print(f"{args.dtype}, {hardware_name(args.device)}, torch {torch.__version__}; prompt {args.prompt}, {args.rounds} rounds of "
           f"{args.candidates} x {args.block} tokens\n")  # fmt: skip
     print("| way | seconds | tokens read | tokens/s |\n|---|---|---|---|")
-    model = make_model(args.shape, args.device, dtype, args.attention)
+    model = make_model(args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     full_value(model, list(range(16)))  # warm-up
     print(f"re-reading / cached: {measure_rereading(model, args) / measure_cached(model, args):.2f} x the time")
 

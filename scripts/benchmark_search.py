@@ -19,20 +19,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from benchmark_scoring import SHAPES, Interval, length, make_model, timed
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
 from common_lib.cli import ArgumentParser, check_rules, quiet_transformers, run_script, set_up_logging
 from common_lib.concurrency import run_bounded
+from common_lib.devices import default_cache_bytes
 from common_lib.models import inspect_model
 from engine_lib.base import Engine, EngineConfig, Request
 from engine_lib.choose import choose_engine, make_engine
@@ -40,10 +39,37 @@ from search_lib.scorers import ScorerThread
 from search_lib.search import search, select
 from search_lib.tree import SearchConfig, SearchTask
 
+SMALL = dict(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=4096, max_position_embeddings=1 << 15, tie_word_embeddings=False, eos_token_id=0,
+)  # fmt: skip
+Interval = tuple[float, float]  # of `time.perf_counter`
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Time that lies in any of them."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
 
 def both(first: Sequence[Interval], second: Sequence[Interval]) -> float:
     """Time that lies in both."""
     return length(first) + length(second) - length([*first, *second])
+
+
+def timed(work: Callable, times: list[Interval]) -> Callable:
+    """`work`, which notes when it works."""
+
+    def worker(*args):
+        begin = time.perf_counter()
+        result = work(*args)  # values are numbers of Python: a GPU has done its part
+        times.append((begin, time.perf_counter()))
+        return result
+
+    return worker
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,10 +81,9 @@ class Bench:
     """What both orders are given, and what they note: when engine and value model worked, and the tokens."""
 
     engine: Engine
-    model: Any  # Qwen2ForClassifier
+    model: Qwen2ForClassifier
     config: SearchConfig
     prompts: list[tuple[int, ...]]
-    cache_bytes: int
     engine_times: list[Interval] = field(default_factory=list)
     scorer_times: list[Interval] = field(default_factory=list)
     tokens_generated: int = 0
@@ -75,7 +100,7 @@ class Bench:
 
 
 async def this_search(bench: Bench) -> None:
-    value_scorer = ValueScorer(bench.model, bench.cache_bytes)
+    value_scorer = ValueScorer(bench.model, default_cache_bytes(str(bench.model.device)))
     value_scorer.score = timed(value_scorer.score, bench.scorer_times)
     scorer = ScorerThread(value_scorer)
 
@@ -91,13 +116,13 @@ async def this_search(bench: Bench) -> None:
 
 
 async def lock_step(bench: Bench) -> None:
-    config, device = bench.config, next(bench.model.parameters()).device
+    config = bench.config
     paths = [[list(prompt)] * config.num_beams for prompt in bench.prompts]
 
     def score_alone(ids: list[int]) -> float:
         bench.tokens_scored += len(ids)
         with torch.inference_mode():
-            return bench.model(torch.tensor([ids], device=device)).success_probs[0, -1].item()
+            return bench.model(torch.tensor([ids], device=bench.model.device)).success_probs[0, -1].item()
 
     score = timed(score_alone, bench.scorer_times)
 
@@ -169,18 +194,15 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def make_models(args: argparse.Namespace, folder: Path):
-    """Folder of the generator, and the value model; random weights of `--shape` where none are named."""
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    generator = args.generator
+def make_models(args: argparse.Namespace, folder: Path) -> tuple[Path, Qwen2ForClassifier]:
+    """Folder of the generator, and the value model; random weights in `folder` where none are named."""
+    torch.manual_seed(1)
+    generator, dtype = args.generator, torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     if generator is None:
-        torch.manual_seed(1)
-        settings = SHAPES[args.shape] | dict(max_position_embeddings=1 << 15, tie_word_embeddings=False, eos_token_id=0)
-        Qwen2ForCausalLM(Qwen2Config(**settings)).to(dtype).save_pretrained(folder)
         generator = folder
-    if args.value_model is None:
-        return Path(generator), make_model(args.shape, args.device, dtype, "sdpa")
-    value_model = Qwen2ForClassifier.from_pretrained(args.value_model, dtype=dtype, attn_implementation="auto")
+        Qwen2ForCausalLM(Qwen2Config(**SMALL)).to(dtype).save_pretrained(folder)
+    load = Qwen2ForClassifier.from_pretrained if args.value_model else Qwen2ForClassifier.from_backbone
+    value_model = load(args.value_model or generator, dtype=dtype, attn_implementation="auto")
     return Path(generator), value_model.to(args.device).eval()
 
 
@@ -193,14 +215,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     }  # fmt: skip
     for name, (default, meaning) in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="of random models")
-    parser.add_argument("--generator", help="a model folder in place of random weights")
-    parser.add_argument("--value_model", help="a model folder in place of random weights")
+    parser.add_argument("--generator", help="a model folder (default: a small model of random weights)")
+    parser.add_argument("--value_model", help="a model folder (default: the generator's weights, and a random head)")
     parser.add_argument("--engine", choices=("auto", "sglang", "transformers"), default="auto", help="as in the search")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
-    parser.add_argument("--piref_gpu_util", type=float, default=0.4, help="SGLang's share of the GPU's memory")
-    parser.add_argument("--value_cache_gb", type=float, default=2.0, help="bound of the scorer's caches")
     args = parser.parse_args(argv)
     check_rules(args, [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts])
     return args
@@ -216,14 +235,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         generator, model = make_models(args, Path(folder))
         kind, info = choose_engine(args.engine), inspect_model(generator, "--generator")
-        settings = {"gpu_share": args.piref_gpu_util, "sglang_args": tuple(args.sglang_args)}
-        engine = make_engine(kind, EngineConfig(info.path, info.vocab_size, args.device, samples=False, **settings))
+        sglang_args = tuple(args.sglang_args)
+        engine = make_engine(
+            kind, EngineConfig(info.path, info.vocab_size, args.device, samples=False, sglang_args=sglang_args)
+        )
         config = SearchConfig(args.num_beams, args.beam_width, args.block_size, args.rounds * args.block_size)
         rng = random.Random(0)
 
         def bench(searches: int) -> Bench:
             prompts = [tuple(rng.randrange(1, info.vocab_size) for _ in range(args.prompt)) for _ in range(searches)]
-            return Bench(engine, model, config, prompts, int(args.value_cache_gb * 1e9))
+            return Bench(engine, model, config, prompts)
 
         results = asyncio.run(compare(bench, args, engine))
     print(f"{args.searches} searches of {args.num_beams} x {args.beam_width} candidates, {args.rounds} blocks of "

@@ -2,11 +2,13 @@
 
     python scripts/compare_with.py REV                    # a commit, branch or tag of this checkout
     python scripts/compare_with.py REV --keep outputs     # keep what was made, to look at differences
+    python scripts/compare_with.py REV --to REV2          # two revisions, where a later change was meant to change outputs
 
 Both trees (REV in a worktree of its own, and this one as it stands) run the same commands on the same inputs, which REV's
 tree makes once: collection, training (one rank and two, every packing, resumed, with attention dropout), searches (one
 resumed in mid-search), a report, and SGLang's run at temperature 0 where it is installed. Then every file is compared,
-byte for byte, but for the values of KEYS. Searches run one at a time: what stands in one batch decides rounding.
+byte for byte, but for the values of KEYS (through SGLang also of `tokens_cached`: when requests meet decides what its
+cache holds). Searches run one at a time: what stands in one batch decides rounding.
 Prints a line a kind of file; exit status 1 if anything differs.
 """
 
@@ -19,9 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ KEYS = (
 )  # fmt: skip
 VALUE = r'(?:"(?:[^"\\]|\\.)*"|\{[^{}]*\}|\[[^][]*\]|[\w.+-]+)'
 LEFT_OUT = re.compile(rf'(?:,\s*)?"(?:{"|".join(KEYS)})":\s*{VALUE}'.encode())
+CACHED = re.compile(rf'(?:,\s*)?"tokens_cached":\s*{VALUE}'.encode())
 KINDS = (
     "table.json", "metrics.jsonl", "trainer.json", "config.json", "settings.json", "README.md", ".tree.jsonl",
     ".meta.json", ".jsonl", ".parquet", ".safetensors", "optimizer.pt", "rng.pt", ".json", ".jinja",
@@ -146,19 +148,20 @@ def run(line: str, tree: Path, folder: Path) -> None:
 
 def compare(before: Path, after: Path) -> bool:
     """Print a line a kind of file. Returns whether all are equal."""
-    equal: dict[str, int] = defaultdict(int)
-    differences: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, dict[str, str | None]] = {kind: {} for kind in KINDS}
     for name in sorted({*compared_files(before), *compared_files(after)}):
         kind = next(kind for kind in KINDS if name.endswith(kind))
-        if found := difference(before / name, after / name):
-            differences[kind].append(f"{name}, {found}")
-        else:
-            equal[kind] += 1
-    for kind in KINDS:
-        if kind in equal or kind in differences:
-            print(f"{kind:14} {equal[kind]:3} equal, {len(differences[kind])} differ", flush=True)
-            print("".join(f"    {line}\n" for line in differences[kind]), end="")
-    return not any(differences.values())
+        found[kind][name] = difference(before / name, after / name)
+    for kind, files in found.items():
+        different = [f"    {name}, {where}" for name, where in files.items() if where]
+        if files:
+            print(
+                f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ",
+                *different,
+                sep="\n",
+                flush=True,
+            )
+    return not any(where for files in found.values() for where in files.values())
 
 
 def compared_files(folder: Path) -> Iterator[str]:
@@ -174,15 +177,14 @@ def difference(before: Path, after: Path) -> str | None:
     """Where two files differ first; None where they are equal but for KEYS."""
     if not before.exists() or not after.exists():
         return f"is there {'after' if after.exists() else 'before'} only"
-    texts = before.read_bytes(), after.read_bytes()
+    texts = [before.read_bytes(), after.read_bytes()]
+    if before.suffix in (".json", ".jsonl"):
+        texts = [LEFT_OUT.sub(b"", text) for text in texts]
+    if before.name.startswith("sglang"):
+        texts = [CACHED.sub(b"", text) for text in texts]
     if texts[0] == texts[1]:
         return None
-    if before.suffix in (".json", ".jsonl"):
-        texts = LEFT_OUT.sub(b"", texts[0]), LEFT_OUT.sub(b"", texts[1])
-        if texts[0] == texts[1]:
-            return None
-    shortest = min(map(len, texts))
-    place = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), shortest)
+    place = len(os.path.commonprefix(texts))  # noqa: RUF071 (of texts, not of paths)
     line = texts[0][:place].count(b"\n") + 1
     return f"line {line}: {' | '.join(repr(text[max(0, place - 40) : place + 60]) for text in texts)}"
 
@@ -203,13 +205,18 @@ def worktree(revision: str) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision")
+    parser.add_argument("--to", metavar="REV2", help="compare with that revision (default: this tree as it stands)")
     parser.add_argument("--keep", type=Path, help="new folder for inputs and outputs (default: a temporary one)")
     args = parser.parse_args(argv)
-    with worktree(args.revision) as tree, tempfile.TemporaryDirectory() as temporary:
+    with (
+        worktree(args.revision) as tree,
+        worktree(args.to) if args.to else nullcontext(ROOT) as other,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         folder = args.keep.resolve() if args.keep else Path(temporary)
         (folder / "inputs").mkdir(parents=True)
         make_inputs(tree, folder / "inputs")
-        for name, source in (("before", tree), ("after", ROOT)):
+        for name, source in (("before", tree), ("after", other)):
             run_all(source, folder / name)
         shutil.rmtree(folder / "work")
         return 0 if compare(folder / "before", folder / "after") else 1

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,42 +32,32 @@ SAVE_EVERY = 5
 KINDS = ("kill", "term", "kill in save", "term in save", "kill at start")  # ways to stop training
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_to_end(cmd: Sequence[str], **env: str) -> float:
-    """Seconds it took. Raises ValueError with its output where it fails."""
-    begin = time.monotonic()
-    done = subprocess.run(cmd, env=environment(**env), capture_output=True, text=True)
+def run_to_end(cmd: Sequence[str]) -> None:
+    """Raises ValueError with its output where it fails."""
+    done = subprocess.run(cmd, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"exit status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return time.monotonic() - begin
 
 
-def stop_when(due: Callable[[], bool], cmd: Sequence[str], number: signal.Signals = signal.SIGKILL, **env: str) -> bool:
+def stop_when(due: Callable[[], bool], cmd: Sequence[str], number: signal.Signals = signal.SIGKILL) -> bool:
     """Start a run, and send a signal to all its processes as soon as it is `due`; False if it had ended by then.
 
     Returns when nothing of it is left. Raises ValueError with what it said where it is not due for two minutes.
     """
-    process = subprocess.Popen(
-        cmd,
-        env=environment(**env),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline, came_about = time.monotonic() + 120, False
-    while process.poll() is None and time.monotonic() < deadline and not came_about:
+    process = Popen(cmd, env=environment(), start_new_session=True, stdout=DEVNULL, stderr=PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not due():
         time.sleep(0.0005)
-        came_about = due()
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, number if came_about else signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]  # ranks hold this pipe open
-    if running and not came_about:
-        raise ValueError(f"the moment did not come in two minutes:\n{said[-2000:]}")
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise ValueError(f"the moment did not come in two minutes:\n{process.communicate(timeout=60)[1][-2000:]}")
+    if running := process.poll() is None:
+        os.killpg(process.pid, number)
+    process.communicate(timeout=60)  # ranks hold this pipe open
     return running
 
 
@@ -99,10 +90,10 @@ def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path)
     """Number of trials that failed."""
     flags, rng = make_inputs(folder, problems), random.Random(seed)
     reference = folder / "reference.jsonl"
-    seconds = run_to_end(command(engine, flags, reference))
+    run_to_end(command(engine, flags, reference))
     meta = json.loads((folder / "reference.meta.json").read_text())
     searching = meta["sessions"][0]["seconds"]  # without imports
-    print(f"uninterrupted: {seconds:.1f} s, {searching:.1f} s of them in the run", flush=True)
+    print(f"uninterrupted: {searching:.1f} s", flush=True)
     failed, total_kills = 0, 0
     for trial in range(times):
         output, kills = folder / f"trial{trial}.jsonl", 0
@@ -177,20 +168,19 @@ def train_trials(kinds: Sequence[str], ranks: int, seed: int, folder: Path) -> N
     rng, num_steps = random.Random(seed), (2 * SAVE_EVERY + 1) * (len(kinds) + 1)
     tiny.save_generator(folder / "backbone", vocab_size=20_000)  # so large that a save can be caught
     rollouts.write_rows(folder / "data", rollouts.random_rows(60))
-    env = {"HF_DATASETS_CACHE": str(folder / "cache")}
-    run_to_end(train_command(folder, "reference", num_steps, ranks), **env)
+    run_to_end(train_command(folder, "reference", num_steps, ranks))
     cmd, run_dir = train_command(folder, "stopped", num_steps, ranks), folder / "runs/stopped"
     for number, kind in enumerate(kinds, 1):
         start = saved_step(run_dir)
         moment = training_moment(kind, run_dir, start + rng.randint(1, 2 * SAVE_EVERY), rng)
-        if not stop_when(moment, cmd, signal.SIGKILL if "kill" in kind else signal.SIGTERM, **env):
+        if not stop_when(moment, cmd, signal.SIGKILL if "kill" in kind else signal.SIGTERM):
             raise ValueError(f"the run ended by itself before {kind}")
         done, saved = len(losses(run_dir)), saved_step(run_dir)
         writing = ", while writing" if any(run_dir.glob(".writing-step*")) else ""
         print(f"{number:2d}: {kind:13s} from step {start:3d}, at step {done:3d}, saved {saved:3d}{writing}", flush=True)
         if done - saved > (SAVE_EVERY if "kill" in kind else 0):
             raise ValueError(f"{kind}: {done - saved} steps are lost (step {done}, checkpoint {saved})")
-    run_to_end(cmd, **env)
+    run_to_end(cmd)
     expected, found = losses(folder / "runs/reference"), losses(run_dir)
     if len(expected) != num_steps or found != expected:
         first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
@@ -206,17 +196,18 @@ def train_command(folder: Path, name: str, num_steps: int, ranks: int) -> list[s
         f"--run_name {name}"
     )
     paths = ["--model_path", folder / "backbone", "--data_path", folder / "data", "--save_dir", folder / "runs"]
-    return [sys.executable, *launcher, str(ROOT / "train_classifier.py"), *flags.split(), *map(str, paths)]
+    start = ["env", f"HF_DATASETS_CACHE={folder / 'cache'}", sys.executable, *launcher]
+    return [*start, str(ROOT / "train_classifier.py"), *flags.split(), *map(str, paths)]
 
 
 def training_moment(kind: str, run_dir: Path, step: int, rng: random.Random) -> Callable[[], bool]:
     """Due at `step`, or in a save around it, or some seconds after the start."""
-    before, starting_until = log_identity(run_dir), time.monotonic() + rng.uniform(0.5, 5)
+    before, starting_until = log_changed(run_dir), time.monotonic() + rng.uniform(0.5, 5)
 
     def due() -> bool:
         if "start" in kind:
             return time.monotonic() > starting_until
-        if log_identity(run_dir) == before:
+        if log_changed(run_dir) == before:
             return False  # what lies there is still the last process's
         if "save" in kind:
             return saved_step(run_dir) >= step - SAVE_EVERY and any(run_dir.glob(".writing-step*"))
@@ -243,10 +234,10 @@ def saved_step(run_dir: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("step-*")), default=0)
 
 
-def log_identity(run_dir: Path) -> int:
-    """Another number once a new process has taken up the log: until then its lines are the last process's."""
+def log_changed(run_dir: Path) -> int:
+    """Another number once a new process has cut or written the log: until then its lines are the last process's."""
     path = run_dir / "metrics.jsonl"
-    return path.stat().st_ino if path.exists() else 0
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,13 +54,8 @@ def as_qwen2(llama: LlamaForCausalLM) -> Qwen2ForCausalLM:
         use_sliding_window=False,
     )  # fmt: skip
     qwen = Qwen2ForCausalLM(config).to(llama.dtype)
-    missing, unexpected = qwen.load_state_dict(llama.state_dict(), strict=False)
-    if unexpected or any(not name.endswith("_proj.bias") for name in missing):
-        raise RuntimeError(f"not a Llama model as expected: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    with torch.no_grad():
-        for name, parameter in qwen.named_parameters():
-            if name.endswith("_proj.bias"):
-                parameter.zero_()
+    biases = {name: torch.zeros_like(bias) for name, bias in qwen.state_dict().items() if name.endswith("_proj.bias")}
+    qwen.load_state_dict(biases | llama.state_dict())  # raises where it is not a Llama model as expected
     return qwen.eval()
 
 

@@ -92,7 +92,7 @@ def make_synthetic_run(path: Path, options: Options) -> None:
     rng = np.random.default_rng([options.seed, 3])
     prompts = [rng.integers(0, STOP_ID, size=60 + len(problem.problem) // 4).tolist() for problem in problems]
     models = SimulatedModels(options, [int(problem.answer) for problem in problems], rates, text)
-    with RunFiles.open(paths, meta(options)) as files, Grader() as grader:
+    with RunFiles(paths, meta(options)) as files, Grader() as grader:
         rows = ResultRows(problems, text.decode, grader)
         progress = SearchProgress(files.finished, len(prompts) * options.repetitions, options.config())
         runner = SearchRunner(models.generate, models, options.config(), files, rows, progress)
@@ -127,16 +127,14 @@ class SimulatedModels:
         replies = []
         for seed in seeds:
             rng = np.random.default_rng([seed, *self.options.search_type.encode()])
-            probability = self.next_probability(self.known[tree_id][parent][0], rng)
+            before = self.known[tree_id][parent][0]
+            probability = float(rng.beta(CONCENTRATION * max(before, 1e-3), CONCENTRATION * max(1 - before, 1e-3)))
             cached = len(parent) if len(parent) > prompt_tokens else 0
-            replies.append(Reply(*self.block(probability, gold, limit, last, rng), len(parent), cached))
-            value = noisy(probability, self.options.noise, rng)
-            self.known[tree_id][parent + tuple(replies[-1].token_ids)] = probability, value
+            token_ids, finish = self.block(probability, gold, limit, last, rng)
+            replies.append(Reply(token_ids, finish, len(parent), cached))
+            self.known[tree_id][parent + tuple(token_ids)] = probability, noisy(probability, self.options.noise, rng)
         await asyncio.sleep(30 + 20 * float(rng.random()))
         return replies
-
-    def next_probability(self, before: float, rng: np.random.Generator) -> float:
-        return float(rng.beta(CONCENTRATION * max(before, 1e-3), CONCENTRATION * max(1 - before, 1e-3)))
 
     def block(self, probability: float, gold: int, room: int, last: bool, rng) -> tuple[list[int], str]:
         """Tokens and finish reason of a block of at most `room` tokens that may end the trace."""
@@ -190,22 +188,17 @@ class PieceText:
         self.pieces: dict[int, str] = {STOP_ID: ""}
         sentences: list[str] = []
         while sum(map(len, sentences)) < characters:
-            numbers = rng.integers(2, 999, size=(100, len(SENTENCES)))
-            sentences += [
-                sentence.replace("{n}", str(number)) + " "
-                for row in numbers
-                for sentence, number in zip(SENTENCES, row, strict=True)
-            ]
+            numbers = rng.integers(2, 999, size=100 * len(SENTENCES))
+            sentences += [f"{s.replace('{n}', str(n))} " for s, n in zip(SENTENCES * 100, numbers, strict=True)]
         self.stretch = self.encode("".join(sentences))
 
     def encode(self, text: str) -> list[int]:
         ids = []
         for start in range(0, len(text), CHARACTERS_PER_TOKEN):
             piece = text[start : start + CHARACTERS_PER_TOKEN]
-            if piece not in self.ids:
-                token = self.ids[piece] = len(self.ids) * 7919 % STOP_ID  # all over the vocabulary; 7919 is a prime
-                self.pieces[token] = piece
-            ids.append(self.ids[piece])
+            token = self.ids.setdefault(piece, len(self.ids) * 7919 % STOP_ID)  # all over the vocabulary; a prime
+            self.pieces[token] = piece
+            ids.append(token)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -229,7 +222,7 @@ def make_problems(options: Options, rng: np.random.Generator) -> tuple[list[Prob
         if data_idx < len(options.problem_texts):
             text = options.problem_texts[data_idx]
         rates.append(float(rng.beta(*options.beta)))
-        problems.append(Problem(text, str(int(rng.integers(1, 985)))))
+        problems.append(Problem(text, str(rng.integers(1, 985))))
     return problems, rates
 
 

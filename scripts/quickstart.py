@@ -19,15 +19,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common_lib.cli import ArgumentParser, UserError, run_script
-from common_lib.files import write_json
+from common_lib.cli import ArgumentParser, UserError, check_rules, run_script
+from common_lib.files import read_rows, write_json
 from common_lib.progress import format_seconds
 from common_lib.signals import Stopped, StopSignal
 
@@ -35,24 +35,12 @@ NUM_BLOCKS, REPETITIONS = 8, 2  # budgets N = 8 and, both repetitions pooled, 16
 BLOCK_SIZE, MAX_LENGTH = 6, 60  # one step of a trace; a whole one has 42 tokens
 INDENT = "      "
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What `--fast` changes."""
-
-    generator_steps: int
-    train_problems: int
-    test_problems: int
-    held_out: int  # train problems that the value model is evaluated on, not trained
-    value_steps: int
-
-
-FULL = Size(generator_steps=750, train_problems=3000, test_problems=200, held_out=400, value_steps=750)
-FAST = Size(generator_steps=500, train_problems=1500, test_problems=100, held_out=300, value_steps=400)
+# What `--fast` changes. held_out: train problems that the value model is evaluated on, not trained.
+FULL = dict(generator_steps=750, train_problems=3000, test_problems=200, held_out=400, value_steps=750)
+FAST = dict(generator_steps=500, train_problems=1500, test_problems=100, held_out=300, value_steps=400)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The five steps: commands with {folder}, {seed} and the numbers of a `Size`. `python` and `torchrun` stand for those of
+# The five steps: commands with {folder}, {seed} and the numbers of FULL or FAST. `python` and `torchrun` stand for those of
 # this environment.
 
 
@@ -64,17 +52,16 @@ class QuickstartStep:
 
 
 SAMPLING = "--prompt_format bare --temperature 0.6 --top_p 1.0 --engine transformers --device cpu"
-SEARCH = (
-    "python inference_eval.py --benchmark {folder}/problems_test.jsonl --piref_model {folder}/generator "
-    "--classifier_ckpt_path {folder}/value_model/latest --output_path {folder}/NAME.jsonl --search_type TYPE "
-    f"--num_blocks {NUM_BLOCKS} --num_repetitions {REPETITIONS} --max_length {MAX_LENGTH} --batch_size 256 "
-    f"--seed {{seed}} --attention_impl auto {SAMPLING}"
-)
 
 
 def search_command(name: str, search_type: str) -> str:
     """search_type: with the flags that belong to it."""
-    return SEARCH.replace("NAME", name).replace("TYPE", search_type)
+    return (
+        "python inference_eval.py --benchmark {folder}/problems_test.jsonl --piref_model {folder}/generator "
+        f"--classifier_ckpt_path {{folder}}/value_model/latest --output_path {{folder}}/{name}.jsonl "
+        f"--search_type {search_type} --num_blocks {NUM_BLOCKS} --num_repetitions {REPETITIONS} "
+        f"--max_length {MAX_LENGTH} --batch_size 256 --seed {{seed}} --attention_impl auto {SAMPLING}"
+    )
 
 
 STEPS = (
@@ -126,16 +113,16 @@ STEPS = (
 )
 
 
-def fill_in(command: str, folder: Path, seed: int, size: Size) -> str:
+def fill_in(command: str, folder: Path, seed: int, size: Mapping[str, int]) -> str:
     """The command of one run, as a shell takes it."""
-    return command.format(folder=shlex.quote(str(folder)), seed=seed, **asdict(size))
+    return command.format(folder=shlex.quote(str(folder)), seed=seed, **size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running them
 
 
-def run_steps(steps: Sequence[QuickstartStep], folder: Path, seed: int, size: Size) -> None:
+def run_steps(steps: Sequence[QuickstartStep], folder: Path, seed: int, size: Mapping[str, int]) -> None:
     """Run every command. Raises UserError where one fails, Stopped where a signal ends it."""
     for number, step in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {step.title}")
@@ -189,14 +176,11 @@ def wrapped(line: str, width: int = 72) -> str:
             parts.append(word)
         else:
             parts[-1] += f" {word}"
-    lines = ["$"]
+    shown = "$"
     for part in parts:
-        if len(lines[-1]) + len(part) + 1 > width:
-            lines[-1] += " \\"
-            lines.append(f"    {part}")
-        else:
-            lines[-1] += f" {part}"
-    return "\n".join(lines)
+        fits = len(shown.splitlines()[-1]) + len(part) < width
+        shown += f" {part}" if fits else f" \\\n    {part}"
+    return shown
 
 
 def say(text: str) -> None:
@@ -206,12 +190,12 @@ def say(text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What was found
 
-ROWS = {
-    "maj": "majority of N samples",
-    "bon": "best of N samples by value",
-    "wmaj": "weighted majority of N samples",
-    "random": "search, random choice",
-    "vgs": "value-guided search",
+ROWS = {  # what is counted of which run, by its column in the report's table
+    "maj": ("majority of N samples", "bon", "maj_m"),
+    "wmaj": ("weighted majority of N samples", "bon", "wmaj_m"),
+    "bon": ("best of N samples by value", "bon", "bon_m"),
+    "vgs": ("value-guided search", "vgs", "wmaj_m"),
+    "random": ("search, random choice", "random", "wmaj_m"),
 }
 
 
@@ -221,19 +205,12 @@ def collect_results(folder: Path) -> dict[str, Any]:
         Path(run["path"]).stem: {row["N"]: row for row in run["table"]}
         for run in json.loads((folder / "report" / "table.json").read_text())["runs"]
     }
-    results: dict[str, Any] = {}
-    for budget in (NUM_BLOCKS, NUM_BLOCKS * REPETITIONS):
-        bon = tables["bon"][budget]
-        results[str(budget)] = {
-            "maj": bon["maj_m"],
-            "wmaj": bon["wmaj_m"],
-            "bon": bon["bon_m"],
-            "vgs": tables["vgs"][budget]["wmaj_m"],
-            "random": tables["random"][budget]["wmaj_m"],
-        }
-    lines = (folder / "value_model" / "metrics.jsonl").read_text().splitlines()
-    name = "eval/within_auc_at_75"
-    results["within_auc_75"] = [line[name] for line in map(json.loads, lines) if name in line][-1]
+    results: dict[str, Any] = {
+        str(budget): {key: tables[run][budget][column] for key, (_, run, column) in ROWS.items()}
+        for budget in (NUM_BLOCKS, NUM_BLOCKS * REPETITIONS)
+    }
+    lines, name = read_rows(folder / "value_model" / "metrics.jsonl"), "eval/within_auc_at_75"
+    results["within_auc_75"] = [line[name] for _, line in lines if name in line][-1]
     return results
 
 
@@ -242,7 +219,7 @@ def tell(results: dict[str, Any], folder: Path, search: str) -> None:
     budgets = [key for key in results if key.isdigit()]
     say("\nAccuracy on problems that neither model has seen, %")
     say(f"  {'':32}" + "".join(f"{'N = ' + budget:>10}" for budget in budgets))
-    for key, name in ROWS.items():
+    for key, (name, *_) in ROWS.items():
         say(f"  {name:32}" + "".join(f"{100 * results[budget][key]:>10.1f}" for budget in budgets))
     small = results[budgets[0]]
     found = (
@@ -272,8 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clean", action="store_true", help="remove the folder of this run, and start from nothing")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "quickstart_out", help="the runs' folders lie there")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be 0 or more")
+    check_rules(args, [("seed", args.seed >= 0, "must be 0 or more")])
     return args
 
 

@@ -57,22 +57,17 @@ class RunFiles:
             busy = f"another process is writing to {paths.results}; wait for it, or give another --output_path"
             stack.callback(lock(paths.lock, busy).release)
             self.tree = stack.enter_context(contextlib.closing(LineFile(paths.tree)))
-            earlier = _earlier_meta(paths)
-            if earlier is not None:
-                check_same_run(earlier, meta, paths)
-            meta["sessions"] = (earlier or {}).get("sessions", [])
-            meta["started"] = (earlier or meta)["started"]
-            meta["tracker_ids"] = (earlier or {}).get("tracker_ids", {})
-            meta["sessions"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0})
+            earlier = _earlier_meta(paths) or meta
+            check_same_run(earlier, meta, paths)
+            session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0}
+            meta["sessions"] = [*earlier.get("sessions", []), session]
+            meta["started"] = earlier["started"]
+            meta["tracker_ids"] = earlier.get("tracker_ids", {})
             write_json(paths.meta, meta)
             self.results = LineFile(paths.results)
             stack.callback(lambda: self.results.close())
             self._read()
             self._opened = stack.pop_all()
-
-    @classmethod
-    def open(cls, paths: RunPaths, meta: dict[str, Any]) -> "RunFiles":
-        return cls(paths, meta)
 
     def _read(self) -> None:
         lines, _ = read_results(self.paths.results, self.meta["num_problems"])
@@ -144,13 +139,12 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         for name, was in earlier["arguments"].items()
         if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
     ]
+    numerics = f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})"
     compared = {
         "the benchmark's problems differ": lambda meta: meta.get("problems_sha256"),
         "the generator's weights differ": lambda meta: meta.get("generator", {}).get("fingerprint"),
         "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
-        f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})": lambda meta: meta.get(
-            "numerics"
-        ),
+        numerics: lambda meta: meta.get("numerics"),
     }
     differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]

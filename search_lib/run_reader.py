@@ -47,9 +47,8 @@ def read_meta(path: Path) -> dict[str, Any] | None:
         meta = json.loads(path.read_bytes())
         if meta["format"] != FORMAT:
             raise UserError(f"{path}: format {meta['format']!r:.40} is not known; this version knows format {FORMAT}")
-        whole = all(isinstance(meta[key], dict) for key in ("arguments", "search"))
-        whole = whole and all(is_count(meta["search"][key]) for key in ("width", "branch", "num_blocks"))
-        if not (whole and is_count(meta["num_problems"])):
+        counts = [meta["num_problems"], *(meta["search"][key] for key in ("width", "branch", "num_blocks"))]
+        if not isinstance(meta["arguments"], dict) or not all(map(is_count, counts)):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(

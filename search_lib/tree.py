@@ -50,8 +50,8 @@ def parse_search_type(search_type: str, num_blocks: int, block_size: int, max_le
         raise UserError(f"--search_type {search_type!r} is unknown; give beamB (beam2, say), bfs or bon")
     beam_width = int(digits)
     if num_blocks % beam_width:
-        valid = [b for b in range(1, num_blocks + 1) if num_blocks % b == 0]
-        nearest = min(valid, key=lambda b: abs(b - beam_width))
+        divisors = (b for b in range(1, num_blocks + 1) if num_blocks % b == 0)
+        nearest = min(divisors, key=lambda b: abs(b - beam_width))
         more = math.ceil(num_blocks / beam_width) * beam_width
         raise UserError(
             f"--num_blocks {num_blocks} is not divisible by the {beam_width} of --search_type {search_type}; "

@@ -14,7 +14,7 @@ from search_lib import arguments
 from training_lib import arguments as training_args
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = quickstart.Size(generator_steps=250, train_problems=80, test_problems=20, held_out=20, value_steps=20)
+TINY = dict(generator_steps=250, train_problems=80, test_problems=20, held_out=20, value_steps=20)
 
 
 @pytest.fixture(scope="module")

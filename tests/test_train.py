@@ -373,7 +373,7 @@ def test_evaluation_figures_by_hand():
         "correct": np.array([False, True, True]),
         "problem": np.array([0, 0, 0]),
     }
-    found = _rollout_metrics(arrays)
+    found = _rollout_metrics(**arrays)
     assert found["accuracy"] == 0.6
     assert found["auc"] == pytest.approx((1 + 1 + 1 + 0 + 0 + 0) / 6)
     assert found["brier"] == pytest.approx((0.1**2 + 0.9**2 + 0.2**2 + 0.8**2 + 0.6**2) / 5)

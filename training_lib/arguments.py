@@ -29,13 +29,12 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     positive = ("num_steps", "total_batch_size", "micro_batch_size", "data_num_response", "small_group_size",
                 "save_every", "max_keep_ckpts", "eval_size", "max_lr", "grad_norm_clip")  # fmt: skip
-    fraction = "must be at least 0 and below 1"
-    rules = [(name, getattr(args, name) > 0, "must be above 0") for name in positive] + [
+    fractions = ("p_dropout", "beta1", "beta2")
+    rules = [
+        *((name, getattr(args, name) > 0, "must be above 0") for name in positive),
+        *((name, 0 <= getattr(args, name) < 1, "must be at least 0 and below 1") for name in fractions),
         ("seed", args.seed >= 0, "must be 0 or more"),
         ("max_length", args.max_length >= 2, "must be at least 2: a roll-in and a roll-out token"),
-        ("p_dropout", 0 <= args.p_dropout < 1, fraction),
-        ("beta1", 0 <= args.beta1 < 1, fraction),
-        ("beta2", 0 <= args.beta2 < 1, fraction),
         ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
         ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
         ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),

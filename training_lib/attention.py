@@ -74,10 +74,6 @@ def _flash_inputs(batch: MicroBatch, device: torch.device) -> Inputs:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def _flex_inputs(batch: MicroBatch, device: torch.device) -> Inputs:
-    return {"attention_mask": flex_mask(batch.end, device)}
-
-
 def flex_mask(end: np.ndarray, device: torch.device) -> BlockMask:
     """The BlockMask of one row, end int64 [1, S], S a multiple of FLEX_BLOCK. Never builds the S x S mask."""
     limits = on_device(end[0].astype(np.int32), device)
@@ -89,10 +85,7 @@ def flex_mask(end: np.ndarray, device: torch.device) -> BlockMask:
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
-@functools.cache
-def _compiled_flex_attention():
-    """Compiled at its first use, since that is slow; dynamic: rows differ in length, and one kernel serves them all."""
-    return torch.compile(flex_attention, dynamic=True)
+_compile = functools.cache(torch.compile)  # of FlexAttention at its first use, since that is slow
 
 
 def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -101,15 +94,18 @@ def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
         raise ValueError("FlexAttention has no attention dropout; set the model's to 0")
     # Under autocast the rotary embedding leaves query and key in float32; all three must agree.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    # Inside a compiled layer the call is traced as it is; compiling it twice is what must not happen.
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    # Inside a compiled layer the call is traced as it is; compiling it twice is what must not happen. Dynamic: rows differ
+    # in length, and one kernel serves them all.
+    attend = flex_attention if torch.compiler.is_compiling() else _compile(flex_attention, dynamic=True)
     out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
 SDPA = Attention("sdpa", _dense_inputs)
 FLASH = Attention("flash_attention_2", _flash_inputs)
-FLEX = Attention("packed_flex", _flex_inputs, row_multiple=FLEX_BLOCK, has_dropout=False)
+FLEX = Attention(
+    "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device)}, FLEX_BLOCK, has_dropout=False
+)
 ATTENTIONS = {attention.name: attention for attention in (SDPA, FLASH, FLEX)}
 
 AttentionInterface.register(FLEX.name, _flex_forward)

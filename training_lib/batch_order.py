@@ -10,7 +10,7 @@ import numpy as np
 
 from common_lib.cli import UserError
 from training_lib.packing import MicroBatch, lay_out
-from training_lib.rollout_data import RolloutTable
+from training_lib.rollout_data import RolloutTable, place_in_run
 
 _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
 
@@ -36,19 +36,12 @@ class RankBatches:
 
     def __post_init__(self):
         self.units_per_epoch = len(self._order(0))
-        self.steps_per_epoch = self.units_per_epoch // self._units_per_step
-
-    @property
-    def _units_per_step(self) -> int:
-        return self.total_batch_size // 2 if self.pairs else self.total_batch_size
+        self.units_per_step = self.total_batch_size // 2 if self.pairs else self.total_batch_size
+        self.steps_per_epoch = self.units_per_epoch // self.units_per_step
 
     def all_units(self) -> np.ndarray:
         """Every roll-out once, row after row, or every pair of the first epoch: what an evaluation reads."""
         return self._order(0) if self.pairs else np.arange(len(self.table))[:, None]
-
-    def problem_of_row(self, rows: np.ndarray) -> np.ndarray:
-        """Problem numbers of rows of the data set."""
-        return self.table.problems[np.searchsorted(self.table.rows, rows)]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's roll-outs [R, 1] or pairs [pairs, 2]."""
@@ -60,26 +53,18 @@ class RankBatches:
             self._epoch = (epoch, order)
         return self._epoch[1]
 
-    def step_units(self, step: int) -> np.ndarray:
-        """The whole step's roll-outs [total_batch_size, 1], or its pairs [total_batch_size / 2, 2]."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[batch * self._units_per_step : (batch + 1) * self._units_per_step]
-
     def rank_units(self, step: int) -> np.ndarray:
-        """The share of this rank: equal counts in order for `none`; for packed rows whole groups, tokens balanced."""
-        units = self.step_units(step)
+        """This rank's share of the step's roll-outs [units, 1], or pairs [units, 2]: equal counts in order for `none`; for
+        packed rows whole groups, tokens balanced."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        units = self._order(epoch)[batch * self.units_per_step : (batch + 1) * self.units_per_step]
         if self.packing == "none":
             return np.array_split(units, self.world_size)[self.rank]
-        groups = self._groups(units)
-        sizes = np.array([self.table.lengths(units[group].ravel()).sum() for group in groups])
-        share = balanced_shares(sizes, self.world_size)[self.rank]
-        return units[np.concatenate([groups[i] for i in share])]
-
-    def _groups(self, units: np.ndarray) -> list[np.ndarray]:
-        """Indices of the units that stay on one rank: neighbours of one row, or single units if those are too few."""
-        rows = self.table.row_of(units[:, 0])
-        groups = np.split(np.arange(len(units)), np.flatnonzero(np.diff(rows)) + 1)
-        return groups if len(groups) >= self.world_size else list(np.arange(len(units))[:, None])
+        groups = np.split(units, np.flatnonzero(np.diff(self.table.row_of(units[:, 0]))) + 1)  # neighbours of one row
+        if len(groups) < self.world_size:
+            groups = np.split(units, len(units))
+        sizes = np.array([self.table.lengths(group).sum() for group in groups])
+        return np.concatenate([groups[i] for i in balanced_shares(sizes, self.world_size)[self.rank]])
 
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""
@@ -107,22 +92,13 @@ def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[Rollout
     return table.select(~held), table.select(held)
 
 
-def group_units(table: RolloutTable, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(start, size) of each group of neighbouring roll-outs of a row; a row's last group may be smaller."""
-    counts = np.diff(table.first)
-    groups = -(-counts // group_size)
-    place = np.arange(groups.sum()) - np.repeat(np.cumsum(groups) - groups, groups)
-    start = np.repeat(table.first[:-1], groups) + place * group_size
-    return start, np.minimum(group_size, np.repeat(table.first[1:], groups) - start)
-
-
 def epoch_rollouts(table: RolloutTable, group_size: int, seed: int, epoch: int) -> np.ndarray:
-    """All roll-outs in the epoch's order: groups shuffled, each group together and in its row's order. int64 [R]."""
-    start, size = group_units(table, group_size)
-    order = shuffled(seed, epoch, _SHUFFLE, len(start))
-    start, size = start[order], size[order]
-    place = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    return np.repeat(start, size) + place
+    """All roll-outs in the epoch's order: groups shuffled, each group together and in its row's order. int64 [R].
+
+    A group is `group_size` neighbouring roll-outs of a row; a row's last group may be smaller.
+    """
+    begins = place_in_run(np.diff(table.first)) % group_size == 0
+    return shuffled(seed, epoch, np.cumsum(begins) - 1)
 
 
 def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:
@@ -133,28 +109,19 @@ def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:
     """
     rollouts = np.arange(len(table))
     row, correct = table.row_of(rollouts), table.labels == 1
-    key = mix(seed, _PAIRS * 2**32 + epoch, rollouts)
-    sides = []
-    for side in (correct, ~correct):
-        chosen = np.flatnonzero(side)
-        chosen = chosen[np.lexsort((key[chosen], row[chosen]))]
-        counts = np.bincount(row[chosen], minlength=len(table.rows))
-        rank = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sides.append((chosen, counts, rank))
-    pairs_of_row = np.minimum(sides[0][1], sides[1][1])
-    matched = [chosen[rank < pairs_of_row[row[chosen]]] for chosen, _, rank in sides]
-    pairs = np.stack(matched, axis=1)  # both sides are in row order and have equally many of each row
-    return pairs[shuffled(seed, epoch, _SHUFFLE, len(pairs))]
+    order = np.lexsort((mix(seed, _PAIRS * 2**32 + epoch, rollouts), correct, row))
+    counts = np.bincount(2 * row + correct, minlength=2 * len(table.rows))  # of each row's two kinds
+    chosen = order[place_in_run(counts) < counts.reshape(-1, 2).min(axis=1)[row[order]]]
+    # Both kinds are in row order and have equally many of each row.
+    pairs = np.stack([chosen[correct[chosen]], chosen[~correct[chosen]]], axis=1)
+    return pairs[shuffled(seed, epoch, np.arange(len(pairs)))]
 
 
 def balanced_shares(sizes: np.ndarray, ranks: int) -> list[list[int]]:
     """Indices of the units of each rank: the largest first, to the rank with the fewest tokens so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
-        shares[rank].append(i)
-        load[rank] += int(sizes[i])
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        min(shares, key=lambda share: sizes[share].sum()).append(i)
     return [sorted(share) for share in shares]
 
 
@@ -170,6 +137,6 @@ def mix(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
     return key
 
 
-def shuffled(seed: int, epoch: int, stream: int, size: int) -> np.ndarray:
-    """A permutation of 0 .. size - 1."""
-    return np.argsort(mix(seed, stream * 2**32 + epoch, np.arange(size)), kind="stable")
+def shuffled(seed: int, epoch: int, numbers: np.ndarray) -> np.ndarray:
+    """The order that shuffles some numbers; equal ones stay together and in their order. int64 [len(numbers)]."""
+    return np.argsort(mix(seed, _SHUFFLE * 2**32 + epoch, numbers), kind="stable")

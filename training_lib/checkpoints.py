@@ -43,13 +43,12 @@ def save_checkpoint(
         name: {key: whole(value, world) for key, value in optimizer.state[parameter].items()}
         for name, parameter in model.named_parameters()
     }
-    rng = world.gather(rng_state(world.device))
+    rng = world.gather({name: generator.get_state() for name, generator in generators(world.device).items()})
     with world.together():
         if world.rank == 0:
             writing = run_dir / f"{WRITING}{target.name}"
             try:
-                shutil.rmtree(writing, ignore_errors=True)
-                writing.mkdir(parents=True)
+                writing.mkdir()
                 _write(writing, model, weights, optimizer_state, rng, trainer | {"step": step}, tokenizer_dir)
                 _publish(writing, target)
                 _prune(run_dir, keep, in_use)
@@ -69,8 +68,7 @@ def _write(folder, model, weights, optimizer_state, rng, trainer, tokenizer_dir)
     config.architectures = ["Qwen2ForClassifier"]  # FSDP renames the class
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
-    tensors = {name: value.contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file lets only its owner read it
     torch.save(optimizer_state, folder / "optimizer.pt")
     torch.save(rng, folder / "rng.pt")
@@ -87,7 +85,7 @@ def _publish(writing: Path, target: Path) -> None:
     if target.exists():  # not whole, or it would have been resumed from
         shutil.rmtree(target)
     writing.rename(target)
-    link = target.parent / f"{WRITING}latest"
+    link = target.parent / ".latest"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(target.parent / "latest")
@@ -98,8 +96,7 @@ def _prune(run_dir: Path, keep: int, in_use: Collection[str]) -> None:
     for old in checkpoints(run_dir)[:-keep]:
         if old.name not in in_use:
             # Renamed first: a directory that is half removed must not look whole.
-            gone = old.rename(run_dir / f"{WRITING}removed-{old.name}")
-            shutil.rmtree(gone)
+            shutil.rmtree(old.rename(run_dir / f"{WRITING}removed-{old.name}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +124,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             raise UserError(f"{checkpoint} is of another model: its optimizer knows no {name}")
         optimizer.state[parameter] = {key: placed_like(parameter, value) for key, value in state[name].items()}
     if len(rng) == world.size:  # with another number of ranks the draws of dropout differ anyway
-        set_rng_state(rng[world.rank], world.device)
+        for name, generator in generators(world.device).items():
+            if name in rng[world.rank]:
+                generator.set_state(rng[world.rank][name])
 
 
 def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
@@ -171,28 +170,19 @@ def _first_line(error: Exception) -> str:
 def whole(value: torch.Tensor, world: World) -> torch.Tensor | None:
     """All of a tensor that may be sharded, on the CPU; None but on rank 0, which writes. Every rank calls it."""
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return value.detach().cpu() if world.rank == 0 else None
+    return value.detach().cpu().contiguous() if world.rank == 0 else None
 
 
 def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole tensor of optimizer state, on the parameter's device and sharded as it is; a step count as it comes."""
-    if value.dim() == 0:
-        return value.to(parameter.device)
-    if hasattr(parameter, "device_mesh"):
+    if value.dim() and hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device, copy=True)
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def generators(device: torch.device) -> dict[str, torch.Generator]:
+    """What a run on this device draws from."""
+    cuda = {"cuda": torch.cuda.default_generators[device.index]} if device.type == "cuda" else {}
+    return {"cpu": torch.default_generator} | cuda

@@ -1,9 +1,11 @@
 """What collect_rollouts.py reads and writes: problems, places to cut, the data set's folder as it grows, its data card."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,17 @@ def load_problems(path: str, split: str, max_problems: int | None) -> list[Sourc
     local = Path(path)
     if local.is_file() and local.suffix not in FILE_KINDS:
         raise UserError(f"--problems {path} must end in {', '.join(FILE_KINDS)}, or be a folder or a hub name")
-    rows: Iterable[dict[str, Any]] = read_file(local) if local.is_file() else open_dataset(path, split)
-    found: list[SourceProblem] = []
-    for number, row in enumerate(rows):
-        if max_problems is not None and number == max_problems:
-            break
+    rows = read_file(local) if local.is_file() else open_dataset(path, split)
+    found = []
+    for number, row in enumerate(islice(rows, max_problems)):
+        columns = row if isinstance(row, dict) else {}
         for column in ("problem", "answer"):
-            if not isinstance(row, dict) or row.get(column) in (None, ""):
-                has = ", ".join(row) if isinstance(row, dict) else "no columns"
+            if columns.get(column) in (None, ""):
+                has = ", ".join(columns) or "no columns"
                 raise UserError(f"--problems {path}: row {number} has no {column} (it has {has})")
         text = str(row["problem"])
-        name = next((row[key] for key in ("message_id", "uuid", "id") if row.get(key) is not None), None)
-        name = str(name) if name is not None else hashlib.sha256(text.encode()).hexdigest()[:16]
+        names = [str(row[key]) for key in ("message_id", "uuid", "id") if row.get(key) is not None]
+        name = names[0] if names else hashlib.sha256(text.encode()).hexdigest()[:16]
         found.append(SourceProblem(name, text, str(row.get("solution") or ""), str(row["answer"])))
     if not found:
         raise UserError(f"--problems {path} has no problems")
@@ -67,7 +68,7 @@ def draw_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
 
-CUT_WEIGHTS = ("sqrt", "uniform", "inverse_sqrt")
+CUT_WEIGHTS = {"sqrt": 0.5, "uniform": 0.0, "inverse_sqrt": -0.5}  # powers of the place
 
 
 def cut_positions(length: int, count: int, weight: str, seed: int) -> list[int]:
@@ -79,11 +80,10 @@ def cut_positions(length: int, count: int, weight: str, seed: int) -> list[int]:
     places = np.arange(1, length)
     if len(places) == 0:
         return [0] * count
-    power = {"sqrt": 0.5, "uniform": 0.0, "inverse_sqrt": -0.5}[weight]
-    weights = places.astype(np.float64) ** power
+    weights = places.astype(np.float64) ** CUT_WEIGHTS[weight]
     rng = np.random.default_rng(seed)
     drawn = rng.choice(places, count, replace=len(places) < count, p=weights / weights.sum())
-    return sorted(int(t) for t in drawn)
+    return sorted(drawn.tolist())
 
 
 def labels_of(finish_reasons: Sequence[str], right: Sequence[bool]) -> list[int]:
@@ -118,19 +118,15 @@ class CollectionFolder:
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written ({error.strerror})") from error
         busy = f"another process is collecting into {folder}; give another --output_dir"
-        self._lock = lock(self.work / "lock", busy)
-        self._roll_ins: dict[int, ProblemLines] = {}
         self._rows: dict[int, ProblemLines] = {}  # of the shards that are not written yet
-        try:
+        with contextlib.ExitStack() as self._at_close:
+            self._at_close.callback(lock(self.work / "lock", busy).release)
             self._check_settings()
             for shard in range(self.num_shards):
                 if self.written(shard) is None:
-                    self._rows[shard] = ProblemLines(self.work / f"rows-{shard:05d}.jsonl")
-            for shard in list(self._rows):
-                self._write_if_whole(shard)
-        except BaseException:
-            self.close()
-            raise
+                    self._rows[shard] = self.open_lines(f"rows-{shard:05d}")
+                    self._write_if_whole(shard)
+            self._at_close = self._at_close.pop_all()
 
     def _check_settings(self) -> None:
         path, settings = self.work / "settings.json", self.settings
@@ -148,9 +144,7 @@ class CollectionFolder:
 
     def missing(self) -> list[int]:
         """Problems that are still to be done."""
-        return [
-            number for shard, rows in self._rows.items() for number in self._numbers(shard) if number not in rows.done
-        ]
+        return [i for shard, rows in self._rows.items() for i in self._numbers(shard) if i not in rows.done]
 
     @property
     def num_done(self) -> int:
@@ -162,19 +156,13 @@ class CollectionFolder:
         self._rows[shard].add(number, row)
         self._write_if_whole(shard)
 
-    def roll_ins(self, model: int) -> "ProblemLines":
-        """Where the roll-ins by a model are kept until the generator continues them."""
-        if model not in self._roll_ins:
-            self._roll_ins[model] = ProblemLines(self.work / f"roll_ins-{model:02d}.jsonl")
-        return self._roll_ins[model]
+    def open_lines(self, name: str) -> "ProblemLines":
+        """A file of lines in the hidden folder, durable at the end."""
+        return self._at_close.enter_context(contextlib.closing(ProblemLines(self.work / f"{name}.jsonl")))
 
     def close(self) -> None:
         """Make all lines durable, and unlock."""
-        try:
-            for lines in (*self._rows.values(), *self._roll_ins.values()):
-                lines.close()
-        finally:
-            self._lock.release()
+        self._at_close.close()
 
     def _places(self, shard: int) -> tuple[Path, Path]:
         name = f"data/train-{shard:05d}-of-{self.num_shards:05d}.parquet"
@@ -188,8 +176,7 @@ class CollectionFolder:
         lines, numbers = self._rows[shard], self._numbers(shard)
         if len(lines.done) < len(numbers):
             return
-        rows = [{name: record[name] for name in SCHEMA.names} for record in lines.records()]
-        kept = [row for row in rows if self.settings["keep_unsolved"] or 1 in row["labels"]]
+        kept = [row for row in lines.records() if self.settings["keep_unsolved"] or 1 in row["labels"]]
         table = pa.Table.from_pylist(kept, schema=SCHEMA).replace_schema_metadata({"problems": str(len(numbers))})
         write_whole(
             self._places(shard)[0 if kept else 1],
@@ -202,27 +189,20 @@ class CollectionFolder:
         del self._rows[shard]
 
 
-class ProblemLines:
+class ProblemLines(LineFile):
     """A file of one line for each finished problem, {"i": problem, ...}: from it a stopped collection goes on."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._file = LineFile(path, separators=(", ", ": "))
+        super().__init__(path, separators=(", ", ": "))
         self.done: set[int] = {record["i"] for _, record in read_rows(path)}
 
     def add(self, number: int, record: dict[str, Any]) -> None:
-        self._file.append({"i": number} | record)
+        self.append({"i": number} | record)
         self.done.add(number)
 
     def records(self) -> list[dict[str, Any]]:
         """All lines, in the order of the problems."""
         return sorted((record for _, record in read_rows(self.path)), key=lambda record: record["i"])
-
-    def close(self) -> None:
-        """Make it durable; one without a line goes."""
-        self._file.close()
-        if not self.done:
-            self.path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

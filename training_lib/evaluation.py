@@ -27,14 +27,17 @@ def evaluate(step: TrainStep, batches: RankBatches) -> dict[str, float]:
         parts = step.world.gather(_rank_results(step, batches))
     finally:
         step.model.train()
-    loss = sum(part["loss"] for part in parts)
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "loss"}
-    metrics = _pair_metrics(arrays) if batches.pairs else _rollout_metrics(arrays)
-    return {"loss": loss} | {name: float(value) for name, value in metrics.items() if value is not None}
+    found = [part for _, parts_of_rank in parts for part in parts_of_rank]
+    arrays = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    metrics = _pair_metrics(**arrays) if batches.pairs else _rollout_metrics(**arrays)
+    return {"loss": sum(loss for loss, _ in parts)} | {
+        name: float(value) for name, value in metrics.items() if value is not None
+    }
 
 
 @torch.no_grad()
-def _rank_results(step: TrainStep, batches: RankBatches) -> dict[str, np.ndarray | float]:
+def _rank_results(step: TrainStep, batches: RankBatches) -> tuple[float, list[dict[str, np.ndarray]]]:
+    """This rank's part of the loss, and what `_batch_results` says of each of its micro batches."""
     units = batches.all_units()
     share = np.array_split(units, batches.world_size)[batches.rank]
     longest_share = -(-len(units) // batches.world_size)
@@ -47,33 +50,27 @@ def _rank_results(step: TrainStep, batches: RankBatches) -> dict[str, np.ndarray
             logits = step.logits(batch)
             loss += float(step.loss(logits, batch, units.size))
             found.append(_batch_results(batch, logits.float().cpu(), batches))
-    names = ("value", "hit", "length", "correct", "problem")
-    return {"loss": loss} | {name: np.concatenate([part[name] for part in found]) for name in names}
+    return loss, found
 
 
 def _batch_results(batch: MicroBatch, logits: torch.Tensor, batches: RankBatches) -> dict[str, np.ndarray]:
-    """value float32 [P] and hit bool [P] of each roll-out token, or of each pair's traces' last tokens; length, correct,
-    problem [R] of each roll-out."""
-    picked = logits[torch.from_numpy(batch.last_index if batches.pairs else batch.token_index)]
-    value = success_probs(picked).numpy()
+    """correct bool, problem [R] of each roll-out. Bradley-Terry: value float32 [R] of its last token. Else its length [R],
+    and value float32, hit bool [P] of each roll-out token."""
     correct = batch.labels == LABEL_CORRECT
-    if picked.shape[-1] == 1:
-        value = picked.squeeze(-1).numpy() if batches.pairs else value
-        hit = (picked.squeeze(-1).numpy() > 0) == correct[batch.rollout_index] if not batches.pairs else value > 0
-    else:
-        hit = picked.argmax(dim=-1).numpy() == batch.labels[batch.rollout_index]
     rows = np.array([row for row, _ in batch.sources], dtype=np.int64)
-    return {
-        "value": value,
-        "hit": hit,
-        "length": np.bincount(batch.rollout_index, minlength=len(correct)),
-        "correct": correct,
-        "problem": batches.problem_of_row(rows),
-    }
+    found = {"correct": correct, "problem": batches.table.problems[np.searchsorted(batches.table.rows, rows)]}
+    if batches.pairs:
+        return found | {"value": logits[torch.from_numpy(batch.last_index)].squeeze(-1).numpy()}
+    logits, owner = logits[torch.from_numpy(batch.token_index)], batch.rollout_index
+    if logits.shape[-1] == 1:
+        hit = (logits.squeeze(-1).numpy() > 0) == correct[owner]
+    else:
+        hit = logits.argmax(dim=-1).numpy() == batch.labels[owner]
+    length = np.bincount(owner, minlength=len(correct))
+    return found | {"value": success_probs(logits).numpy(), "hit": hit, "length": length}
 
 
-def _rollout_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
-    value, hit, length, correct, problem = (arrays[name] for name in ("value", "hit", "length", "correct", "problem"))
+def _rollout_metrics(value, hit, length, correct, problem) -> dict[str, float | None]:
     by_token = np.repeat(correct, length)
     metrics = {
         "accuracy": hit.mean(),
@@ -95,8 +92,7 @@ def _rollout_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
     return metrics
 
 
-def _pair_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float | None]:
-    value, correct, problem = arrays["value"], arrays["correct"], arrays["problem"]
+def _pair_metrics(value, correct, problem) -> dict[str, float | None]:
     return {
         "accuracy": (value[0::2] > value[1::2]).mean(),
         "auc": auc(correct, value),

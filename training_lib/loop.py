@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import platform
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from classifier_lib import Qwen2ForClassifier
-from common_lib.files import LineFile, OutputError, read_rows, write_whole
+from common_lib.files import LineFile, OutputError, read_rows
 from common_lib.progress import Progress, format_count, format_seconds
 from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker
@@ -51,15 +52,13 @@ class TrainingRun:
                 self.progress = Progress(self.progress_line)
         self.tracker.log_configs(vars(self.args) | {"attention": self.plan.attention.name, "versions": versions()})
         self.record: dict[str, float] = {}  # of the last step
-        self.saved = self.plan.step if self.plan.checkpoint else -1
         self.begun = self.clock = time.perf_counter()
 
     def train(self, stop: StopSignal) -> int:
         """Every step that is left. Returns the exit status."""
-        args, done = self.args, self.plan.step
-        for batches in read_steps(args, self.plan.train, done, self.world):
+        args, first = self.args, self.plan.step
+        for done, batches in enumerate(read_steps(args, self.plan.train, first, self.world), first + 1):
             self.train_step(done, batches)
-            done += 1
             signals = max(self.world.gather(stop.received or 0))
             if args.eval_every > 0 and (done % args.eval_every == 0 or done == args.num_steps):
                 self.evaluate(done)
@@ -73,8 +72,8 @@ class TrainingRun:
         self.say(f"done: {args.num_steps} steps; the value model is {self.plan.run_dir / 'latest'}")
         return 0
 
-    def train_step(self, done: int, batches: list[MicroBatch]) -> None:
-        """One optimizer step. `done`: steps before it.
+    def train_step(self, number: int, batches: list[MicroBatch]) -> None:
+        """One optimizer step, numbered from 1.
 
         A loss or gradient that is not finite is a UserError, before the weights change.
         """
@@ -82,19 +81,13 @@ class TrainingRun:
         batches = self.step.pad_to_same_count(batches)
         with torch.autograd.set_detect_anomaly(args.debug, check_nan=False):
             losses = self.step.backward(batches)
-        counts = [
-            sum(losses),
-            sum(batch.input_ids.size for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(len(batch.token_index) for batch in batches),
-            sum(batch.num_pairs for batch in batches),
-        ]
-        loss, computed, real, owned, pairs = self.world.sum(counts)
-        lr = args.max_lr if args.disable_lr_schedule else learning_rate(done, args.num_steps, args.max_lr)
+        counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
+        loss, computed, real, owned, pairs = self.world.sum([sum(losses), *map(sum, zip(*counts, strict=True))])
+        lr = args.max_lr if args.disable_lr_schedule else learning_rate(number - 1, args.num_steps, args.max_lr)
         norm = torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), args.grad_norm_clip)
         norm = float(norm.full_tensor() if args.fsdp else norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self.stop_not_finite(done + 1, loss, norm, losses, batches)
+            self.stop_not_finite(number, loss, norm, losses, batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -102,14 +95,14 @@ class TrainingRun:
 
         seconds = time.perf_counter() - self.clock
         self.record = {
-            "step": done + 1, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
+            "step": number, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
             "tokens_per_s": computed / seconds, "real_tokens_per_s": real / seconds, "loss_tokens_per_s": owned / seconds,
         }  # fmt: skip
         if peak := peak_flops(self.world.device):
             self.record["mfu"] = step_flops(self.model, real, pairs) / seconds / (peak * self.world.size)
-        self.log(done + 1, self.record, attention=self.plan.attention.name)
+        self.log(number, self.record, attention=self.plan.attention.name)
         if self.progress:
-            self.progress.update(now=done == self.plan.step)
+            self.progress.update(now=number == self.plan.step + 1)
 
     def stop_not_finite(
         self, step: int, loss: float, norm: float, losses: list[float], batches: list[MicroBatch]
@@ -130,20 +123,16 @@ class TrainingRun:
         self.log(done, {f"eval/{name}": value for name, value in metrics.items()})
 
     def save(self, done: int) -> None:
-        """Write the checkpoint of the steps done, and push it, if it is not there."""
-        if self.saved == done:
-            return
+        """Write the checkpoint of the steps done, and push it."""
         trainer = {
             "format": 1, "arguments": vars(self.args), "data": self.plan.data, "world_size": self.world.size,
             "attention": self.plan.attention.name, "tracker": self.tracker.id, "versions": versions(),
             "record": self.record,
         }  # fmt: skip
-        in_use = self.pusher.in_use if self.pusher else ()
         path = save_checkpoint(
             self.plan.run_dir, done, self.model, self.optimizer, self.world, trainer, self.plan.model_dir,
-            self.args.max_keep_ckpts, in_use,
+            self.args.max_keep_ckpts, in_use=self.pusher.in_use if self.pusher else (),
         )  # fmt: skip
-        self.saved = done
         if self.pusher:
             self.pusher.push(path, done)
 
@@ -186,8 +175,7 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
     """This rank's micro batches of steps `first` .. num_steps - 1; a data error of one rank is raised on all."""
     workers = args.num_workers if args.num_workers is not None else 2 if world.device.type == "cuda" else 0
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers, collate_fn=as_it_is,
-        prefetch_factor=2 if workers else None,
+        batches, batch_size=None, sampler=range(first, args.num_steps), num_workers=workers,
         generator=torch.Generator(),  # starting a loader draws a seed, which must not move the dropout's noise
     )  # fmt: skip
     for found in loader:
@@ -195,17 +183,12 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
         yield found
 
 
-def as_it_is(item):
-    return item
-
-
 def open_metrics(path: Path, last_step: int) -> LineFile:
     """metrics.jsonl, to go on after `last_step`: later lines belong to steps that a stop has undone, and are removed."""
-    LineFile(path).close()  # drops a torn line
-    end = next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)
-    kept = path.read_bytes()[:end]
-    write_whole(path, lambda stream: stream.write(kept))
-    return LineFile(path, separators=(", ", ": "))
+    metrics = LineFile(path, separators=(", ", ": "))
+    if (end := next((offset for offset, row in read_rows(path) if row["step"] > last_step), None)) is not None:
+        os.truncate(path, end)
+    return metrics
 
 
 def versions() -> dict[str, str]:

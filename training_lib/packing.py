@@ -6,8 +6,7 @@ traces share is computed once. A position can be a roll-out token of one trace a
 is therefore described by (position, roll-out) pairs, not by a mask over positions.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,11 +49,6 @@ class MicroBatch:
 Unit = Sequence[Trace]  # traces that must share a row: one roll-out, or a Bradley-Terry pair
 
 
-def bucket_size(max_length: int) -> int:
-    """Right padding goes up to a multiple of this: at most 16 different row lengths, so few shapes to compile."""
-    return max(8, max_length // 16)
-
-
 def lay_out(
     units: Sequence[Unit], packing: str, micro_batch_size: int, max_length: int, multiple: int = 8
 ) -> list[MicroBatch]:
@@ -65,7 +59,9 @@ def lay_out(
     """
     capacity = micro_batch_size * max_length
     if packing == "none":
-        return [padded_batch(traces, max_length) for traces in _chunks(units, micro_batch_size)]
+        traces = [trace for unit in units for trace in unit]
+        starts = range(0, len(traces), micro_batch_size)
+        return [padded_batch(traces[i : i + micro_batch_size], max_length) for i in starts]
     if packing == "pack":
         return [packed_row(traces, multiple) for traces in _fill_rows(units, capacity)]
     if packing == "tree":
@@ -78,18 +74,16 @@ def lay_out(
 
 
 def padded_batch(traces: Sequence[Trace], max_length: int) -> MicroBatch:
-    """One trace a row, right-padded to the bucket of the longest."""
-    bucket = bucket_size(max_length)
+    """One trace a row, right-padded to one of at most 16 different lengths, so that there are few shapes to compile."""
+    bucket = max(8, max_length // 16)
     longest = max(len(trace.tokens) for trace in traces)
     width = min(-(-longest // bucket) * bucket, max(max_length, longest))
     input_ids = np.full((len(traces), width), PAD_ID, dtype=np.int64)
-    for row, trace in enumerate(traces):
-        input_ids[row, : len(trace.tokens)] = trace.tokens
     position_ids = np.broadcast_to(np.arange(width), input_ids.shape)
     places = [row * width + np.arange(len(trace.tokens)) for row, trace in enumerate(traces)]
-    lengths = np.array([len(trace.tokens) for trace in traces])
-    pairs = int((lengths * (lengths + 1) // 2).sum())
-    return _micro_batch(traces, places, input_ids, position_ids, None, int(lengths.sum()), pairs)
+    real = np.concatenate(places)
+    input_ids.flat[real] = np.concatenate([trace.tokens for trace in traces])
+    return _micro_batch(traces, places, input_ids, position_ids, None, real % width)
 
 
 def packed_row(traces: Sequence[Trace], multiple: int = 8) -> MicroBatch:
@@ -109,8 +103,7 @@ def tree_row(traces: Sequence[Trace], multiple: int = 8) -> MicroBatch:
     with its predecessor, and the predecessor's tokens behind that prefix have got their whole subtree.
     """
     order = sorted(range(len(traces)), key=lambda i: sort_key(traces[i].tokens))
-    size = sum(len(trace.tokens) for trace in traces)
-    tokens, positions, end = (np.empty(size, dtype=np.int64) for _ in range(3))
+    tokens, positions, end = np.empty((3, sum(len(trace.tokens) for trace in traces)), dtype=np.int64)
     branch = np.empty(max(len(trace.tokens) for trace in traces), dtype=np.int64)  # place of each token, by depth
     places: list[np.ndarray] = [branch] * len(traces)
     cursor = 0
@@ -149,16 +142,14 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 def _padded_row(traces, places, tokens, positions, end, multiple) -> MicroBatch:
     size = len(tokens)
-    width = -(-size // multiple) * multiple
-    rows = np.zeros((3, 1, width), dtype=np.int64)
-    input_ids, position_ids, ends = rows
-    input_ids[0, :size], input_ids[0, size:] = tokens, PAD_ID
-    position_ids[0, :size] = positions
-    ends[0, :size], ends[0, size:] = end, np.arange(size, width) + 1
-    return _micro_batch(traces, places, input_ids, position_ids, ends, size, int(positions.sum()) + size)
+    padding = np.arange(size, -(-size // multiple) * multiple)
+    input_ids = np.append(tokens.astype(np.int64), np.full_like(padding, PAD_ID))[None]
+    position_ids = np.append(positions, np.zeros_like(padding))[None]
+    return _micro_batch(traces, places, input_ids, position_ids, np.append(end, padding + 1)[None], positions)
 
 
-def _micro_batch(traces, places, input_ids, position_ids, end, num_tokens, num_pairs) -> MicroBatch:
+def _micro_batch(traces, places, input_ids, position_ids, end, positions) -> MicroBatch:
+    """positions [num_tokens]: those of the tokens that are not padding; each attends to itself and all before it."""
     owned = [place[trace.start :] for place, trace in zip(places, traces, strict=True)]
     return MicroBatch(
         input_ids=input_ids,
@@ -169,8 +160,8 @@ def _micro_batch(traces, places, input_ids, position_ids, end, num_tokens, num_p
         labels=np.array([trace.label for trace in traces], dtype=np.int64),
         last_index=np.array([place[-1] for place in places], dtype=np.int64),
         sources=tuple(trace.source for trace in traces),
-        num_tokens=num_tokens,
-        num_pairs=num_pairs,
+        num_tokens=len(positions),
+        num_pairs=int(positions.sum()) + len(positions),
     )
 
 
@@ -178,25 +169,19 @@ def _micro_batch(traces, places, input_ids, position_ids, end, num_tokens, num_p
 # Which traces share a row
 
 
-def _chunks(units: Sequence[Unit], size: int) -> list[list[Trace]]:
-    traces = [trace for unit in units for trace in unit]
-    return [traces[i : i + size] for i in range(0, len(traces), size)]
-
-
 def _fill_rows(units: Sequence[Unit], capacity: int) -> list[list[Trace]]:
     """Best fit, longest first: at most one row in excess of what the tokens need, near enough."""
-    sizes = [sum(len(trace.tokens) for trace in unit) for unit in units]
+
+    def size(traces: Unit) -> int:
+        return sum(len(trace.tokens) for trace in traces)
+
     rows: list[list[Trace]] = []
-    free: list[int] = []
-    for i in sorted(range(len(units)), key=lambda i: (-sizes[i], i)):
-        fitting = [row for row, space in enumerate(free) if space >= sizes[i]]
-        if not fitting:
-            rows.append([])
-            free.append(capacity)
-            fitting = [len(rows) - 1]
-        row = min(fitting, key=lambda row: free[row])
-        rows[row].extend(units[i])
-        free[row] -= sizes[i]
+    for unit in sorted(units, key=size, reverse=True):
+        fitting = [row for row in rows if size(row) + size(unit) <= capacity]
+        if fitting:
+            max(fitting, key=size).extend(unit)
+        else:
+            rows.append(list(unit))
     return rows
 
 
@@ -206,35 +191,17 @@ def _fill_tree_rows(units: Sequence[Unit], capacity: int) -> list[list[Trace]]:
     A prefix shared by traces of two rows is repeated in both.
     """
     rows: list[list[Trace]] = []
-    size = _trie_sizer()
     for unit in sorted(units, key=lambda unit: sort_key(unit[0].tokens)):
-        if not rows or size(unit) > capacity:
+        if not rows or _trie_size([*rows[-1], *unit]) > capacity:
             rows.append([])
-            size = _trie_sizer()
-            size(unit)
         rows[-1].extend(unit)
     return rows
 
 
-def _trie_sizer() -> Callable[[Unit], int]:
-    """A function that adds a unit to a trie and returns the trie's size in tokens."""
-    keys: list[bytes] = []
-    kept: list[np.ndarray] = []
-    total = 0
-
-    def size_with(unit: Unit) -> int:
-        nonlocal total
-        for trace in unit:
-            key = sort_key(trace.tokens)
-            at = bisect_left(keys, key)
-            # The longest prefix shared with any trace is shared with a neighbour in sorted order.
-            shared = max((common_prefix(other, trace.tokens) for other in kept[max(at - 1, 0) : at + 1]), default=0)
-            keys.insert(at, key)
-            kept.insert(at, trace.tokens)
-            total += len(trace.tokens) - shared
-        return total
-
-    return size_with
+def _trie_size(traces: Unit) -> int:
+    """Tokens of the traces' trie: in sorted order the longest prefix shared with any before is the predecessor's."""
+    paths = sorted((trace.tokens for trace in traces), key=sort_key)
+    return sum(map(len, paths)) - sum(common_prefix(one, other) for one, other in pairwise(paths))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

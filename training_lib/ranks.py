@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common_lib.cli import UserError
+from common_lib.devices import resolve_device
 from common_lib.files import OutputError
 
 Result = TypeVar("Result")
@@ -71,9 +72,7 @@ class World:
 @contextlib.contextmanager
 def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
     """Join the run that torchrun's environment describes. `device`: auto, cpu or cuda. Raises UserError."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; give --device cpu, or install PyTorch for CUDA")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = resolve_device(device, "--device")
     rank, size, local = (int(os.environ.get(name, default)) for name, default in
                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))  # fmt: skip
     place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -108,14 +107,9 @@ def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Exchange gradients in this backward pass only where `enabled`: the last of a step."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not enabled:
-        with model.no_sync():
-            yield
-    else:
-        yield
+    replicated = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if replicated and not enabled else contextlib.nullcontext()

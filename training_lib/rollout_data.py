@@ -7,7 +7,7 @@ one roll-out is a view on the memory-mapped file and costs microseconds.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 ROLL_INS, ROLL_OUTS = "roll_in_ids", "roll_outs_ids"
 NUM_CLASSES = 3  # labels are classes 0, 1, 2 also where the model has one output: its target is `label == 1`
-IDS_CHECKED_AT_START = 200_000_000  # a second or two
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of roll-outs
@@ -65,11 +64,11 @@ class RolloutTable:
         roll_in, roll_out = (_tokens(record.column(name), column) for name in (ROLL_INS, ROLL_OUTS))
         start, room = len(roll_in), max(self.max_length - len(roll_in), 0)
         parts = {ROLL_INS: roll_in[: self.max_length], ROLL_OUTS: roll_out[:room]}
-        tokens = np.concatenate(list(parts.values()))
-        if not _inside(tokens, self.vocab_size):
-            name = ROLL_OUTS if _inside(parts[ROLL_INS], self.vocab_size) else ROLL_INS
-            raise UserError(f"row {row}, column {name}[{column}]: {_outside_words(parts[name], self.vocab_size)}")
-        return Trace(tokens, start, int(self.labels[rollout]), (row, column))
+        for name, ids in parts.items():
+            if len(bad := _outside(ids, self.vocab_size)):
+                words = _outside_words(ids[bad[0]], self.vocab_size)
+                raise UserError(f"row {row}, column {name}[{column}]: {words}")
+        return Trace(np.concatenate(list(parts.values())), start, int(self.labels[rollout]), (row, column))
 
     def select(self, keep: np.ndarray) -> "RolloutTable":
         """The table of some of the rows. keep: bool [N]."""
@@ -94,13 +93,18 @@ def _tokens(column: pa.ChunkedArray, place: int) -> np.ndarray:
     return inner.values[inner.offsets[at].as_py() : inner.offsets[at + 1].as_py()].to_numpy()
 
 
-def _inside(ids: np.ndarray, vocab_size: int) -> bool:
-    return ids.size == 0 or bool(ids.min() >= 0 and ids.max() < vocab_size)
+def place_in_run(lengths: np.ndarray) -> np.ndarray:
+    """The place of each item in its run, for runs of these lengths: [2, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def _outside_words(ids: np.ndarray, vocab_size: int) -> str:
-    bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-    return f"token id {bad} is outside the model's vocabulary of {vocab_size}"
+def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Where the ids outside the vocabulary are."""
+    return np.flatnonzero((ids < 0) | (ids >= vocab_size))
+
+
+def _outside_words(token_id: int, vocab_size: int) -> str:
+    return f"token id {token_id} is outside the model's vocabulary of {vocab_size}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def load_rollouts(
     label_key: str = "labels",
     skip_bad_rows: bool = False,
     max_rows: int | None = None,
-    ids_checked_at_start: int = IDS_CHECKED_AT_START,
+    ids_checked_at_start: int = 200_000_000,  # a second or two
 ) -> RolloutTable:
     """Open a data set, check it, and index the first `num_response` roll-outs of each row.
 
@@ -124,10 +128,10 @@ def load_rollouts(
     vocabulary (beyond the first `ids_checked_at_start` ids only when a roll-out is read). The first fault is a UserError
     with its row and column; `skip_bad_rows` checks every id, leaves such rows out and logs how many there were.
     """
-    dataset, total = _select(open_dataset(path), path, label_key, max_rows)
-    parts, seen, num_bad, first_fault = [], 0, 0, ""
+    dataset = _select(open_dataset(path), path, label_key, max_rows)
+    parts, start, seen, num_bad, first_fault = [], 0, 0, 0, ""
     problems: dict[object, int] = {}
-    for start, batch in _record_batches(dataset, total):
+    for batch in (batch for table in dataset.iter(1000) for batch in table.to_batches()):  # views, nothing is copied
         columns = _read_columns(batch, label_key, path)
         seen += sum(len(column.tokens) for column in columns.values())
         check_ids = skip_bad_rows or seen <= ids_checked_at_start
@@ -143,36 +147,29 @@ def load_rollouts(
         counts = np.minimum(columns[label_key].counts[~bad], num_response)
         values = (column.values[column.first_items(~bad, num_response)] for column in columns.values())
         parts.append((start + np.flatnonzero(~bad), counts, *values, numbers[~bad]))
+        start += batch.num_rows
     if num_bad:
-        logger.warning("%s: left out %d of %d rows that are faulty; the first is %s", path, num_bad, total, first_fault)
+        logger.warning("%s: left out %d of %d rows that are faulty; the first is %s", path, num_bad, start, first_fault)
     rows, counts, ins, outs, labels, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
     if len(labels) == 0:
-        raise UserError(f"{path} has no roll-out to train on ({num_bad} of {total} rows are faulty)")
+        raise UserError(f"{path} has no roll-out to train on ({num_bad} of {start} rows are faulty)")
     first = np.concatenate([[0], np.cumsum(counts)])
     return RolloutTable(dataset, rows, first, labels, ins, outs, numbers, vocab_size, max_length)
 
 
-def _select(dataset, path: str, label_key: str, max_rows: int | None) -> tuple[Any, int]:
-    """The columns that training reads, in arrow format, and how many of the rows are read. Raises UserError."""
+def _select(dataset, path: str, label_key: str, max_rows: int | None) -> Any:
+    """The rows and columns that training reads, in arrow format. Raises UserError."""
     wanted = [ROLL_INS, ROLL_OUTS, label_key]
     if missing := [name for name in wanted if name not in dataset.column_names]:
         raise UserError(
             f"{path} lacks column {', '.join(missing)}; it has {', '.join(dataset.column_names)} "
             "(--label_key names the labels' column)"
         )
-    total = len(dataset) if max_rows is None else min(max_rows, len(dataset))
-    if total == 0:
+    if len(dataset) == 0:
         raise UserError(f"{path} has no rows")
     texts = ["problem"] if "problem" in dataset.column_names else []
-    return dataset.select_columns(wanted + texts).with_format("arrow"), total
-
-
-def _record_batches(dataset, total: int, rows: int = 1000) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(first row, arrow record batch) over the first `total` rows; views, nothing is copied."""
-    for start in range(0, total, rows):
-        for batch in dataset[start : min(start + rows, total)].to_batches():
-            yield start, batch
-            start += batch.num_rows
+    first = range(len(dataset))[:max_rows]
+    return dataset.select_columns(wanted + texts).select(first).with_format("arrow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,21 +183,13 @@ class _Column:
 
     def first_items(self, keep: np.ndarray, most: int) -> np.ndarray:
         """Numbers of the first `most` items of each row that is kept. keep: bool [rows]."""
-        place = np.arange(self.counts.sum()) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        return np.flatnonzero((place < most) & np.repeat(keep, self.counts))
+        return np.flatnonzero((place_in_run(self.counts) < most) & np.repeat(keep, self.counts))
 
-    def ids(self, item: int) -> np.ndarray:
-        """The token ids of one list."""
-        begin = int(self.values[:item].sum())
-        return self.tokens[begin : begin + int(self.values[item])]
-
-    def outside(self, vocab_size: int) -> np.ndarray:
-        """Which lists hold an id outside the vocabulary, bool [items]."""
-        found = np.zeros(len(self.values), dtype=bool)
-        if not _inside(self.tokens, vocab_size):
-            places = np.flatnonzero((self.tokens < 0) | (self.tokens >= vocab_size))
-            found[np.searchsorted(np.cumsum(self.values), places, side="right")] = True
-        return found
+    def outside(self, vocab_size: int) -> dict[int, int]:
+        """Of each list that holds an id outside the vocabulary: its number, and the first such id."""
+        places = _outside(self.tokens, vocab_size)
+        lists, first = np.unique(np.searchsorted(np.cumsum(self.values), places, side="right"), return_index=True)
+        return dict(zip(lists.tolist(), self.tokens[places[first]].tolist(), strict=True))
 
 
 def _read_columns(batch: pa.RecordBatch, label_key: str, path: str) -> dict[str, _Column]:
@@ -260,8 +249,8 @@ def _find_faults(
     labels, lengths = columns[label_key].values[at[label_key]], columns[ROLL_OUTS].values[at[ROLL_OUTS]]
 
     def outside(name: str) -> _Rule:
-        column, items = columns[name], at[name]
-        return name, column.outside(vocab_size)[items], lambda i: _outside_words(column.ids(items[i]), vocab_size)
+        found = columns[name].outside(vocab_size)
+        return name, np.isin(at[name], list(found)), lambda i: _outside_words(found[at[name][i]], vocab_size)
 
     rules: list[_Rule] = [
         (label_key, (labels < 0) | (labels >= NUM_CLASSES),

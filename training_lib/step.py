@@ -86,8 +86,7 @@ def load_model(args: argparse.Namespace, plan: TrainingPlan, world: World) -> Qw
     """The value model on its device, with the run's dropout and attention; a backbone gets a fresh head."""
     quiet_transformers()  # what it reports of missing weights, Qwen2ForClassifier says itself
     torch.manual_seed(args.seed)  # a fresh head is the same on all ranks
-    dtype = torch.float32 if args.param_dtype == "fp32" else torch.bfloat16
-    load = {"dtype": dtype, "attn_implementation": "sdpa"}
+    load = {"dtype": torch.float32 if args.param_dtype == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}
     if plan.has_head:
         model = Qwen2ForClassifier.from_pretrained(plan.model_dir, **load)
     else:

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from common_lib.cli import ArgumentParser, UserError, quiet_transformers, run_script
+from common_lib.cli import ArgumentParser, UserError, check_rules, quiet_transformers, run_script
 from common_lib.files import lock
 from common_lib.progress import Progress, format_seconds
 from examples.miniature.task import DigitSum, Noise, clean_trace, draw_problem, draw_problems, is_endless, noisy_trace
@@ -44,14 +44,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for cause, share in asdict(Noise()).items():
         parser.add_argument(f"--{cause}", type=float, default=share, help="probability at a step of a training trace")
     args = parser.parse_args(argv)
-    for name in ("num_steps", "batch_size", "num_train", "num_test"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    for name in asdict(Noise()):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} {getattr(args, name):g} is a probability: from 0 to 1")
-    if args.max_lr <= 0 or args.seed < 0:
-        raise UserError(f"--max_lr {args.max_lr:g} must be above 0, and --seed {args.seed} 0 or more")
+    counts = ("num_steps", "batch_size", "num_train", "num_test")
+    check_rules(args, [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts])
+    check_rules(
+        args, [(name, 0 <= getattr(args, name) <= 1, "is a probability: from 0 to 1") for name in asdict(Noise())]
+    )
+    check_rules(args, [("max_lr", args.max_lr > 0, "must be above 0"), ("seed", args.seed >= 0, "must be 0 or more")])
     return args
 
 

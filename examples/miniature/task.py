@@ -1,6 +1,6 @@
 """The miniature task: a running total modulo 100, solved one digit at a time.
 
-A problem is a two-digit start and `steps` labelled digits; its answer is their sum modulo 100. A trace writes six
+A problem is a two-digit start and STEPS labelled digits; its answer is their sum modulo 100. A trace writes six
 tokens for each digit: label, digit, carry flag (`^` carry, `=` none), tens, ones, `;`.
 
     problem   40a2b9c9d7e4f9
@@ -18,7 +18,6 @@ from string import ascii_lowercase
 STEPS = 6  # digits of a problem
 TOKENS_PER_STEP = 6  # also the block size of the search
 MAX_TRACE_TOKENS = 60  # an undisturbed trace has 42 tokens: 36 of steps, </think>, \boxed{, two digits, }, <eos>
-END_OF_THOUGHT = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +30,8 @@ class DigitSum:
     @property
     def text(self) -> str:
         """What the model reads, such as "40a2b9c9d7e4f9"."""
-        return f"{self.start:02d}" + "".join(
-            f"{label}{digit}" for label, digit in zip(ascii_lowercase, self.digits, strict=False)
-        )
+        steps = zip(ascii_lowercase, self.digits, strict=False)
+        return f"{self.start:02d}" + "".join(f"{label}{digit}" for label, digit in steps)
 
     @property
     def answer(self) -> str:
@@ -53,10 +51,10 @@ class Noise:
     stall: float = 0.06  # writes one step's worth of `?`; every second time it never stops
 
 
-def draw_problem(rng: Random, steps: int = STEPS) -> DigitSum:
-    """A problem whose number of carry steps is uniform in 0 .. steps, so that easy and hard ones are equally common."""
-    wanted = rng.randint(0, steps)
-    carries = [True] * wanted + [False] * (steps - wanted)
+def draw_problem(rng: Random) -> DigitSum:
+    """A problem whose number of carry steps is uniform in 0 .. STEPS, so that easy and hard ones are equally common."""
+    wanted = rng.randint(0, STEPS)
+    carries = [True] * wanted + [False] * (STEPS - wanted)
     while True:
         rng.shuffle(carries)
         if (problem := _with_carries(carries, rng)) is not None:
@@ -75,28 +73,24 @@ def _with_carries(carries: list[bool], rng: Random) -> DigitSum | None:
     return DigitSum(start, tuple(digits))
 
 
-def draw_problems(count: int, seed: int, steps: int = STEPS) -> list[DigitSum]:
+def draw_problems(count: int, seed: int) -> list[DigitSum]:
     """`count` different problems; the same for the same seed, and the first ones do not depend on `count`.
 
     Few problems carry at every step, so that among many different ones they become rarer.
     """
     rng, found = Random(seed), {}
     while len(found) < count:
-        found.setdefault(draw_problem(rng, steps))
+        found.setdefault(draw_problem(rng))
     return list(found)
 
 
 def clean_trace(problem: DigitSum) -> str:
     """The trace without errors."""
-    return _trace(problem, Noise(0.0, 0.0, 0.0), Random(0))
+    return noisy_trace(problem, Random(0), Noise(0.0, 0.0, 0.0))
 
 
 def noisy_trace(problem: DigitSum, rng: Random, noise: Noise = Noise()) -> str:
     """A trace with errors drawn from `rng`. One that never stops is cut at MAX_TRACE_TOKENS and has no answer."""
-    return _trace(problem, noise, rng)
-
-
-def _trace(problem: DigitSum, noise: Noise, rng: Random) -> str:
     written, total = "", problem.start
     for label, digit in zip(ascii_lowercase, problem.digits, strict=False):
         draw = rng.random()
@@ -112,7 +106,7 @@ def _trace(problem: DigitSum, noise: Noise, rng: Random) -> str:
             total -= 10
         total = (total + digit) % 100
         written += f"{label}{digit}{'^' if carry else '='}{total:02d};"
-    return written + f"{END_OF_THOUGHT}\\boxed{{{total:02d}}}"
+    return written + f"</think>\\boxed{{{total:02d}}}"
 
 
 def is_endless(trace: str) -> bool:

@@ -33,10 +33,10 @@ VGS.blockFacts = function (search, node) {
     ["fate", search.kept[node] ? "kept" : "rejected"],
     ["tokens", `${VGS.count(search.length[node])}, from ${VGS.count(search.start[node])} to ${VGS.count(search.start[node] + search.length[node])}`],
   ];
-  if (finish) facts.push(["end", finish === "length" ? "reached max_length" : finish === "stop" ? "stop token" : "end (how is not known)"]);
-  const list = facts.map(([name, value]) => [VGS.el("dt", {}, name), VGS.el("dd", {}, value)]);
-  if (finish) list.push([VGS.el("dt", {}, "answer"), VGS.el("dd", {}, VGS.oneLine(search.graded[node]?.[0] || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`))]);
-  return VGS.el("dl", { class: "facts" }, list);
+  if (finish) facts.push(
+    ["end", finish === "length" ? "reached max_length" : finish === "stop" ? "stop token" : "end (how is not known)"],
+    ["answer", [VGS.oneLine(search.graded[node]?.[0] || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`)]]);
+  return VGS.el("dl", { class: "facts" }, facts.map(([name, value]) => [VGS.el("dt", {}, name), VGS.el("dd", {}, value)]));
 };
 
 /** The pane of a block. `texts` are the search's texts by node; `whole`: the trace from its beginning instead. */

@@ -58,13 +58,11 @@ VGS.receive = function (name, value) {
 
 VGS.count = (value) => Math.round(value).toLocaleString("en-US");
 VGS.short = function (value) {
-  if (value === null || value === undefined) return "–";
   for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]])
     if (Math.abs(value) >= size) return `${(value / size).toPrecision(3)}${unit}`;
   return `${Math.round(value)}`;
 };
-VGS.percent = (value, digits = 0) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`);
-VGS.value = (value) => (value === null ? "–" : value.toFixed(3));
+VGS.percent = (value) => `${(100 * value).toFixed(0)}%`;
 
 // Cividis (Nunez, Anderton, Renslow 2018), ten anchors: its lightness grows evenly, so it reads in grey and for the colour-blind.
 VGS.CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
@@ -79,6 +77,12 @@ VGS.colour = function (value) {
 };
 VGS.ink = (value) => (value > 0.55 ? "#111" : "#fff");
 
+/** How far something is right, from 0 to 1; never by colour alone. */
+VGS.verdict = function (share) {
+  const [css, mark] = share === 1 ? ["right", "✓"] : share > 0 ? ["limited", "½"] : ["wrong", "✗"];
+  return VGS.el("b", { class: `mark ${css}` }, mark);
+};
+
 /** How a finished block is shown: right, wrong, or length-limited; never by colour alone. Others: null. */
 VGS.outcome = function (search, node) {
   if (!search.finish[node]) return null;
@@ -90,13 +94,10 @@ VGS.outcome = function (search, node) {
 // ------------------------------------------------------------------------------------------------ address, keyboard
 
 VGS.address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-VGS.go = function (change) {
-  location.hash = "#" + new URLSearchParams({ ...VGS.address(), ...change });
-};
+VGS.changed = (change) => "#" + new URLSearchParams({ ...VGS.address(), ...change });
+VGS.go = (change) => location.assign(VGS.changed(change));
 /** Note something in the address without a step in the history, and without drawing anything. */
-VGS.note = function (change) {
-  history.replaceState(null, "", "#" + new URLSearchParams({ ...VGS.address(), ...change }));
-};
+VGS.note = (change) => history.replaceState(null, "", VGS.changed(change));
 
 VGS.run = () => VGS.index.runs[Number(VGS.address().run) || 0] || VGS.index.runs[0];
 
@@ -111,9 +112,7 @@ VGS.show = function () {
 VGS.views = {};
 
 /** Replace what is shown. */
-VGS.fill = function (...children) {
-  document.getElementById("main").replaceChildren(...children);
-};
+VGS.fill = (...children) => document.getElementById("main").replaceChildren(...children);
 
 VGS.onKey = function (event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;

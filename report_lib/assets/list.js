@@ -16,25 +16,17 @@ VGS.COLUMNS = [
   ["#", "problem number (data_idx)", "id", (p) => p.id, false],
   ["Problem", "its first words", "problem", (p) => VGS.oneLine(p.problem), false],
   ["Truth", "the reference answer", "truth", (p) => VGS.oneLine(p.truth, 18), false],
-  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => VGS.voteCell(p), false],
+  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => [VGS.verdict(p.wmaj), " ", VGS.oneLine(p.vote || "(no answer)", 18)], false],
   ["Margin", "share of the first answer minus the second's, in the weighted vote", "margin", (p) => VGS.bar(p.margin), false],
   ["Right", "share of final beams that are right (pass@1)", "pass1", (p) => VGS.bar(p.pass1), false],
   ["Disagree", "chance that two final beams, drawn at random, answer differently", "disagreement", (p) => VGS.percent(p.disagreement), true],
   ["Length-limited", "share of final beams that reached max_length", "truncated", (p) => VGS.percent(p.truncated), true],
-  ["Value", "mean value of the final beams", "value", (p) => VGS.value(p.value), true],
+  ["Value", "mean value of the final beams", "value", (p) => p.value.toFixed(3), true],
   ["Pruned right", "searches in which a pruned, finished candidate was right and no kept one was", "rescued", (p) => (p.rescued === null ? "–" : p.rescued), true],
   ["Tokens", "tokens generated, all repetitions", "tokens", (p) => VGS.short(p.tokens), true],
 ];
 
-VGS.bar = function (share) {
-  return VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
-};
-
-VGS.voteCell = function (problem) {
-  const css = problem.wmaj === 1 ? "right" : problem.wmaj === 0 ? "wrong" : "limited";
-  const mark = problem.wmaj === 1 ? "✓" : problem.wmaj === 0 ? "✗" : "½";
-  return VGS.el("span", {}, VGS.el("b", { class: `mark ${css}` }, mark), " ", VGS.oneLine(problem.vote || "(no answer)", 18));
-};
+VGS.bar = (share) => VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
 
 VGS.listState = { sort: "id", down: false, filter: "all", words: "", at: 0 };
 
@@ -55,7 +47,7 @@ VGS.views.problems = function () {
   const body = VGS.el("tbody", {});
   const tally = VGS.el("span", { class: "tally" });
   const filters = VGS.el("div", { class: "filters", role: "group", "aria-label": "Filter" });
-  const search = VGS.el("input", { type: "search", placeholder: "Search (/)", "aria-label": "Search problems", value: state.words, oninput: () => { state.words = search.value; state.at = 0; draw(); } });
+  const search = VGS.el("input", { type: "search", placeholder: "Search (/)", "aria-label": "Search problems", value: state.words, oninput: () => change({ words: search.value }) });
   const open = (id) => VGS.go({ view: "problem", problem: id, search: 0, node: "" });
 
   const move = (step) => {
@@ -65,21 +57,19 @@ VGS.views.problems = function () {
     row?.classList.add("at");
     row?.scrollIntoView({ block: "nearest" });
   };
-  const sortBy = (key, down) => {
-    state.down = state.sort === key ? !state.down : down;
-    state.sort = key;
-    state.at = 0;
+  const change = (parts) => {
+    Object.assign(state, parts, { at: 0 });
     draw();
   };
   const draw = () => {
     const rows = VGS.listed();
     tally.textContent = `${rows.length} of ${VGS.run().problems.length} problems`;
     filters.replaceChildren(...VGS.FILTERS.map(([name, words, keep]) =>
-      VGS.el("button", { type: "button", class: "chip", "data-filter": name, "aria-pressed": String(state.filter === name), onclick: () => { state.filter = name; state.at = 0; draw(); } },
+      VGS.el("button", { type: "button", class: "chip", "data-filter": name, "aria-pressed": String(state.filter === name), onclick: () => change({ filter: name }) },
         `${words} `, VGS.el("small", {}, VGS.run().problems.filter(keep).length))));
     head.replaceChildren(...VGS.COLUMNS.map(([name, title, key, , down]) =>
       VGS.el("th", { title, class: VGS.WORDS.has(key) ? "words" : "number", "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : "none" },
-        VGS.el("button", { type: "button", "data-sort": key, onclick: () => sortBy(key, down) }, name, state.sort === key ? (state.down ? " ▼" : " ▲") : ""))));
+        VGS.el("button", { type: "button", "data-sort": key, onclick: () => change({ sort: key, down: state.sort === key ? !state.down : down }) }, name, state.sort === key ? (state.down ? " ▼" : " ▲") : ""))));
     body.replaceChildren(...rows.map((p, i) =>
       VGS.el("tr", { class: i === state.at ? "at" : null, "data-problem": p.id, onclick: () => { state.at = i; open(p.id); } },
         VGS.COLUMNS.map(([, , key, show]) => VGS.el("td", { class: VGS.WORDS.has(key) ? `words ${key}` : "number" }, show(p))))));

@@ -13,7 +13,7 @@ VGS.voteTable = function (data, at) {
   const part = (wins, shown, share) => bar(wins, share, shown, ` (${VGS.percent(share)})`);
   const rest = vote ? vote.rows.length - VGS.MOST_ANSWERS : 0;
   const body = (vote ? vote.rows : []).slice(0, VGS.MOST_ANSWERS).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
-    VGS.el("td", { class: "words" }, VGS.el("b", { class: `mark ${row.right > 0 ? "right" : "wrong"}` }, row.right === 1 ? "✓" : row.right > 0 ? "½" : "✗"), " ", VGS.oneLine(row.answers.join("  =  "), 60)),
+    VGS.el("td", { class: "words" }, VGS.verdict(row.right), " ", VGS.oneLine(row.answers.join("  =  "), 60)),
     part(row.wins.maj, row.count, row.count / (vote.beams - vote.empty)),
     part(row.wins.wmaj, row.weight.toFixed(2), vote.weight ? row.weight / vote.weight : 0),
     bar(row.wins.bon, row.best, row.best.toFixed(3))));
@@ -69,7 +69,7 @@ VGS.drawSearch = function (data, at, room) {
     if (texts) pane.replaceChildren(VGS.blockPane(search, node, texts, VGS.view.whole, { choose, whole }));
     pane.scrollTop = 0;
   };
-  const svg = VGS.drawTree(search, width, choose);
+  const svg = VGS.drawTree(search, place, choose);
   VGS.markNode(svg, search, node);
   VGS.load(search.texts).then(
     (parts) => { texts = parts[search.at]; fill(); },
@@ -84,9 +84,8 @@ VGS.drawSearch = function (data, at, room) {
 };
 
 VGS.legend = function () {
-  const steps = [0, 0.25, 0.5, 0.75, 1];
   return VGS.el("p", { class: "legend" },
-    "value ", steps.map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
+    "value ", [0, 0.25, 0.5, 0.75, 1].map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
     VGS.el("span", { class: "swatch sample kept" }, "kept"), VGS.el("span", { class: "swatch sample rejected" }, "rejected"),
     " ✓ right  ✗ wrong  … length-limited");
 };

@@ -30,7 +30,7 @@ VGS.layout = function (search, room) {
   }
   const x = search.round.map((round) => (round < 0 ? 0 : VGS.LEFT + round * column));
   const width = search.round.map((round, node) => (round < 0 ? 26 : Math.max(10, ((column - VGS.BRANCH_GAP) * search.length[node]) / longest[round])));
-  return { x, y, width, row, column, columns, height, total: VGS.LEFT + rounds * column, longest };
+  return { x, y, width, row, column, columns, height, total: VGS.LEFT + rounds * column };
 };
 
 VGS.nodeLabel = function (search, node) {
@@ -54,9 +54,8 @@ VGS.drawNode = function (search, place, node, choose) {
   return group;
 };
 
-/** The tree as SVG. `choose(node)` is called on a click. */
-VGS.drawTree = function (search, room, choose) {
-  const place = VGS.layout(search, room);
+/** The tree as SVG, with the geometry of `layout`. `choose(node)` is called on a click. */
+VGS.drawTree = function (search, place, choose) {
   const { x, y, width, row } = place;
   const top = 26;
   const links = VGS.el("g", { class: "links" });
@@ -69,10 +68,9 @@ VGS.drawTree = function (search, room, choose) {
     links.append(VGS.el("path", { d: `M${x0},${y0} C${x0 + bend},${y0} ${x1 - bend},${y1} ${x1},${y1}`, class: search.kept[node] ? "kept" : "rejected", "data-link": node }));
     nodes.append(VGS.drawNode(search, place, node, choose));
   }
-  const heads = place.columns.map((_, round) => {
-    const start = search.start[place.columns[round][0]];
-    return VGS.el("text", { x: VGS.LEFT + round * place.column, y: -10, class: "column-head" }, search.flat ? "final beams (no journal: their blocks are not known)" : place.column < 110 ? `${round + 1}` : `round ${round + 1} · from token ${VGS.count(start)}`);
-  });
+  const title = (nodes, round) => (place.column < 110 ? `${round + 1}` : `round ${round + 1} · from token ${VGS.count(search.start[nodes[0]])}`);
+  const heads = place.columns.map((nodes, round) =>
+    VGS.el("text", { x: VGS.LEFT + round * place.column, y: -10, class: "column-head" }, search.flat ? "final beams (no journal: their blocks are not known)" : title(nodes, round)));
   return VGS.el("svg", { class: "tree", width: place.total + 24, height: place.height + top + 4, viewBox: `-2 ${-top} ${place.total + 26} ${place.height + top + 4}`, role: "group", "aria-label": "Search tree" },
     ...heads, links, nodes);
 };
@@ -86,10 +84,8 @@ VGS.path = function (search, node) {
 
 VGS.markNode = function (svg, search, node) {
   svg.querySelectorAll(".chosen, .on-path").forEach((item) => item.classList.remove("chosen", "on-path"));
-  for (const above of VGS.path(search, node)) {
-    svg.querySelector(`[data-link="${above}"]`)?.classList.add("on-path");
-    svg.querySelector(`[data-node="${above}"]`)?.classList.add("on-path");
-  }
+  for (const above of VGS.path(search, node))
+    svg.querySelectorAll(`[data-link="${above}"], [data-node="${above}"]`).forEach((item) => item.classList.add("on-path"));
   const group = svg.querySelector(`[data-node="${node}"]`);
   group?.classList.add("chosen");
   return group;

@@ -95,7 +95,8 @@ def test_a_host_that_is_not_there_delays_the_end_by_the_timeout_only(tmp_path, v
         sys.path.insert(0, {str(ROOT)!r})
         from common_lib.tracking import make_tracker
         if __name__ == "__main__":
-            tracker = make_tracker("neptune", "team/search", close_seconds=1.0)
+            tracker = make_tracker("neptune", "team/search")
+            tracker.close_seconds = 1.0
             tracker.log_metrics({{"a": 1.0}}, step=0)
             print("logged", tracker.where, flush=True)
             if sys.argv[1] == "close":
@@ -152,7 +153,8 @@ def test_closing_is_given_its_time_and_happens_once():
         def send_rest(self, seconds):
             seen.append(seconds)
 
-    tracker = Recorder(close_seconds=7.0)
+    tracker = Recorder()
+    tracker.close_seconds = 7.0
     tracker.close()
     tracker.close()
     assert seen == [7.0]

@@ -176,7 +176,7 @@ def test_the_generator_script_is_repeatable_and_its_problems_are_disjoint(tmp_pa
     [
         (["--num_steps", "0"], "--num_steps 0 must be at least 1"),
         (["--stall", "1.5"], "--stall 1.5 is a probability"),
-        (["--max_lr", "-1"], "--max_lr -1 must be above 0"),
+        (["--max_lr", "-1"], "--max_lr -1.0 must be above 0"),
     ],
 )
 def test_bad_flags_of_the_generator_script(tmp_path, arguments, told):

@@ -27,7 +27,7 @@ def test_a_run_against_itself_differs_by_nothing(pair, tmp_path):
     other = tmp_path / "other.jsonl"
     write_rows(other, rows)
     RunPaths.of(other).meta.write_bytes(RunPaths.of(vgs).meta.read_bytes())
-    result = compare(analysis_of(vgs).comparison_input, analysis_of(other).comparison_input)
+    result = compare(analysis_of(vgs), analysis_of(other))
     assert {row["basis"] for row in result["rows"]} == {"N", "tokens"}
     for row in result["rows"]:
         assert row["difference"] == pytest.approx(0, abs=1e-12)
@@ -38,10 +38,10 @@ def test_a_run_against_itself_differs_by_nothing(pair, tmp_path):
 def test_equal_tokens_and_equal_n_are_what_they_say(pair):
     """The baseline's budgets: difference of per-problem scores at the stated pooled numbers, paired over problems."""
     vgs, bon = pair
-    one, other = analysis_of(vgs).comparison_input, analysis_of(bon).comparison_input
+    one, other = analysis_of(vgs), analysis_of(bon)
     result = compare(one, other)
-    tokens = [np.mean(list(side.tokens.values())) for side in (one, other)]
-    flops = [np.mean(list(side.flops.values())) for side in (one, other)]
+    tokens = [np.mean(list(side.costs["tokens"].values())) for side in (one, other)]
+    flops = [np.mean(list(side.costs["flops"].values())) for side in (one, other)]
     seen = set()
     for row in result["rows"]:
         seen.add((row["basis"], row["metric_one"], row["metric_other"]))

@@ -70,7 +70,7 @@ def test_flops_grow_with_pooled_repetitions_and_need_shapes(pair, tmp_path):
     vgs, _ = pair
     analysis = analysis_of(vgs)
     assert [row["flops"] / analysis.rows[0]["flops"] for row in analysis.rows] == pytest.approx([1, 2, 3, 4])
-    assert analysis.flops["flops"] == pytest.approx(np.mean(list(analysis.comparison_input.flops.values())))
+    assert analysis.flops["flops"] == pytest.approx(np.mean(list(analysis.costs["flops"].values())))
     copy = make_run(tmp_path, "copy")
     meta = json.loads(RunPaths.of(copy).meta.read_text())
     del meta["generator"]["head_dim"]

@@ -156,6 +156,11 @@ def spoil(change):
     return apply
 
 
+def first_of(rows):
+    """The first round of problem 0, repetition 0: searches run side by side."""
+    return next(row for row in rows if row["data_idx"] == row["repeat_idx"] == row["round"] == 0)
+
+
 def spoil_tree(change):
     return lambda path: spoil(change)(RunPaths.of(path).tree)
 
@@ -199,13 +204,13 @@ BAD = {
         spoil_tree(lambda rows: [row["tokens"][0].append(5) for row in rows]),
         "the journal is of another run, or not whole",
     ),
-    "two journals": (spoil_tree(lambda rows: rows.append(rows[0])), "round 0 of problem 0, repetition 0 is there twice (line "),
+    "two journals": (spoil_tree(lambda rows: rows.append(first_of(rows))), "round 0 of problem 0, repetition 0 is there twice (line "),
     "a lost round": (
         spoil_tree(lambda rows: rows.pop(next(i for i, row in enumerate(rows) if row["round"] == 1))),
         "a round before it is missing",
     ),
     "a wild parent": (
-        spoil_tree(lambda rows: rows[0].update(parent=[99] * 8)),
+        spoil_tree(lambda rows: first_of(rows).update(parent=[99] * 8)),
         "round 0 of problem 0, repetition 0 does not fit the rounds before it",
     ),
     "a broken journal": (

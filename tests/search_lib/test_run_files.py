@@ -46,7 +46,7 @@ def paths(tmp_path):
 @pytest.fixture
 def written(paths):
     """Two finished searches, and one with two rounds in the journal."""
-    files = RunFiles.open(paths, meta())
+    files = RunFiles(paths, meta())
     for key in ((1, 0), (0, 0)):
         files.add_round(SearchTask(*key, (5, 6)), round_(0, "stop"), ["a", "b"])
         files.add_result(result(*key))
@@ -57,7 +57,7 @@ def written(paths):
 
 
 def state(paths):
-    files = RunFiles.open(paths, meta())
+    files = RunFiles(paths, meta())
     files.close()
     return sorted(files.finished), {key: list(map(plain, rounds)) for key, rounds in files.rounds.items()}
 
@@ -105,14 +105,14 @@ def test_damage_in_the_middle_is_named(written):
     lines = written.results.read_text().splitlines()
     written.results.write_text("\n".join(["{broken", *lines[1:]]) + "\n")
     with pytest.raises(UserError, match=r"out.jsonl: line 1 is not JSON"):
-        RunFiles.open(written, meta())
+        RunFiles(written, meta())
 
 
 def test_a_journal_that_lacks_a_round_is_refused(written):
     lines = written.tree.read_text().splitlines(keepends=True)
     written.tree.write_text("".join([*lines[:2], lines[3]]))
     with pytest.raises(UserError, match=r"round 1 of problem 0, repetition 1 .* a round before it is missing"):
-        RunFiles.open(written, meta())
+        RunFiles(written, meta())
 
 
 def test_a_journal_without_seconds_is_read(written):
@@ -125,7 +125,7 @@ def test_a_journal_without_seconds_is_read(written):
 
 def test_sorted_by_global_idx_without_losing_a_byte(written):
     before = sorted(written.results.read_bytes().splitlines())
-    files = RunFiles.open(written, meta())
+    files = RunFiles(written, meta())
     files.sort_results()
     files.add_result(result(1, 1))  # still the same file to write to
     files.close()
@@ -158,18 +158,18 @@ def test_a_lone_surrogate_leaves_the_file_readable(written):
 def test_another_configuration_is_refused_and_named(written, changed, message):
     before = {path: path.read_bytes() for path in vars(written).values()}
     with pytest.raises(UserError, match=message):
-        RunFiles.open(written, changed)
+        RunFiles(written, changed)
     assert {path: path.read_bytes() for path in vars(written).values()} == before
 
 
 def test_a_start_that_came_to_nothing_binds_nobody(paths):
-    RunFiles.open(paths, meta()).close()
-    RunFiles.open(paths, meta(seed=2)).close()
+    RunFiles(paths, meta()).close()
+    RunFiles(paths, meta(seed=2)).close()
     assert json.loads(paths.meta.read_text())["arguments"]["seed"] == 2
 
 
 def test_what_may_change_may_change(written):
-    files = RunFiles.open(written, meta(batch_size=64, num_repetitions=5, tracker="neptune"))
+    files = RunFiles(written, meta(batch_size=64, num_repetitions=5, tracker="neptune"))
     files.close()
     assert len(files.finished) == 2
 
@@ -178,16 +178,16 @@ def test_results_without_their_meta_file_are_not_touched(written):
     written.meta.unlink()
     before = written.results.read_bytes()
     with pytest.raises(UserError, match="exists, but not its out.meta.json"):
-        RunFiles.open(written, meta())
+        RunFiles(written, meta())
     assert written.results.read_bytes() == before
 
 
 def test_a_second_process_is_told(written):
-    held = RunFiles.open(written, meta())
+    held = RunFiles(written, meta())
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
         "from search_lib.run_files import RunFiles, check_output_path\n"
-        "RunFiles.open(check_output_path(sys.argv[2]), json.loads(sys.argv[3])).close(); print('opened')"
+        "RunFiles(check_output_path(sys.argv[2]), json.loads(sys.argv[3])).close(); print('opened')"
     )
     command = [sys.executable, "-c", code, str(ROOT), str(written.results), json.dumps(meta())]
 
@@ -196,7 +196,7 @@ def test_a_second_process_is_told(written):
 
     assert "another process is writing" in run().stderr
     with pytest.raises(UserError, match="another process is writing"):
-        RunFiles.open(written, meta())
+        RunFiles(written, meta())
     held.close()
     assert run().stdout == "opened\n"
 
@@ -247,7 +247,7 @@ def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch
 
 def test_a_full_disk_ends_with_one_line_and_the_same_command_goes_on(small_disk):
     paths = check_output_path(str(small_disk / "out.jsonl"))
-    files = RunFiles.open(paths, meta())
+    files = RunFiles(paths, meta())
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * 150_000)
     with pytest.raises(OutputError, match="No space left on device"):
@@ -259,7 +259,7 @@ def test_a_full_disk_ends_with_one_line_and_the_same_command_goes_on(small_disk)
     files.close()
     assert paths.tree.read_bytes().endswith(b"\n")
     filler.unlink()
-    again = RunFiles.open(paths, meta())
+    again = RunFiles(paths, meta())
     assert [len(rounds) for rounds in again.rounds.values()] == [1] * len(again.rounds)
     assert set(again.rounds) | set(again.finished) >= {(i, 0) for i in range(len(again.rounds))}
     again.add_result(result(1, 1))

@@ -48,13 +48,14 @@ def test_calls_take_effect_in_order_and_the_event_loop_goes_on():
         recording.gate.set()  # from the loop, which the scorer in its thread does not block
         scored = await scored
         scorer.release("a")
+        await scorer.score("b", [(0, [5])], [False])  # calls are in order: the release has been done by then
         return scored
 
     scored = asyncio.run(main())
     scorer.close()
     assert (scored.values, scored.tokens_scored, scored.tokens_reread) == ([0.5], 5, 2)
     assert recording.calls[0] == ("start", "a", [1, 2], [(0, [3])])
-    assert recording.calls[-1] == ("release", "a")
+    assert recording.calls[-2] == ("release", "a")
     assert {call[0] for call in recording.calls} == {"start", "score", "keep", "release"}
 
 

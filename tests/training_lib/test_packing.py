@@ -14,7 +14,6 @@ from training_lib.attention import FLEX, SDPA, dense_mask, flex_mask
 from training_lib.packing import (
     Trace,
     block_lists,
-    bucket_size,
     common_prefix,
     empty_batch,
     lay_out,
@@ -102,7 +101,6 @@ def test_a_trie_longer_than_a_row_is_split_and_repeats_the_prefix():
 
 
 def test_padding_goes_up_to_a_bucket():
-    assert bucket_size(16384) == 1024
     trace = Trace(np.ones(1500, dtype=np.int32), 10, 0, (0, 0))
     assert padded_batch([trace], 16384).input_ids.shape == (1, 2048)
     longest = Trace(np.ones(100, dtype=np.int32), 10, 0, (0, 0))
