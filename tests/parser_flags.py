@@ -23,3 +23,8 @@ def flags_of(parse: Callable[[list[str]], object], monkeypatch) -> set[str]:
         except Seen:
             return found
     raise AssertionError("no parser was built")
+
+
+def words(flags: dict[str, object]) -> list[str]:
+    """A command line; values of several words are several arguments."""
+    return [word for name, value in flags.items() for word in (f"--{name}", *str(value).split())]

@@ -141,8 +141,9 @@ def test_every_measure_of_an_evaluation_is_named(tables):
         "correct": np.array([False, True, False, True]), "problem": np.array([0, 0, 1, 1]),
     }  # fmt: skip
     named = words_of(table(tables, "`metrics.jsonl`")["eval/..."]) - {"--train_bt_model"}
-    plain = {f"{name.rpartition('_')[0]}_P" if "_at_" in name else name for name in _rollout_metrics(arrays)}
-    assert plain | {"loss"} | set(_pair_metrics(arrays)) == named
+    plain = {f"{name.rpartition('_')[0]}_P" if "_at_" in name else name for name in _rollout_metrics(**arrays)}
+    of_pairs = _pair_metrics(**{name: arrays[name] for name in ("value", "correct", "problem")})
+    assert plain | {"loss"} | set(of_pairs) == named
     assert all(str(position) in table(tables, "`metrics.jsonl`")["eval/..."] for position in POSITIONS)
 
 

@@ -86,10 +86,10 @@ def test_costs_are_means_over_problems_of_means_over_repetitions(tmp_path):
 
 
 def test_flops_by_problem_are_what_a_comparison_is_given(tmp_path):
-    given = make(tmp_path, sessions(30.0)).comparison_input
-    assert given.tokens == {0: 13.0, 1: 8.0}
-    close(given.flops[0], float(DECODE + 0.875 * PREFILL + 1.25 * SCORE))
-    close(given.flops[1], float(SHORT_DECODE + SHORT_PREFILL + SHORT_SCORE))
+    given = make(tmp_path, sessions(30.0))
+    assert given.costs["tokens"] == {0: 13.0, 1: 8.0}
+    close(given.costs["flops"][0], float(DECODE + 0.875 * PREFILL + 1.25 * SCORE))
+    close(given.costs["flops"][1], float(SHORT_DECODE + SHORT_PREFILL + SHORT_SCORE))
     assert given.scores[0]["pass1"] == [1.0, 1.0]
     assert given.scores[1]["pass1"] == [0.0]
 
@@ -162,8 +162,8 @@ RIGHT = [[0, 0, 1, 0, 0, 1], [0, 1, 1, 0, 0, 1]]
 
 
 def test_equal_n_and_equal_tokens_by_hand(tmp_path):
-    one = analysis_of(scored_run(tmp_path, "one", 2, 100, [list(map(bool, row)) for row in LEFT])).comparison_input
-    other = analysis_of(scored_run(tmp_path, "other", 4, 150, [list(map(bool, row)) for row in RIGHT])).comparison_input
+    one = analysis_of(scored_run(tmp_path, "one", 2, 100, [list(map(bool, row)) for row in LEFT]))
+    other = analysis_of(scored_run(tmp_path, "other", 4, 150, [list(map(bool, row)) for row in RIGHT]))
     found = compare(one, other)
     assert (found["one"], found["other"]) == ("one", "other")
     budgets = {
@@ -193,8 +193,8 @@ def test_equal_n_and_equal_tokens_by_hand(tmp_path):
 
 def test_a_baseline_of_samples_is_also_compared_by_its_plain_vote(tmp_path):
     rewards = [list(map(bool, row)) for row in LEFT]
-    search = analysis_of(scored_run(tmp_path, "search", 2, 100, rewards)).comparison_input
-    samples = analysis_of(scored_run(tmp_path, "samples", 2, 100, rewards, search_type="bon")).comparison_input
+    search = analysis_of(scored_run(tmp_path, "search", 2, 100, rewards))
+    samples = analysis_of(scored_run(tmp_path, "samples", 2, 100, rewards, search_type="bon"))
     mixed = [{(row["metric_one"], row["metric_other"]) for row in compare(*pair)["rows"]} for pair in
              ((search, samples), (samples, search), (samples, samples))]  # fmt: skip
     plain = {(name, name) for name in ("pass1", "pass", "bon", "maj", "wmaj")}
@@ -217,5 +217,5 @@ def test_other_reference_answers_are_warned_of(tmp_path):
     rows = [json.loads(line) | {"gt_answer": "1"} for line in paths[1].read_text().splitlines()]
     rows = [row | {"gt_answer": "7"} if row["data_idx"] in (2, 5) else row for row in rows]
     write_run(paths[1], rows)
-    note = compare(*(analysis_of(path).comparison_input for path in paths))["note"]
+    note = compare(*(analysis_of(path) for path in paths))["note"]
     assert "WARNING: 2 of them have different reference answers" in note

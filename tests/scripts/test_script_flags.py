@@ -1,5 +1,6 @@
 """Every flag of the developers' scripts at its consumer: models, engine, study or trials in whose place stands a spy."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -14,121 +15,37 @@ import coverage_study
 import kill_test
 import make_real_models
 import make_synthetic_run
+import numpy as np
 import pytest
 import tiny
 import torch
-from parser_flags import flags_of
+from parser_flags import flags_of, words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common_lib.cli import UserError
-from examples.miniature import make_generator
-
-
-def words(flags):
-    return [word for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The miniature's generator
-
-GENERATOR = {
-    "num_steps": 5, "batch_size": 3, "max_lr": 0.002, "num_train": 7, "num_test": 4, "forget_carry": 0.1, "skip_step": 0.2,
-    "stall": 0.3, "seed": 5,
-}  # fmt: skip
-
-
-@pytest.fixture
-def made(tmp_path, monkeypatch):
-    """Make a generator; returns its folder, learning rates, batch shapes and the noise of its traces."""
-    rates, shapes, noises = [], [], []
-    adamw, encode, noisy = torch.optim.AdamW, make_generator.encode, make_generator.noisy_trace
-
-    class Spy(adamw):
-        def step(self, *args, **more):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args, **more)
-
-    def encode_spy(tokenizer, prompts, traces):
-        shapes.append(len(traces))
-        return encode(tokenizer, prompts, traces)
-
-    def noise_spy(problem, rng, noise):
-        noises.append(noise)
-        return noisy(problem, rng, noise)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    monkeypatch.setattr(make_generator, "encode", encode_spy)
-    monkeypatch.setattr(make_generator, "noisy_trace", noise_spy)
-
-    def make(name, **changes):
-        for seen in (rates, shapes, noises):
-            seen.clear()
-        folder = tmp_path / name
-        assert make_generator.main([*words(GENERATOR | changes), "--output_dir", str(folder)]) == 0
-        return folder, list(rates), list(shapes), list(noises)
-
-    return make
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_flags_of_the_generator_script(made, monkeypatch):
-    folder, rates, shapes, noises = made("one")
-    assert shapes == [3] * 5
-    assert rates == pytest.approx(
-        [0.002 * min((s + 1) / 40, 0.5 * (1 + math.cos(math.pi * s / 5))) for s in range(5)]
-    )  # fmt: skip
-    assert {tuple(vars(noise).values()) if hasattr(noise, "__dict__") else (noise.forget_carry, noise.skip_step, noise.stall)
-            for noise in noises} == {(0.1, 0.2, 0.3)}  # fmt: skip
-    assert len(noises) == 2 * 3  # of the last two steps; the first three learn clean traces
-    assert (len(lines_of(folder / "problems_train.jsonl")), len(lines_of(folder / "problems_test.jsonl"))) == (7, 4)
-    known = flags_of(make_generator.parse_args, monkeypatch)
-    assert known == {*GENERATOR, "output_dir"}
-
-
-def test_the_seed_changes_problems_weights_and_traces(made, monkeypatch):
-    """And each apart: what is drawn first must not be all that depends on it."""
-    drawn = []
-    train = make_generator.train
-
-    def spy(model, steps, num_steps, max_lr):
-        drawn.append((model.model.embed_tokens.weight.detach().clone(), list(steps)))
-        return train(model, iter(drawn[-1][1]), num_steps, max_lr)
-
-    monkeypatch.setattr(make_generator, "train", spy)
-    folders = [made(str(seed), seed=seed)[0] for seed in (5, 6)]
-    problems = [lines_of(folder / "problems_train.jsonl") for folder in folders]
-    assert problems[0] != problems[1]
-    assert not torch.equal(drawn[0][0], drawn[1][0])
-    assert [ids.tolist() for ids, _ in drawn[0][1]] != [ids.tolist() for ids, _ in drawn[1][1]]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks
 
 SEARCH = {
     "searches": 5, "rounds": 3, "block_size": 7, "prompt": 11, "num_beams": 6, "beam_width": 3, "repeats": 2,
-    "engine": "sglang", "sglang_args": "a=1 b=2", "piref_gpu_util": 0.25, "value_cache_gb": 0.5, "generator": "G",
-    "value_model": "V", "shape": "1.5b", "device": "cpu",
+    "engine": "sglang", "sglang_args": "a=1 b=2", "generator": "G", "value_model": "V", "device": "cpu",
 }  # fmt: skip
+TINY = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+    max_position_embeddings=256, tie_word_embeddings=False, eos_token_id=0,
+)  # fmt: skip
 
 
 def test_flags_of_the_search_benchmark(monkeypatch, tmp_path, capsys):
     seen = SimpleNamespace()
 
-    def compare(make_bench, args, engine):
-        seen.bench, seen.engine = make_bench(args.searches), engine
-        seen.repeats = args.repeats
-
-        async def none():
-            return {"lock-step": [{"x": 1.0}], "this search": [{"x": 2.0}]}
-
-        return none()
+    async def compare(make_bench, args, engine):
+        seen.bench, seen.engine, seen.repeats = make_bench(args.searches), engine, args.repeats
+        return {"lock-step": [{"x": 1.0}], "this search": [{"x": 2.0}]}
 
     def make_models(args, folder):
-        seen.models = (args.generator, args.value_model, args.shape, args.device)
+        seen.models = (args.generator, args.value_model, args.device)
         return tmp_path, "the value model"
 
     info = SimpleNamespace(path="path", vocab_size=50)
@@ -138,90 +55,104 @@ def test_flags_of_the_search_benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark_search, "choose_engine", lambda name: f"chosen {name}")
     monkeypatch.setattr(benchmark_search, "make_engine", lambda kind, config: (kind, config))
     assert benchmark_search.main(words(SEARCH)) == 0
-    assert seen.models == ("G", "V", "1.5b", "cpu")
+    assert seen.models == ("G", "V", "cpu")
     kind, config = seen.engine
-    assert (kind, config.gpu_share, tuple(config.sglang_args), config.device) == (
-        "chosen sglang",
-        0.25,
-        ("a=1", "b=2"),
-        "cpu",
-    )
+    assert (kind, tuple(config.sglang_args), config.device) == ("chosen sglang", ("a=1", "b=2"), "cpu")
     bench = seen.bench
     assert (len(bench.prompts), {len(prompt) for prompt in bench.prompts}) == (5, {11})
     shape = bench.config
     assert (shape.num_beams, shape.beam_width, shape.block_size, shape.max_length) == (6, 3, 7, 21)
-    assert (bench.model, bench.cache_bytes, seen.repeats) == ("the value model", int(0.5e9), 2)
+    assert (bench.model, seen.repeats) == ("the value model", 2)
     assert "5 searches of 6 x 3 candidates, 3 blocks of 7 tokens, prompts of 11" in capsys.readouterr().out
     assert flags_of(benchmark_search.main, monkeypatch) == set(SEARCH)
 
 
+def test_each_order_is_measured_as_often_as_asked_on_new_prompts(monkeypatch):
+    """After one warm-up of each; the engine is closed."""
+    measured, closed = [], []
+
+    async def measure(order, bench):
+        measured.append((order.__name__, bench))
+        return {"wall-clock, s": 1.0}
+
+    async def close():
+        closed.append(True)
+
+    monkeypatch.setattr(benchmark_search, "measure", measure)
+    numbers = iter(range(100))
+    args, engine = SimpleNamespace(repeats=3, searches=9), SimpleNamespace(close=close)
+    results = asyncio.run(benchmark_search.compare(lambda count: (count, next(numbers)), args, engine))
+    assert {name: len(runs) for name, runs in results.items()} == {"lock-step": 3, "this search": 3}
+    assert [name for name, _ in measured] == ["lock_step", "this_search"] * 4
+    assert [count for _, (count, _) in measured] == [2, 2, *[9] * 6]
+    assert len({number for _, (_, number) in measured}) == 8
+    assert closed == [True]
+
+
 def test_random_or_named_models_of_the_search_benchmark(monkeypatch, tmp_path, value_folder):
-    small = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-    )
-    monkeypatch.setitem(benchmark_search.SHAPES, "small", small)
-    args = SimpleNamespace(device="cpu", generator=None, value_model=None, shape="small")
+    monkeypatch.setattr(benchmark_search, "SMALL", TINY)
+    args = SimpleNamespace(device="cpu", generator=None, value_model=None)
     generator, model = benchmark_search.make_models(args, tmp_path)
     assert json.loads((generator / "config.json").read_text())["hidden_size"] == model.config.hidden_size == 16
-    args = SimpleNamespace(device="cpu", generator="named", value_model=str(value_folder), shape="small")
+    args = SimpleNamespace(device="cpu", generator="named", value_model=str(value_folder))
     generator, model = benchmark_search.make_models(args, tmp_path)
     assert (generator, model.config.hidden_size) == (Path("named"), 32)
 
 
-SCORING = {
-    "shape": "1.5b", "device": "cpu", "dtype": "bf16", "attention": "eager", "prompt": 5, "block": 3, "rounds": 2,
-    "candidates": 4, "cache_gb": 0.25,
-}  # fmt: skip
+SCORING = {"device": "cpu", "dtype": "bf16", "prompt": 5, "block": 3, "rounds": 2, "candidates": 4}
 
 
 def test_flags_of_the_scoring_benchmark(monkeypatch, capsys):
     """Tokens read: once each, against whole traces of every candidate in every round and of the final beams."""
-    small = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-    )
-    monkeypatch.setitem(benchmark_scoring.SHAPES, "1.5b", small)
-    made, caches = [], []
-    make_model, scorer = benchmark_scoring.make_model, benchmark_scoring.ValueScorer
+    monkeypatch.setattr(benchmark_scoring, "SMALL", TINY)
+    made, make_model = [], benchmark_scoring.make_model
 
-    def model_spy(*given):
+    def spy(*given):
         made.append(given)
         return make_model(*given)
 
-    def scorer_spy(model, cache_bytes):
-        caches.append(cache_bytes)
-        return scorer(model, cache_bytes)
-
-    monkeypatch.setattr(benchmark_scoring, "make_model", model_spy)
-    monkeypatch.setattr(benchmark_scoring, "ValueScorer", scorer_spy)
+    monkeypatch.setattr(benchmark_scoring, "make_model", spy)
     benchmark_scoring.main(words(SCORING))
-    assert made == [("1.5b", "cpu", torch.bfloat16, "eager")]
-    assert caches == [int(0.25e9)]
+    assert made == [("cpu", torch.bfloat16)]
     printed = capsys.readouterr().out
     read = {
         line.split("|")[1].strip(): line.split("|")[3].strip() for line in printed.splitlines() if line.count("|") == 5
     }
     assert (read["re-reading"], read["cached"]) == (str(4 * 8 + 4 * 11 + 2 * 11), str(5 + 2 * 4 * 3))
+    assert float(printed.partition("full forward pass: ")[2].split()[0]) < 0.05
     assert flags_of(benchmark_scoring.main, monkeypatch) == set(SCORING)
 
 
-def test_flags_of_the_training_benchmark(monkeypatch):
-    rows = []
-    monkeypatch.setattr(benchmark_training, "make_table", lambda folder, count, *scale: rows.append((count, *scale)))
-    monkeypatch.setattr(benchmark_training, "benchmark_counts", lambda table: None)
-    monkeypatch.setattr(benchmark_training, "benchmark_step", lambda *given: None)
+def test_flags_of_the_training_benchmark(monkeypatch, capsys):
+    """Each way to pack and each group is counted on the rows that were asked for; their ratios are told."""
+    costs, asked = {"none": 4.0, "pack": 2.0, "tree": 1.0}, []
+
+    def count(table, packing, group):
+        asked.append((table, packing, group))
+        return np.array([costs[packing] * group, costs[packing] * group / 2, 1.0, 24.0])
+
+    monkeypatch.setattr(benchmark_training, "make_table", lambda folder, rows: f"{rows} rows")
+    monkeypatch.setattr(benchmark_training, "count", count)
     assert benchmark_training.main(["--rows", "3"]) == 0
-    assert rows[0] == (3,)
+    assert asked == [("3 rows", packing, group) for packing in costs for group in (2, 4)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["pack", "4.000", "8.000", "50.0%", "2.0"]
+    assert lines[-2].split()[:5] == ["none", "/", "pack", "2.000", "2.000"]
     assert flags_of(benchmark_training.main, monkeypatch) == {"rows"}
+
+
+def test_packing_is_counted_over_all_ranks_and_steps(monkeypatch):
+    asked = []
+
+    def batches(table, seed, total, micro, packing, group, rank, world_size, multiple):
+        asked.append((rank, world_size, packing, group))
+        batch = SimpleNamespace(input_ids=np.zeros((2, 8)), num_tokens=10, token_index=[0] * 3)
+        return [[batch] * (rank + 1)] * benchmark_training.STEPS
+
+    monkeypatch.setattr(benchmark_training, "RankBatches", batches)
+    rows = benchmark_training.STEPS * (1 + 2 + 3 + 4)
+    assert benchmark_training.count(None, "tree", 4).tolist() == [16 * rows, 10 * rows, 3 * rows, rows]
+    assert asked == [(rank, 4, "tree", 4) for rank in range(4)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +172,7 @@ def test_flags_of_the_coverage_study(monkeypatch, capsys):
 
     monkeypatch.setattr(coverage_study, "study", study)
     for cover, rejects, status in ((0.95, 0.05, 0), (0.92, 0.05, 1), (0.98, 0.05, 1), (0.95, 0.07, 1), (0.95, 0.03, 1)):
-        covered[0.3, 0.5] = cover
+        covered[0.3, 0.5], covered["rejects"] = cover, rejects
         assert coverage_study.main(["--simulations", "11", "--problems", "12", "--seed", "13"]) == status
     assert set(asked) == {(11, 12, 13)}
     assert "1 gated figures outside" in capsys.readouterr().out
@@ -346,7 +277,7 @@ def test_flags_of_the_comparison_of_two_trees(monkeypatch, tmp_path):
     @contextlib.contextmanager
     def worktree(revision):
         calls.append(revision)
-        yield tmp_path / "tree"
+        yield tmp_path / revision
 
     def make_inputs(tree, folder):
         (folder.parent / "work").mkdir()
@@ -357,13 +288,13 @@ def test_flags_of_the_comparison_of_two_trees(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_with, "run_all", lambda tree, folder: calls.append((tree, folder)))
     for equal, status in ((True, 0), (False, 1)):
         calls.clear()
-        monkeypatch.setattr(
-            compare_with, "compare", lambda before, after, equal=equal: calls.append((before, after)) or equal
-        )
+        monkeypatch.setattr(compare_with, "compare", lambda *folders, equal=equal: calls.append(folders) or equal)
         keep = tmp_path / f"kept{status}"
-        assert compare_with.main(["some-revision", "--keep", str(keep)]) == status
+        to = ["--to", "another"] if status else []
+        assert compare_with.main(["some", *to, "--keep", str(keep)]) == status
+        after = tmp_path / "another" if to else compare_with.ROOT
         assert calls == [
-            "some-revision", tmp_path / "tree", (tmp_path / "tree", keep / "before"), (compare_with.ROOT, keep / "after"),
+            "some", *to[1:], tmp_path / "some", (tmp_path / "some", keep / "before"), (after, keep / "after"),
             (keep / "before", keep / "after"),
         ]  # fmt: skip
-    assert flags_of(compare_with.main, monkeypatch) == {"revision", "keep"}
+    assert flags_of(compare_with.main, monkeypatch) == {"revision", "keep", "to"}

@@ -69,7 +69,7 @@ def test_the_next_start_goes_on_behind_a_torn_line_of_any_length(tmp_path, token
     def meta():
         return settings(4, 1, 2, 1, 2) | {"started": "now", "problems_sha256": "p", "numerics": {}}
 
-    with RunFiles.open(paths, meta()) as files:
+    with RunFiles(paths, meta()) as files:
         for i in range(3):
             task = SearchTask(i, 0, (1, 2))
             files.add_round(task, Round(0, [0, 0], [ids, [i]], [0.5, 0.25], [True, False], ["", "stop"]), ["a", "b"])
@@ -80,7 +80,7 @@ def test_the_next_start_goes_on_behind_a_torn_line_of_any_length(tmp_path, token
     for path, data in whole.items():
         last = data.rstrip(b"\n").rpartition(b"\n")[2]
         path.write_bytes(data + last[: len(last) - 1])
-    with RunFiles.open(paths, meta()) as files:
+    with RunFiles(paths, meta()) as files:
         assert sorted(files.finished) == [(0, 0), (1, 0)]
         lengths = {key: [list(map(len, part.tokens)) for part in rounds] for key, rounds in files.rounds.items()}
         assert lengths == {(2, 0): [[tokens, 1], [1, tokens]]}
