@@ -191,6 +191,24 @@ def test_equal_n_and_equal_tokens_by_hand(tmp_path):
     assert comparison_table(back, brief=False).rows[0][5].startswith("-33.3")
 
 
+def test_budgets_are_costs_of_the_common_problems(tmp_path):
+    """Each run's own cost of them, whatever their numbers are there: problems 3, 4, 5 are the other's 2, 1, 0."""
+    rewards = [list(map(bool, row)) for row in LEFT]
+    paths = [scored_run(tmp_path, name, 2, 100, rewards) for name in ("one", "other")]
+    lines = [json.loads(line) for line in paths[1].read_text().splitlines()]
+    lines = [
+        line | {"problem": f"problem {5 - line['data_idx']}" if line["data_idx"] < 3 else "none"} for line in lines
+    ]
+    lines = [line | {"problem": f"other {line['data_idx']}"} if line["problem"] == "none" else line for line in lines]
+    write_run(paths[1], lines)
+    rows = compare(*map(analysis_of, paths))["rows"]
+    tokens = [row for row in rows if row["basis"] == "tokens"]
+    # 100 x (4 + 5 + 6) / 3 against 100 x (1 + 2 + 3) / 3 a repetition
+    assert min(row["budget"] for row in tokens) == pytest.approx(500)
+    assert {round(row["pooled_one"], 6): round(row["pooled_other"], 6) for row in tokens}[1.0] == 2.5
+    assert {row["problems"] for row in rows} == {3}
+
+
 def test_a_baseline_of_samples_is_also_compared_by_its_plain_vote(tmp_path):
     rewards = [list(map(bool, row)) for row in LEFT]
     search = analysis_of(scored_run(tmp_path, "search", 2, 100, rewards))

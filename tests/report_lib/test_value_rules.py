@@ -7,8 +7,8 @@ import pytest
 from synthetic_runs import analysis_of, make_run, rows_of
 
 from report_lib.data import read_run
-from report_lib.tables import BIAS_NOTE, all_tables, to_json
-from report_lib.value import OBSERVATION, bias_words, groups_of, value_along_trace
+from report_lib.tables import BIAS_NOTE, all_tables, to_json, value_cells
+from report_lib.value import OBSERVATION, bias_words, groups_of, quality, value_along_trace
 from search_lib.run_reader import RunPaths
 
 # search type, selection -> biased by it, only final beams count, are there rejected candidates
@@ -119,6 +119,23 @@ def test_the_value_along_a_trace_is_told_for_right_and_wrong_apart():
     assert (right["position"], wrong["position"]) == (12.5, 18.5)
     assert (right["mean"], wrong["mean"]) == (pytest.approx(0.125), pytest.approx(0.185))
     assert (right["low"], right["high"]) == (pytest.approx(0.1125), pytest.approx(0.1375))
+
+
+def test_the_brier_score_of_the_base_rate():
+    """Of always saying the share that is right: here 3 of 4."""
+    part = observations([(p, 1, 10, 0.5, p < 3, True) for p in range(4)])
+    found = quality(part)
+    assert (found["share_right"], found["brier_base_rate"], found["brier"]) == (0.75, 0.1875, 0.25)
+
+
+def test_an_interval_over_few_problems_is_not_shown():
+    """Four problems with right and wrong answers say how they did, and no interval; five say it."""
+    for problems, shown in ((4, False), (5, True)):
+        rows = [(p, 1, 10, 0.1 * (k + p), k > 1, True) for p in range(problems) for k in range(4)]
+        rows += [(100, 1, 10, 0.5, True, True)]  # of which none is wrong
+        cells = value_cells({"label": "all"} | quality(observations(rows)))
+        assert ("±" in cells[5]) == shown
+        assert cells[5].endswith(f"({problems})")
 
 
 def test_words():
