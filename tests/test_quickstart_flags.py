@@ -2,10 +2,12 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import quickstart
+from conftest import ROOT
 from parser_flags import flags_of
 
 from common_lib.signals import Stopped
@@ -172,6 +174,15 @@ def test_results_are_told_and_written_under_their_names(runner, tmp_path, capsys
     told = " ".join(printed.split())
     assert "adds 1 points to the majority's, and searching by value -10 more" in told
     assert "90% of the time" in told
+
+
+def test_a_command_runs_in_the_checkout_with_one_thread_and_no_hub(tmp_path):
+    """Under this Python; what it says is added to its log."""
+    log = tmp_path / "logs/name.txt"
+    code = "import os, sys; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], os.environ['HF_HUB_OFFLINE'], sys.executable)"
+    for _ in range(2):
+        quickstart.run_command(shlex.join(["python", "-c", code]), log)
+    assert log.read_text() == f"{ROOT} 1 1 {sys.executable}\n" * 2
 
 
 def test_a_stop_ends_it_with_the_signals_status_and_nothing_after_it_runs(monkeypatch, tmp_path, capsys):

@@ -160,6 +160,26 @@ def test_a_report_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch)
     assert not (folder / "report_data/run1").exists()
 
 
+def test_the_terminal_is_brief(tmp_path, capsys):
+    """Of a comparison it shows the votes at the extreme budgets; the files have every metric at each."""
+    paths = [write_run(tmp_path / f"{i}.jsonl", random_lines(i)) for i in range(2)]
+    assert report.main([*map(str, paths), "--num_blocks", "5", "--out", str(tmp_path / "out")]) == 0
+    printed, written = capsys.readouterr().out, (tmp_path / "out/table.md").read_text()
+    comparison = "0 against 1: accuracy"
+    shown, whole = (
+        text.partition(comparison)[2].partition("Half-width from repeat noise")[0] for text in (printed, written)
+    )
+    for budget, words, brief in (
+        ("5", "weighted", 1),
+        ("10", "weighted", 0),
+        ("20", "majority", 1),
+        ("20", "pass@k", 0),
+    ):
+        in_terminal = sum(line.split()[1:3] == [budget, words] for line in shown.splitlines())
+        in_file = sum(line.split()[3:6:2] == [budget, words] for line in whole.splitlines())
+        assert (in_terminal, in_file) == (brief, 1), (budget, words)
+
+
 def test_a_pipe_that_is_closed_early_is_no_error(tmp_path, monkeypatch):
     class Closed:
         def write(self, text):

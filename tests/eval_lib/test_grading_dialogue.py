@@ -1,6 +1,8 @@
 """What the grader asks its workers, and how often: a worker that notes every request in the place of math-verify."""
 
+import itertools
 import json
+import random
 import textwrap
 
 import pytest
@@ -10,7 +12,7 @@ from eval_lib.grading import Grader, normalize_answer
 
 @pytest.fixture
 def clerk(tmp_path):
-    """A worker program that notes requests in `log`. x and y are equal with x as gold; "n5 ..." has the number 5."""
+    """A worker program that notes requests in `log`. x and y are equal with x as gold, others that share a word; n5 is a number."""
     program = f"""
         import json, os, sys, time
         print('"ready"', flush=True)
@@ -30,7 +32,7 @@ def clerk(tmp_path):
             elif "fails" in answers[1]:
                 reply = {{"failure": "failed (TestError)"}}
             else:
-                reply = {{"result": answers == ["x", "y"] or answers[0].split()[-1] == answers[1].split()[-1]}}
+                reply = {{"result": answers == ["x", "y"] or bool(set(answers[0].split()) & set(answers[1].split()))}}
             print(json.dumps(reply), flush=True)
     """
     path = tmp_path / "clerk.py"
@@ -67,6 +69,18 @@ def test_one_direction_is_enough_for_a_class_and_numbers_follow_the_first_appear
         assert grader.answer_classes([]) == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_a_later_answer_joins_become_one_with_all_their_members(clerk, seed):
+    """Two chains, of six and of three, whose ends know nothing of each other; whatever comes first."""
+    answers = ["a b", "b c", "c d", "d e", "e f", "f g", "p q", "q r", "r s", "z"]
+    expected = dict.fromkeys(answers[:6], 0) | dict.fromkeys(answers[6:9], 1) | {"z": 2}
+    order = random.Random(seed).sample(answers, len(answers))
+    with Grader(2, program=clerk) as grader:
+        classes = grader.answer_classes(order)
+    for (i, one), (j, other) in itertools.combinations(enumerate(order), 2):
+        assert (classes[i] == classes[j]) == (expected[one] == expected[other]), (one, other)
+
+
 def test_as_many_workers_as_it_was_given_work_at_once(clerk, asked):
     for workers in (1, 3):
         before = len(asked())
@@ -97,7 +111,7 @@ def test_answers_without_numbers_are_compared_with_all_but_integers_never_with_e
 
 def test_a_reply_may_be_longer_than_a_pipe(clerk):
     with Grader(1, program=clerk) as grader:
-        assert grader.answer_classes(["many a", "many b", "many a"]) == [0, 1, 0]
+        assert grader.answer_classes(["many-a", "many-b", "many-a"]) == [0, 1, 0]
 
 
 def test_an_answer_of_endless_length_equals_only_itself(clerk, asked):

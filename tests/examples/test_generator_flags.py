@@ -65,6 +65,17 @@ def test_flags_of_the_generator_script(made, monkeypatch):
     assert known == {*GENERATOR, "output_dir"}
 
 
+def test_no_problem_that_is_written_is_learned(made, monkeypatch):
+    left_out = []
+    batches = make_generator.batches
+    monkeypatch.setattr(make_generator, "batches", lambda *given: left_out.append(given[-1]) or batches(*given))
+    folder = made("one")[0]
+    problems = [lines_of(folder / f"problems_{kind}.jsonl") for kind in ("test", "train")]
+    assert {problem.text for problem in left_out[0]} == {row["problem"] for rows in problems for row in rows}
+    more = made("more", num_train=20)[0]
+    assert lines_of(more / "problems_test.jsonl") == problems[0]  # whatever the number of the others
+
+
 def test_the_seed_changes_problems_weights_and_traces(made, monkeypatch):
     """And each apart: what is drawn first must not be all that depends on it."""
     drawn = []

@@ -6,9 +6,10 @@ import pytest
 from handmade_runs import close, journal_row, random_lines, result, settings, write_run
 from synthetic_runs import analysis_of
 
+from eval_lib.tables import short
 from report_lib.compare import common_problems, compare
 from report_lib.data import read_run
-from report_lib.tables import all_tables, comparison_table, terminal_text, to_json
+from report_lib.tables import all_tables, comparison_cells, comparison_table, terminal_text, to_json
 
 # The generator of `handmade_runs.SHAPE`: 3 layers x (8 x 2 x (2 x 4 + 2 x 2) + 3 x 8 x 16) + 8 x 10 weights; the value
 # model has a head of 8 x (8 + 3) in place of the 8 x 10.
@@ -83,6 +84,31 @@ def test_costs_are_means_over_problems_of_means_over_repetitions(tmp_path):
     # Two pooled: problem 0 alone has them.
     assert (rows[1]["problems"], rows[1]["missing"]) == (1, 1)
     close([rows[1][key] for key in ("tokens_generated", "tokens_scored", "seconds")], [26.0, 40.0, 20.0])
+
+
+def test_problems_without_a_finished_search_are_missing_in_the_table(tmp_path):
+    """The settings say how many problems there are."""
+    line, rows = two_rounds(0, 0, 24, 5)
+    path = write_run(tmp_path / "run.jsonl", [line], rows, settings(3, 1, 2, 1, 2))
+    row = analysis_of(path).rows[0]
+    assert (row["problems"], row["missing"]) == (1, 2)
+    assert "2 of 3 problems lack 1 repetition" in row["note"]
+
+
+def test_costs_are_shown_under_their_names(tmp_path):
+    analysis = make(tmp_path, sessions(30.0))
+    tables = {table.title.partition(":")[0]: table for table in all_tables([analysis], [])}
+    cost, flops = (
+        tables["Cost of one problem"],
+        tables["FLOPs of one problem, generator (decode, prefill) and value model"],
+    )
+    assert dict(zip(cost.columns, cost.rows[0], strict=True)) == {
+        "N": "2", "pooled": "1", "problems": "2", "generated": "10", "scored": "16", "seconds": "7.0",
+        "length-limited": "33.3%", "empty": "0.0%",
+    }  # fmt: skip
+    row = analysis.rows[0]
+    assert flops.rows[0][2:] == [short(row[f"flops{name}"]) for name in ("_decode", "_prefill", "_score", "")]
+    assert len(set(flops.rows[0][2:])) == 4
 
 
 def test_flops_by_problem_are_what_a_comparison_is_given(tmp_path):
@@ -185,7 +211,9 @@ def test_equal_n_and_equal_tokens_by_hand(tmp_path):
     cells = comparison_table(found, brief=False).rows
     assert cells[0][:3] == ["any", "any", "pass@1"]
     assert [row[:2] for row in cells].count(["any", "any"]) == 1
+    assert (cells[0][3], cells[0][4]) == ("75.0", "41.7")
     assert cells[0][5].startswith("+33.3")
+    assert [row[:3] for row in cells[1:3]] == [["N", "4", "pass@k"], ["N", "4", "best-of-N"]]
     back = compare(other, one)
     assert {row["difference"] for row in back["rows"]} == {-row["difference"] for row in found["rows"]}
     assert comparison_table(back, brief=False).rows[0][5].startswith("-33.3")
@@ -228,6 +256,26 @@ def test_problems_are_paired_by_their_text_each_once(tmp_path):
         for name, words in (("one", texts), ("other", other_texts))
     ]
     assert common_problems(*(read_run(path, path.stem) for path in paths)) == [(0, 2), (1, 0), (2, 3), (5, 1)]
+
+
+def test_the_terminal_shows_votes_at_the_extreme_budgets_and_the_files_all(tmp_path):
+    paths = [scored_run(tmp_path, name, 2, 100, [list(map(bool, row)) for row in LEFT]) for name in ("one", "other")]
+    found = compare(*map(analysis_of, paths))
+    brief, whole = ([row[:3] for row in comparison_table(found, brief).rows] for brief in (True, False))
+    assert brief == [["any", "any", "pass@1"]] + [
+        [basis, budget, vote] for basis, budgets in (("N", "28"), ("tokens", ["350", "1.4k"])) for budget in budgets
+        for vote in ("majority", "weighted")
+    ]  # fmt: skip
+    assert [row for row in whole if row[2] == "pass@k"] == [
+        ["N", "2", "pass@k"], ["N", "4", "pass@k"], ["N", "8", "pass@k"], ["tokens", "350", "pass@k"],
+        ["tokens", "700", "pass@k"], ["tokens", "1.4k", "pass@k"],
+    ]  # fmt: skip
+
+
+def test_small_p_values_are_bounds_and_unknown_ones_dashes():
+    row = {"basis": "N", "budget": 8, "metric_one": "maj", "metric_other": "maj", "one": 0.5, "other": 0.25}
+    row |= {"difference": 0.25, "ci": 0.1}
+    assert [comparison_cells(row | {"p_value": p})[-1] for p in (0.0009, 0.001, None)] == ["<0.001", "0.001", "–"]
 
 
 def test_other_reference_answers_are_warned_of(tmp_path):

@@ -113,4 +113,18 @@ def test_a_block_says_its_rank_its_fate_and_how_it_ended(page, html):
     strip = page.run("[...document.querySelectorAll('.strip button')].map((b) => b.textContent)")
     assert [" ".join(words.split()) for words in strip] == ["0 ✗✗…", "1 ✗✗…"]
     open_problem(page, html, "problem=1&search=0")
-    assert page.run("document.querySelector('.block').dataset.block") == "1"  # the best of the final beams
+    block = "document.querySelector('.block').dataset.block"
+    assert page.run(block) == "1"  # the best of the final beams
+    for key, node in (("ArrowDown", "2"), ("ArrowDown", "3"), ("ArrowUp", "2"), ("ArrowUp", "1"), ("ArrowUp", "1")):
+        page.press(key)
+        assert page.run(block) == node, key
+
+
+def test_keys_lead_from_problem_to_problem(page, html):
+    open_problem(page, html, "problem=1&search=1")
+    for key, problem in (("p", "0"), ("p", "0"), ("n", "1"), ("n", "2"), ("n", "2")):
+        page.press(key)
+        page.wait(f"document.querySelector('.crumbs').textContent.includes('Problem {problem} ')")
+        assert page.run("(VGS.address().problem || '1')") == problem
+    page.press("Escape")
+    page.wait("document.querySelectorAll('.list tbody tr').length === 3")

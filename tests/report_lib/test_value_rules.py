@@ -138,5 +138,13 @@ def test_an_interval_over_few_problems_is_not_shown():
         assert cells[5].endswith(f"({problems})")
 
 
+def test_measures_are_shown_under_their_names():
+    group = {"label": "here", "count": 1234, "share_right": 0.125, "mean_value": 0.2, "auc": 0.3, "auc_within": 0.4,
+             "auc_within_ci": 0.05, "auc_within_problems": 9, "brier": 0.6, "brier_base_rate": 0.7, "ece": 0.8}  # fmt: skip
+    assert value_cells(group) == [
+        "here", "1,234", "12.5%", "0.200", "0.300", "0.400 ±0.050 (9)", "0.600", "(0.700)", "0.800",
+    ]  # fmt: skip
+
+
 def test_words():
     assert len({bias_words(biased) for biased in (True, False, None)}) == 3

@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from parser_flags import flags_of, words
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common_lib.cli import UserError
@@ -268,6 +269,29 @@ def test_a_llama_model_gives_the_same_logits_as_qwen2(tmp_path):
     with pytest.raises(UserError, match="is not empty; give a new folder"):
         make_real_models.main(["--out", str(tmp_path / "full")])
     assert tiny.tiny_config().model_type == "qwen2"
+
+
+def test_flags_of_the_script_that_makes_real_models(monkeypatch, tmp_path):
+    """Both models lie in --out with the tokenizer; --seed is that of the random head, the backbone is the generator's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**TINY, "vocab_size": 264, "eos_token_id": 256})
+    llama = LlamaForCausalLM(config)
+    monkeypatch.setattr(make_real_models, "download", lambda folder: folder / "model.gguf")
+    monkeypatch.setattr(make_real_models.AutoTokenizer, "from_pretrained", lambda *a, **k: tiny.tiny_tokenizer())
+    monkeypatch.setattr(make_real_models.LlamaForCausalLM, "from_pretrained", lambda *a, **k: llama)
+    weights = []
+    for number, seed in enumerate((3, 3, 4)):
+        out = tmp_path / str(number)
+        assert make_real_models.main(["--out", str(out), "--seed", str(seed)]) == 0
+        assert all((out / name / "tokenizer.json").is_file() for name in ("generator", "value_model"))
+        weights.append(load_file(out / "value_model/model.safetensors"))
+        generator = load_file(out / "generator/model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert torch.equal(weights[-1][name], generator[name])
+    heads = [found["score.0.weight"] for found in weights]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert flags_of(make_real_models.main, monkeypatch) == {"out", "seed"}
 
 
 def test_flags_of_the_comparison_of_two_trees(monkeypatch, tmp_path):

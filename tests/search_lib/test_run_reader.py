@@ -118,6 +118,30 @@ def test_the_journal_of_long_interleaved_rounds_is_read_search_by_search(tmp_pat
         ]
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_a_journal_must_have_each_round_once(tmp_path, number):
+    """Twice, at once or later, or not at all while a later one is there; the last one may be missing still."""
+    rows = [
+        journal_row(0, 0, i, [2 * i - 1 if i else 0] * 2, [1, 1], [0.5, 0.25], [1, 0], ["", ""], ["a", "b"])
+        for i in range(4)
+    ]
+    path = tmp_path / "run.tree.jsonl"
+    for place in {number, 3}:
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in [*rows[: place + 1], rows[number], *rows[place + 1 :]])
+        )
+        with pytest.raises(
+            UserError, match=rf"round {number} of problem 0, repetition 0 is there twice \(line {place + 2}\)"
+        ):
+            Journal(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["round"] != number))
+    if number < 3:
+        with pytest.raises(UserError, match=rf"round {number + 1} of .* is there .*, and a round before it is missing"):
+            Journal(path)
+    else:
+        assert Journal(path).read(0, 0)[0].round == [-1, 0, 0, 1, 1, 2, 2]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whose lines they are
 
