@@ -176,8 +176,11 @@ def test_results_are_told_and_written_under_their_names(runner, tmp_path, capsys
     assert "90% of the time" in told
 
 
-def test_a_command_runs_in_the_checkout_with_one_thread_and_no_hub(tmp_path):
-    """Under this Python; what it says is added to its log."""
+def test_a_command_runs_in_the_checkout_with_one_thread_and_no_hub(tmp_path, monkeypatch):
+    """Whatever is set where the user stands, and under this Python; what it says is added to its log."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "7")
     log = tmp_path / "logs/name.txt"
     code = "import os, sys; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], os.environ['HF_HUB_OFFLINE'], sys.executable)"
     for _ in range(2):
