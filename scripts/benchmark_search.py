@@ -235,10 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         generator, model = make_models(args, Path(folder))
         kind, info = choose_engine(args.engine), inspect_model(generator, "--generator")
-        sglang_args = tuple(args.sglang_args)
-        engine = make_engine(
-            kind, EngineConfig(info.path, info.vocab_size, args.device, samples=False, sglang_args=sglang_args)
-        )
+        settings = {"samples": False, "sglang_args": tuple(args.sglang_args)}
+        engine = make_engine(kind, EngineConfig(info.path, info.vocab_size, args.device, **settings))
         config = SearchConfig(args.num_beams, args.beam_width, args.block_size, args.rounds * args.block_size)
         rng = random.Random(0)
 

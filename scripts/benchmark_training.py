@@ -57,9 +57,7 @@ def count(table: RolloutTable, packing: str, group: int) -> np.ndarray:
     """Tokens computed (padding included), tokens, loss tokens, and rows, of all ranks' steps."""
     counts = np.zeros(4)
     for rank in range(RANKS):
-        batches = RankBatches(
-            table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, rank=rank, world_size=RANKS, multiple=128
-        )
+        batches = RankBatches(table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, False, rank, RANKS, multiple=128)
         for batch in (batch for step in range(STEPS) for batch in batches[step]):
             counts += batch.input_ids.size, batch.num_tokens, len(batch.token_index), 1
     return counts
@@ -72,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         table = make_table(Path(folder), args.rows)
-        print(
-            f"Tokens computed per loss token, padding included ({STEPS} steps of {TOTAL_BATCH} roll-outs, {RANKS} ranks)"
-        )
+        sizes = f"{STEPS} steps of {TOTAL_BATCH} roll-outs, {RANKS} ranks"
+        print(f"Tokens computed per loss token, padding included ({sizes})")
         print(f"{'':24s}{'group 2':>10s}{'group 4':>10s}{'padding':>10s}{'rows a step':>13s}")
         cost = {}
         for packing in PACKINGS:

@@ -155,12 +155,8 @@ def compare(before: Path, after: Path) -> bool:
     for kind, files in found.items():
         different = [f"    {name}, {where}" for name, where in files.items() if where]
         if files:
-            print(
-                f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ",
-                *different,
-                sep="\n",
-                flush=True,
-            )
+            counts = f"{kind:14} {len(files) - len(different):3} equal, {len(different)} differ"
+            print("\n".join([counts, *different]), flush=True)
     return not any(where for files in found.values() for where in files.values())
 
 

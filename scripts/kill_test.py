@@ -10,7 +10,6 @@ most `save_every` steps are lost, after SIGTERM none. Prints one line a trial an
 differs.
 """
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +24,8 @@ from subprocess import DEVNULL, PIPE, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from common_lib.cli import ArgumentParser, run_script
 
 # What a second start may change: how long things took, and what had to be read again.
 FREE_KEYS = {"dt", "seconds_generate", "seconds_score", "tokens_scored", "tokens_reread", "tokens_cached"}
@@ -241,12 +242,12 @@ def log_changed(run_dir: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=10, help="trials, or stops of training (default: %(default)s)")
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=10, help="trials, or stops of training")
     parser.add_argument("--engine", choices=("simulated", "transformers"), default="simulated")
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--train", action="store_true", help="training in the place of a search")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -261,4 +262,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

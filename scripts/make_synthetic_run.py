@@ -12,7 +12,6 @@ normal noise of `--noise` added to its logit. So with `--noise 0` and without se
 are calibrated exactly.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -27,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 from simulated import run_virtual
 
+from common_lib.cli import ArgumentParser, run_script
 from common_lib.files import write_text
 from data_utils import Problem
 from engine_lib.base import Reply
@@ -258,7 +258,7 @@ def meta(options: Options) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: every option of `Options` except texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("output_path", type=Path)
     for name in ("problems", "repetitions", "num_blocks", "block_size", "max_length", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Options, name))
@@ -275,4 +275,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -44,11 +44,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for cause, share in asdict(Noise()).items():
         parser.add_argument(f"--{cause}", type=float, default=share, help="probability at a step of a training trace")
     args = parser.parse_args(argv)
-    counts = ("num_steps", "batch_size", "num_train", "num_test")
+    counts, shares = ("num_steps", "batch_size", "num_train", "num_test"), asdict(Noise())
     check_rules(args, [(name, getattr(args, name) >= 1, "must be at least 1") for name in counts])
-    check_rules(
-        args, [(name, 0 <= getattr(args, name) <= 1, "is a probability: from 0 to 1") for name in asdict(Noise())]
-    )
+    check_rules(args, [(name, 0 <= getattr(args, name) <= 1, "is a probability: from 0 to 1") for name in shares])
     check_rules(args, [("max_lr", args.max_lr > 0, "must be above 0"), ("seed", args.seed >= 0, "must be 0 or more")])
     return args
 
