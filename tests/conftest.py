@@ -44,6 +44,23 @@ def value_folder(tmp_path_factory) -> Path:
     return tiny.save_value_model(tmp_path_factory.mktemp("tiny") / "value")
 
 
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, one for all tests of the report's page."""
+    from chromium import Chromium
+
+    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(browser):
+    """The browser, with an empty log; afterwards nothing may have gone wrong or left the disk."""
+    browser.log.clear()
+    yield browser
+    assert browser.log == []
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB (needs root and mount)."""

@@ -24,8 +24,8 @@ VGS.textNodes = function (text, landmarks = false) {
 
 /** One line for lists and bars: cut at `most` characters, without line breaks. */
 VGS.oneLine = function (text, most = 90) {
-  const cut = [...text.slice(0, 2 * most)].slice(0, most).join("").replace(/\s+/g, " ");
-  return VGS.el("bdi", {}, VGS.textNodes(cut + (text.length > cut.length ? "…" : "")));
+  const cut = [...text.slice(0, 2 * most)].slice(0, most).join("");
+  return VGS.el("bdi", {}, VGS.textNodes(cut.replace(/\s+/g, " ") + (text.length > cut.length ? "…" : "")));
 };
 
 /** A text of any length: the first piece, and a button for the next. */

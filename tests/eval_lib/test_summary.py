@@ -9,7 +9,7 @@ import pytest
 
 from eval_lib.grading import Grader
 from eval_lib.intervals import clustered_interval, paired_difference
-from eval_lib.summary import format_table, pooled_scores, summarize
+from eval_lib.summary import format_table, pooled_scores, run_tables, summarize
 from eval_lib.tables import thin
 from eval_utils import best_of_n, majority_vote, problem_classes, weighted_vote
 
@@ -163,6 +163,18 @@ def test_the_table_fits_80_columns_and_stays_short():
     first = text.splitlines()[2]
     assert f"{100 * rows[0]['maj_m']:.1f}" in first
     assert f"±{100 * rows[0]['maj_ci']:.1f}" in first
+
+
+def test_the_table_shows_the_half_widths_that_it_names():
+    """Of problems beside the mean, and those of repeat noise in a table of their own; costs in a third."""
+    row = table_of(run_lines(problems=6, repetitions=6))[1]
+    accuracy, noise, cost = (table.rows[1] for table in run_tables(table_of(run_lines(problems=6, repetitions=6))))
+    metrics = ("pass1", "pass", "bon", "maj", "wmaj")
+    assert [float(cell.split("±")[0]) for cell in accuracy[2:]] == [round(100 * row[f"{m}_m"], 1) for m in metrics]
+    assert [float(cell.split("±")[1]) for cell in accuracy[2:]] == [round(100 * row[f"{m}_ci"], 1) for m in metrics]
+    assert [float(cell.strip("±")) for cell in noise[2:]] == [round(100 * row[f"{m}_ci_repeat"], 1) for m in metrics]
+    assert accuracy[:2] == noise[:2] == cost[:2] == ["16", "2"]
+    assert cost[2:] == ["6", "7,000", "2,200", "4.0", "25.0%", f"{row['empty']:.1%}"]
 
 
 @pytest.mark.parametrize("as_repetitions", [False, True])

@@ -11,6 +11,7 @@ from eval_utils import best_of_n, majority_vote, weighted_vote
 
 def test_the_heaviest_win_ties_share_and_nothing_wins_nothing():
     assert winners([0.3, 0.1 + 0.1 + 0.1, 0.2]).tolist() == [True, True, False]
+    assert winners([1.0, 0.9999999]).tolist() == [True, False]  # near is no tie; only rounding is forgiven
     assert winners([[0.0, 1e-30], [0.0, 0.0]]).tolist() == [[False, True], [False, False]]
     assert winners([]).tolist() == []
 

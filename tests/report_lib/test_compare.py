@@ -31,6 +31,7 @@ def test_a_run_against_itself_differs_by_nothing(pair, tmp_path):
     assert {row["basis"] for row in result["rows"]} == {"N", "tokens"}
     for row in result["rows"]:
         assert row["difference"] == pytest.approx(0, abs=1e-12)
+        assert row["ci"] == pytest.approx(0, abs=1e-12)  # so does every problem, not only their mean
         assert row["problems"] == 6
     assert any("FLOPs" in missing for missing in result["missing"])
 

@@ -6,7 +6,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from chromium import BINARY, SKIP_REASON, Chromium
+from chromium import BINARY, SKIP_REASON
 from make_synthetic_run import Options, make_synthetic_run
 from synthetic_runs import rows_of
 
@@ -42,20 +42,6 @@ def make_report(folder, name, change=None, plots=False, **options):
 def write_report(paths, out, plots=False):
     runs = [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
     report.write_report(out, runs, None, write_plots if plots else lambda folder, analyses: [])
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def page(browser):
-    """The browser, with an empty log; afterwards nothing may have gone wrong or left the disk."""
-    browser.log.clear()
-    yield browser
-    assert browser.log == []
 
 
 @pytest.fixture(scope="module")

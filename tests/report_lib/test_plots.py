@@ -1,0 +1,111 @@
+"""What plots draw: the points of each line are figures of the table."""
+
+import json
+
+import numpy as np
+import pytest
+from handmade_runs import close
+from matplotlib import pyplot
+from synthetic_runs import analysis_of, make_run
+
+from eval_lib.summary import METRICS
+from report_lib import plots
+from search_lib.run_reader import RunPaths
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left():
+    yield
+    pyplot.close("all")
+
+
+@pytest.fixture(scope="module")
+def analyses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder, "vgs", early_stop=0.1, repetitions=5), make_run(folder, "bon", search_type="bon")]
+    return [analysis_of(path) for path in runs]
+
+
+def lines_of(axis):
+    """label -> (x, y) of the lines that the legend names."""
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axis.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def points(analysis, key, metric):
+    return [row[key] for row in analysis.rows], [row[f"{metric}_m"] for row in analysis.rows]
+
+
+@pytest.mark.parametrize("basis", plots.AXES)
+def test_accuracy_is_drawn_against_its_budget(analyses, basis):
+    key = {"n": "N", "tokens": "tokens_generated", "flops": "flops"}[basis]
+    figure = plots.accuracy_figure(analyses, basis)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in panels] == ["vgs", "bon"]
+    for axis, analysis in zip(panels, analyses, strict=True):
+        assert lines_of(axis) == {words: points(analysis, key, metric) for metric, words in METRICS.items()}
+        assert axis.get_xscale() == "log"
+        # the band of the weighted vote: its edges are drawn
+        colour = plots.LINES["wmaj"][0]
+        edges = [line.get_ydata() for line in axis.lines if line.get_color() == colour and line.get_linewidth() < 1]
+        mean, half = (np.array([row[f"wmaj_{end}"] for row in analysis.rows]) for end in ("m", "ci"))
+        close(
+            [list(edge) for edge in edges], [list(np.clip(mean - half, 0, None)), list(np.clip(mean + half, None, 1))]
+        )
+
+
+def test_the_comparison_has_each_run_and_the_baselines_majority(analyses):
+    figure = plots.comparison_figure(analyses)
+    for axis, key in zip(figure.axes, ("N", "tokens_generated", "flops"), strict=True):
+        assert lines_of(axis) == {
+            "vgs: weighted": points(analyses[0], key, "wmaj"),
+            "bon: weighted": points(analyses[1], key, "wmaj"),
+            "bon: majority": points(analyses[1], key, "maj"),
+        }
+    assert plots.comparison_figure(analyses[:1]) is None
+
+
+def test_reliability_has_the_bins_of_the_report(analyses):
+    analysis = analyses[1]
+    figure = plots.reliability_figure(analysis, "length")
+    groups = [group for group in analysis.values["groups"] if group["kind"] in ("end", "length")]
+    for axis, group in zip(figure.axes, groups, strict=True):
+        assert axis.get_title() == group["label"]
+        drawn = axis.collections[0].get_offsets().tolist()
+        close(drawn, [[b["mean_value"], b["share_right"]] for b in group["bins"]])
+        assert f"ECE {group['ece']:.3f}" in axis.texts[0].get_text()
+    assert "unbiased" in figure._suptitle.get_text()
+
+
+def test_values_along_the_trace_are_those_of_right_and_wrong(analyses):
+    figure = plots.trace_figure(analyses)
+    (axis,) = [axis for axis in figure.axes if axis.get_visible()]  # samples have one block: nothing along it
+    trace = analyses[0].values["trace"]
+    for label, right in (("right", True), ("wrong", False)):
+        rows = [row for row in trace if row["right"] == right]
+        assert lines_of(axis)[label] == ([row["position"] for row in rows], [row["mean"] for row in rows])
+
+
+def test_time_is_stacked_round_by_round(analyses):
+    """Runs from above; each bar begins where the one before it ends."""
+    figure = plots.time_figure(analyses)
+    (axis,) = figure.axes
+    bars = [bar for bar in axis.patches if bar.get_width()]
+    for y, analysis in ((1, analyses[0]), (0, analyses[1])):
+        mine = [bar for bar in bars if round(bar.get_y() + bar.get_height() / 2) == y]
+        expected = [seconds for row in analysis.rounds for seconds in (row["generate"], row["score"])]
+        close([bar.get_width() for bar in mine], [s for s in [*expected, analysis.waiting] if s])
+        close([bar.get_x() for bar in mine[1:]], list(np.cumsum([bar.get_width() for bar in mine])[:-1]))
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["bon", "vgs"]
+
+
+def test_what_a_run_does_not_tell_is_not_drawn(tmp_path):
+    path = make_run(tmp_path, "released", released=True)
+    analysis = analysis_of(path)
+    assert [plots.accuracy_figure([analysis], basis) for basis in plots.AXES] == [None] * 3
+    assert plots.trace_figure([analysis]) is None
+    assert not RunPaths.of(path).meta.exists()
+    assert json.dumps(analysis.rows)
