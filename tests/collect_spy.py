@@ -55,7 +55,7 @@ class SpyEngine:
     async def generate(self, requests: list[Request]) -> list[Reply]:
         self.run.running += 1
         self.run.most_at_once = max(self.run.most_at_once, self.run.running)
-        for _ in range(1 + requests[0].seed % 7):  # they end in another order than they began
+        for _ in range(1 + requests[0].seed % 41):  # they end in another order than they began
             await asyncio.sleep(0)
         replies = [self.write(request) for request in requests]
         self.requests += requests

@@ -46,6 +46,8 @@ def boxed(text: str) -> str:
 def test_each_entry_is_one_roll_out_with_its_own_answer_and_label(base):
     """Against what the engine was asked and wrote; its answers differ within a problem, and problems end out of order."""
     written = {(tuple(request.prompt_ids), tuple(reply.token_ids)): reply for request, reply in base.of_kind(False)}
+    ended = [int(request.group) for request, _ in base.of_kind(False) if int(request.group) < 4]
+    assert ended != sorted(ended)
     assert [row["problem"] for row in base.rows] == [f"Problem {i}?" for i in range(6)]
     for number, row in enumerate(base.rows):
         assert (row["answer"], row["solution"]) == (ANSWERS[number], f"s{number}")
