@@ -128,6 +128,19 @@ def test_a_line_counts_what_its_search_has_cost(start):
     assert sum(len(row["tokens"]) for row in seen.rounds) == len(seen.requests)
 
 
+def test_lines_end_in_the_order_of_global_idx_whatever_order_searches_end_in(start):
+    """The first problem's searches take four rounds, the others' one."""
+
+    def slow_first(request, nth):
+        return search_spy.block(
+            request.max_new_tokens, request.seed, stop_share=0.0 if request.group[0] == "0" else 1.0
+        )
+
+    seen = start(slow_first)
+    assert [row["data_idx"] for row in seen.rounds][-2:] == [0, 0]
+    assert [row["global_idx"] for row in seen.rows] == list(range(8))
+
+
 def test_texts_of_blocks_are_beside_their_tokens(start):
     seen = start()
     for row in seen.rounds:

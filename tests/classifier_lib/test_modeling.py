@@ -116,6 +116,8 @@ def test_the_released_snippets_run_verbatim(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         classifier = classifier_lib.Qwen2ForClassifier.from_pretrained(path, **model_loading_kwargs)
 
+    assert classifier.dtype == torch.bfloat16  # not the checkpoint's
+
     input_ids = torch.tensor(IDS, dtype=torch.long, device=device)
     attention_mask = torch.ones_like(input_ids)
     classifier_outputs = classifier(input_ids.unsqueeze(0), attention_mask=attention_mask.unsqueeze(0))

@@ -75,6 +75,9 @@ def test_rounds_follow_the_rules(search_type):
                     open_beams.append(node)
         assert not open_beams
         assert finished == cfg.num_beams == len(set(result.beams))
+        for node in range(1, len(tree.parent)):
+            assert tree.start[node] == len(tree.response(tree.parent[node]))
+            assert tree.end(node) == len(tree.response(node))
         for node in result.beams:
             assert len(tree.response(node)) <= cfg.max_length
             assert (
