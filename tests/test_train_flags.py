@@ -249,8 +249,8 @@ TABLE: dict[str, Row] = {
     "debug": Row(
         True,
         lambda seen, _: len(seen.steps) == 10 and all(forward.anomaly for forward in seen.trained)
-        and max(rows_of(seen.trained)) == 255 and not seen.trackers and not seen.hub,
-        {"data_path": Path("many"), "num_steps": 12, "total_batch_size": 128, "micro_batch_size": 128, "track": True,
+        and max(rows_of(seen.trained)) < 256 and not seen.trackers and not seen.hub,
+        {"data_path": Path("many"), "num_steps": 12, "total_batch_size": 32, "micro_batch_size": 32, "track": True,
          "push_to_hub": True},
     ),
 }  # fmt: skip
