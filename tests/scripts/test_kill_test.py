@@ -45,8 +45,9 @@ def test_a_kill_is_due_some_time_after_the_journal_has_grown(tmp_path, monkeypat
     monkeypatch.setattr(kill_test.time, "monotonic", lambda: now[0])
     journal.write_text("an earlier start's\n")
     due = kill_test.after_growth(journal, 3.0)
-    now[0] += 50
-    assert not due()
+    for _ in range(2):
+        now[0] += 50
+        assert not due()
     journal.write_text("an earlier start's\nand one more\n")
     assert not due()
     now[0] += 2.9

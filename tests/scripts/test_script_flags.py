@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import json
 import math
 from pathlib import Path
@@ -145,8 +146,12 @@ def test_flags_of_the_training_benchmark(monkeypatch, capsys):
 def test_packing_is_counted_over_all_ranks_and_steps(monkeypatch):
     asked = []
 
-    def batches(table, seed, total, micro, packing, group, rank, world_size, multiple):
-        asked.append((rank, world_size, packing, group))
+    signature = inspect.signature(benchmark_training.RankBatches)
+
+    def batches(*args, **more):
+        given = signature.bind(*args, **more).arguments
+        rank = given["rank"]
+        asked.append((rank, given["world_size"], given["packing"], given["group_size"]))
         batch = SimpleNamespace(input_ids=np.zeros((2, 8)), num_tokens=10, token_index=[0] * 3)
         return [[batch] * (rank + 1)] * benchmark_training.STEPS
 
