@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one thread, and the optional folder of third-party data."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -75,3 +76,13 @@ def small_disk(tmp_path):
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """What a script run in this process does to log levels ends with its test."""
+    loggers = [logging.getLogger(name) for name in (None, "classifier_lib", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
