@@ -7,12 +7,18 @@
 The faults lie in tests/faults/*.toml: `file`, `before` (must stand in the file exactly once), `after`, `tests` (pytest
 arguments), and `name`, what is broken in words. A fault is caught where a test fails; one that every test lets pass
 survives and is a hole in the tests. An entry whose text is no longer there fails: it is to be kept up with the code.
+
+The tests of each fault run in a process of their own, forked from one that has imported torch and the other libraries
+already: their import takes longer than most tests.
 """
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +38,17 @@ from common_lib.progress import format_seconds
 
 FAULTS = ROOT / "tests" / "faults"
 CAUGHT, FAILED_TESTS = "caught", 1  # pytest's exit status where tests ran and some failed
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.attention.flex_attention", "datasets",
+    "transformers.models.qwen2.modeling_qwen2", "transformers.integrations.sdpa_attention", "pyarrow.parquet",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,15 +94,39 @@ def copy_project(folder: Path) -> Path:
 
 def run_tests(copy: Path, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
     """pytest's exit status (None where it took too long), and the last line of what it said."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=os.environ | quiet, capture_output=True, text=True, errors="replace", timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"did not end in {seconds:g} s"
-    return done.returncode, (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
+    with tempfile.NamedTemporaryFile() as said:
+        process = FORKS.Process(target=_run_pytest, args=(copy, tests, said.name))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            return None, f"did not end in {seconds:g} s"
+        lines = Path(said.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return process.exitcode, lines[-1] if lines else "nothing"
+
+
+def _run_pytest(copy: Path, tests: Sequence[str], said: str) -> None:
+    """In the forked process: `python -m pytest` in the copy, of which nothing has been imported yet."""
+    os.setsid()  # so that a time-out ends whatever the tests have started
+    output = os.open(said, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
+            del sys.modules[name]
+    sys.path[:] = [
+        str(copy),
+        *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "scripts", ROOT / "tests")),
+    ]
+    os.chdir(copy)
+    # What the tests spawn imports the main module again: it is to be pytest's, not this script with the true project.
+    sys.modules["__main__"] = importlib.import_module("pytest.__main__")
+    status = sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # no waiting for threads that a broken test has left
 
 
 def check_clean(faults: Sequence[Fault], copy: Path) -> None:
@@ -116,6 +157,7 @@ def try_fault(fault: Fault, copy: Path, seconds: float) -> str:
 def try_all(faults: Sequence[Fault], jobs: int, seconds: float) -> dict[str, str]:
     """By name what came of each fault; said as it comes."""
     begin, results = time.monotonic(), {}
+    os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copies: Queue[Path] = Queue()
         for number in range(jobs):
