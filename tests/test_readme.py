@@ -75,14 +75,22 @@ def test_the_papers_training_command_as_written_with_overriding_flags(checkout, 
     assert (checkout / "runs" / "single_node_run" / "latest" / "model.safetensors").is_file()
 
 
+def test_the_papers_commands_are_the_released_ones(shared):
+    released = shared("RELEASED_README.md").read_text(encoding="utf-8").split("```")[1::2]
+    commands = [block.lstrip("\n") for block in released if ".py" in block]
+    assert commands == [readme_block("Search AIME-24 with it"), readme_block("Train the value model on 4 GPUs")]
+
+
 def test_the_papers_search_command_as_written_with_overriding_flags(checkout):
-    command = readme_block("Search a benchmark with it")
+    command = readme_block("Search AIME-24 with it")
     words = shlex.split(command.replace("\\\n", " "))
-    assert arguments.parse_args(words[words.index("inference_eval.py") + 1 :]).num_blocks == 8
+    args = arguments.parse_args(words[words.index("inference_eval.py") + 1 :])
+    assert (args.num_blocks, args.batch_size, args.seed, args.piref_gpu_util) == (8, 10, 7996, 0.75)
+    assert args.tracker == "neptune"
     bash(
         f"{command.rstrip()} --benchmark quickstart_out/seed1/problems_test.jsonl --max_problems 5 --engine transformers "
         "--piref_model quickstart_out/seed1/generator --classifier_ckpt_path quickstart_out/seed1/value_model/latest "
-        "--prompt_format bare --max_length 60 --block_size 6 --device cpu",
+        "--prompt_format bare --max_length 60 --block_size 6 --device cpu --num_repetitions 3",
         checkout,
     )
-    assert len((checkout / "inference_outputs.jsonl").read_text().splitlines()) == 5
+    assert len((checkout / "inference_outputs.jsonl").read_text().splitlines()) == 15
