@@ -123,10 +123,7 @@ def _run_pytest(copy: Path, tests: Sequence[str], said: str) -> None:
     os.chdir(copy)
     # What the tests spawn imports the main module again: it is to be pytest's, not this script with the true project.
     sys.modules["__main__"] = importlib.import_module("pytest.__main__")
-    status = sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # no waiting for threads that a broken test has left
+    sys.exit(sys.modules["pytest"].main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
 
 
 def check_clean(faults: Sequence[Fault], copy: Path) -> None:
