@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("classifier_lib").setLevel(logging.ERROR)  # what it says of the model, rank 0 says
+        for name in ("classifier_lib", "training_lib.attention"):  # what they say of the model, rank 0 says
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args = parse_args(argv, __doc__)
         if args.use_dora:
