@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import BaseFileLock
 from safetensors.torch import save_file
 from torch import nn
 
@@ -129,7 +129,7 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 generator.set_state(rng[world.rank][name])
 
 
-def lock_run(run_dir: Path, patience_s: float = 10.0) -> FileLock:
+def lock_run(run_dir: Path, patience_s: float = 10.0) -> BaseFileLock:
     """Hold the run's directory against a second process, and clear away what a killed one left half done.
 
     patience_s: a run that was just killed may take a moment to go. Returns the lock, to be kept. Raises UserError.
