@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker, make_tracker
 from training_lib.arguments import parse_args
 from training_lib.hub_push import HubPusher
-from training_lib.launch import follow_parent, leave_ranks
+from training_lib.launch import RankLostError, follow_parent, leave_ranks
 
 logger = logging.getLogger("train_classifier")
 
@@ -101,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.use_dora:
             logger.info("--use_dora has no effect, as in the released code")
         return train(args)
-    except UserError:
+    except UserError as error:
         if rank:  # rank 0 tells it; the first to exit would make torchrun end the others before they spoke
             time.sleep(10)
+            if isinstance(error, RankLostError):  # it may be rank 0 that hangs
+                print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
         raise
 
