@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
-        for name in ("classifier_lib", "training_lib.attention"):  # what they say of the model, rank 0 says
+        for name in ("classifier_lib", "training_lib"):  # what they have to say, rank 0 says
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args = parse_args(argv, __doc__)
