@@ -101,9 +101,8 @@ def _publish(writing: Path, target: Path) -> None:
 def _prune(target: Path, keep: int, in_use: Collection[str]) -> None:
     """Make room, now that `target` is whole. What is pushed to the hub is the value model alone, so that the rest of a
     checkpoint that is in use may go."""
-    past = [
-        path for path in checkpoints(target.parent) if path <= target
-    ]  # later ones are of steps that are done again
+    # Later ones, if any, are of steps that are done again.
+    past = [path for path in checkpoints(target.parent) if path <= target]
     for old in past[:-keep]:
         if old.name not in in_use:
             # Renamed first: a directory that is half removed must not look whole.
