@@ -69,6 +69,7 @@ class SearchPlan:
     device: str
     value_device: str
     value_dtype: str
+    value_attention: str
 
     @property
     def longest_trace(self) -> int:
@@ -104,9 +105,24 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     models.check_token_ids(generator, value_model, tokenizer, max(*stop_ids, *map(max, prompts)), load_tokenizer)
     models.check_positions(generator, value_model, max(map(len, prompts)), args.max_length)
     plan = SearchPlan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device, value_device,
-                      value_dtype)  # fmt: skip
+                      value_dtype, attention_of_value_model(args.attention_impl, value_device, value_dtype))  # fmt: skip
     models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace)
     return plan
+
+
+def attention_of_value_model(name: str, device: str, dtype: str) -> str:
+    """Decided and said before a model is loaded: an engine takes minutes to start."""
+    if device == "cpu":  # without torch, whose import takes seconds
+        chosen = "eager" if name == "eager" else "sdpa"
+        logger.info("value model: attention: %s (on a CPU)", chosen)
+        return chosen
+    import torch
+
+    from classifier_lib import resolve_attn_implementation
+
+    return resolve_attn_implementation(
+        name, torch.bfloat16 if dtype == "bf16" else torch.float32, device, "value model"
+    )
 
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
@@ -155,7 +171,7 @@ def load_scorer(args: argparse.Namespace, plan: SearchPlan) -> ScorerThread:
 
     model = Qwen2ForClassifier.from_pretrained(
         plan.value_model.path,
-        attn_implementation=args.attention_impl,
+        attn_implementation=plan.value_attention,
         torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
         use_cache=False,
     ).to(plan.value_device)

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker, make_tracker
 from training_lib.arguments import parse_args
 from training_lib.hub_push import HubPusher
-from training_lib.launch import follow_parent, leave_ranks
+from training_lib.launch import RankLostError, follow_parent, leave_ranks
 
 logger = logging.getLogger("train_classifier")
 
@@ -94,15 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("classifier_lib").setLevel(logging.ERROR)  # what it says of the model, rank 0 says
+        for name in ("classifier_lib", "training_lib"):  # what they have to say, rank 0 says
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args = parse_args(argv, __doc__)
         if args.use_dora:
             logger.info("--use_dora has no effect, as in the released code")
         return train(args)
-    except UserError:
+    except UserError as error:
         if rank:  # rank 0 tells it; the first to exit would make torchrun end the others before they spoke
             time.sleep(10)
+            if isinstance(error, RankLostError):  # it may be rank 0 that hangs
+                print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
         raise
 

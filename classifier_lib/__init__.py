@@ -1,10 +1,10 @@
 """The value model of Value-Guided Search: model, losses, and a scorer of growing traces."""
 
+from classifier_lib.attention import resolve_attn_implementation
 from classifier_lib.modeling import (
     LABEL_CORRECT,
     Qwen2ForClassifier,
     bradley_terry_loss,
-    resolve_attn_implementation,
     rollout_loss,
     success_probs,
 )

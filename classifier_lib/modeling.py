@@ -3,19 +3,17 @@
 Wang et al. 2025, "Value-Guided Search for Efficient Chain-of-Thought Reasoning" (arXiv 2505.17373), section 3.
 """
 
-import functools
-import importlib.util
 import logging
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 from transformers.utils import ModelOutput
+
+from classifier_lib.attention import resolve_attn_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +124,7 @@ class Qwen2ForClassifier(Qwen2PreTrainedModel):
             config.num_labels = 3
         for key in [k for k in kwargs if hasattr(config, k) and k != "dtype"]:
             setattr(config, key, kwargs.pop(key))
-        dtype = kwargs.get("dtype") or config.dtype
+        dtype = config.dtype if kwargs.get("dtype") in (None, "auto") else kwargs["dtype"]
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         kwargs["attn_implementation"] = resolve_attn_implementation(kwargs.get("attn_implementation"), dtype)
         return super().from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
@@ -179,57 +177,3 @@ def bradley_terry_loss(correct: torch.Tensor, incorrect: torch.Tensor) -> torch.
     Bradley and Terry 1952; as a reward-model loss: Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
     """
     return -F.logsigmoid(correct.float() - incorrect.float()).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention: one place decides which kernel runs
-
-
-def resolve_attn_implementation(name: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """The attention implementation to load a model with; what was asked for where it exists, else said loudly.
-
-    `name`: a name of the transformers library; None or "auto" takes the fastest one that can run here
-    (flash_attention_2 needs the flash-attn package, a GPU and half precision; otherwise sdpa).
-    """
-    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    half = dtype in (torch.bfloat16, torch.float16)
-    if name in (None, "auto"):
-        chosen = "flash_attention_2" if has_flash and half else "sdpa"
-        logger.info("attention: %s (fastest that can run here)", chosen)
-        return chosen
-    if name == "flash_attention_2" and not has_flash:
-        missing = "no GPU" if importlib.util.find_spec("flash_attn") else "the flash-attn package is not installed"
-        _warn_once(f"attention: flash_attention_2 was asked for, but {missing}; using sdpa (same values, slower)")
-        return "sdpa"
-    if name == "flash_attention_2" and dtype == torch.float32:
-        _warn_once("attention: flash_attention_2 was asked for, but has no float32 kernel; using sdpa")
-        return "sdpa"
-    return name
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _sdpa_lower_right(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """SDPA whose causal mask is aligned to the *last* key, so that new tokens may follow a cache.
-
-    query: [B, heads, q, d]; key, value: [B, kv heads, k, d], k >= q. With a mask, or without a cache, this is the
-    library's own SDPA. With a cache and no mask, that one would build a [q, k] mask, which the flash kernel refuses;
-    `causal_lower_right` keeps the flash kernel on a GPU. On a CPU it builds the mask itself.
-    """
-    q_length, k_length = query.shape[2], key.shape[2]
-    if attention_mask is not None or q_length == k_length or q_length == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    from torch.nn.attention.bias import causal_lower_right  # not above: it loads the compiler, a second of start-up
-
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bias = causal_lower_right(q_length, k_length)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("sdpa_lower_right", _sdpa_lower_right)
-AttentionMaskInterface.register("sdpa_lower_right", sdpa_mask)

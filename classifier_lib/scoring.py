@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from classifier_lib.attention import use_cached_attention
 from classifier_lib.cache_budget import CacheBudget, TokenBytes
 from classifier_lib.modeling import Qwen2ForClassifier, success_probs
 
@@ -48,8 +49,7 @@ class ValueScorer:
         """`max_batch_tokens`: new tokens in one forward pass, whatever the cache (at least one row goes)."""
         if "sliding_attention" in model.config.layer_types:
             raise ValueError("the value model uses sliding-window attention, which ValueScorer cannot cache")
-        if model.config._attn_implementation != "flash_attention_2":
-            model.set_attn_implementation("sdpa_lower_right")
+        use_cached_attention(model)
         self.model = model.eval()
         self.max_batch_tokens = max_batch_tokens
         token = TokenBytes.of_config(model.config, model.dtype.itemsize, masked=model.device.type == "cpu")

@@ -5,6 +5,7 @@ newline is torn, cut off and done again; any other file is written beside, fsync
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from common_lib.cli import UserError
 
@@ -173,18 +174,79 @@ def fsync(path: Path) -> None:
 # One process at a time
 
 
-def lock(path: Path, busy: str, patience_s: float = 0.0) -> FileLock:
+# What flock answers on a file system that has none: NFS without its lock daemon, Lustre by default, some FUSE ones.
+NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+def lock(path: Path, busy: str, patience_s: float = 0.0) -> BaseFileLock:
     """Hold the lock file `path`, until `release()` or the end of the process. Keep the returned object.
 
-    busy: what to say where another process holds it for longer than `patience_s`. Raises UserError.
+    On a file system without flock, which is said, a file `path`.pid is there while the lock is held; what a dead process
+    of this host has left of it is taken over. busy: what to say where another process holds it for longer than
+    `patience_s`. Raises UserError.
     """
-    held = FileLock(path, thread_local=False)  # any thread may release it
+    held = FileLock(path, thread_local=False, fallback_to_soft=False)  # any thread may release it
     try:
         held.acquire(timeout=patience_s, poll_interval=0.1)
+        return held
     except Timeout:
         raise UserError(busy) from None
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be made ({error.strerror or error}); give a place that can be written"
-        ) from error
-    return held
+        reason = error.strerror or str(error)
+        if error.errno not in NO_FLOCK:
+            raise UserError(f"{path} cannot be made ({reason}); give a place that can be written") from error
+    marker = path.with_name(f"{path.name}.pid")  # of its own: `path` stays when it is released, and would look held
+    logger.warning("%s: its file system has no locks (flock: %s); the file %s is the lock", path, reason, marker.name)
+    return _hold_marker(marker, busy, patience_s)
+
+
+def _hold_marker(marker: Path, busy: str, patience_s: float) -> BaseFileLock:
+    """A lock that is held while its file is there. Raises UserError."""
+    held = SoftFileLock(marker, thread_local=False)
+    for seconds in (0.0, patience_s):
+        try:
+            held.acquire(timeout=seconds, poll_interval=0.1)
+            return held
+        except Timeout:
+            _remove_stale(marker)
+        except OSError as error:
+            raise UserError(f"{marker} cannot be made ({error.strerror}); give a place that can be written") from error
+    pid, host = _holder(marker) or ("?", "an unknown host")
+    raise UserError(f"{busy} ({marker} is held by process {pid} on {host}; if that is gone, remove the file)")
+
+
+def _holder(marker: Path) -> tuple[int, str] | None:
+    """(process, host) that a lock file names, the host as the library writes it, with a mark of its container."""
+    try:
+        pid, host, *_ = marker.read_text(encoding="utf-8").splitlines()
+        return int(pid), host
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_stale(marker: Path) -> None:
+    """Remove a lock file whose process was one of this host and is gone.
+
+    The library does so itself where the file system can exchange two names; NFS, where it is needed most, cannot.
+    """
+    holder = _holder(marker)
+    with SoftFileLock(marker.with_name(f"{marker.name}.{os.getpid()}")) as probe:
+        here = _holder(Path(probe.lock_file))
+    if holder is None or here is None or holder[1] != here[1] or _is_alive(holder[0]):
+        return
+    aside = marker.with_name(f"{marker.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        marker.rename(aside)
+        if _holder(aside) != holder:  # a third process was faster, and this is its lock
+            aside.rename(marker)
+        aside.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

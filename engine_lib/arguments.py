@@ -11,7 +11,7 @@ from data_utils import PROMPT_FORMATS
 from engine_lib.base import EngineConfig
 from engine_lib.choose import ENGINES
 
-ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+ATTENTIONS = ("auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager")
 # Where and how fast a generator runs, not what comes out: these may change when a stopped run goes on.
 FREE_ARGUMENTS = {
     "engine", "device", "attention_impl", "piref_gpu_util", "sglang_port", "sglang_url", "sglang_args", "request_timeout",

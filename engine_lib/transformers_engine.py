@@ -31,7 +31,7 @@ class TransformersEngine:
         an interruption waits for it. bf16 on a GPU, fp32 on a CPU."""
         self.device = config.device
         self.dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        attention = resolve_attn_implementation(config.attention, self.dtype)
+        attention = resolve_attn_implementation(config.attention, self.dtype, self.device, "generator")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model_path, dtype=self.dtype, attn_implementation=attention
         )

@@ -136,7 +136,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--run_name", help="(default: made of dataset_name, model, data and seed)")
     flag("--dataset_name", help="a prefix of the default run name")
     flag("--save_every", type=int, default=200, help="steps")
-    flag("--max_keep_ckpts", type=int, default=20, help="older checkpoints are removed")
+    flag("--max_keep_ckpts", type=int, default=20, help="older checkpoints are removed; of those kept the "
+         "newest two can be gone on from")
     flag("--push_to_hub", action=switch, default=False, help="push checkpoints to the private hub repository RUN_NAME, "
          "a revision for each step")
     flag("--track", action=switch, default=False, help="log to --tracker, neptune if that is not given")

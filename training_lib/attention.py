@@ -5,7 +5,7 @@
 """
 
 import functools
-import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +15,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from classifier_lib.attention import flash_missing
 from training_lib.packing import MicroBatch, block_lists
+
+logger = logging.getLogger(__name__)
 
 FLEX_BLOCK = 128
 Inputs = dict[str, object]
@@ -40,10 +43,15 @@ class Attention:
 
 def choose_attention(packing: str, device: str, half_precision: bool) -> Attention:
     """The fastest attention that can run a layout here. `device`: cpu or cuda."""
-    has_flash = device == "cuda" and half_precision and importlib.util.find_spec("flash_attn") is not None
-    if has_flash and packing != "tree":
-        return FLASH
-    return FLEX if device == "cuda" and packing != "none" else SDPA
+    if device != "cuda":
+        return SDPA
+    chosen = SDPA if packing == "none" else FLEX
+    if packing == "tree":
+        return chosen
+    missing = flash_missing(FLASH.name, torch.bfloat16 if half_precision else torch.float32)
+    if missing:
+        logger.warning("attention: %s, since for %s %s", chosen.name, FLASH.name, missing)
+    return chosen if missing else FLASH
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

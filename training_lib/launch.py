@@ -6,6 +6,12 @@ import os
 import signal
 import sys
 
+from common_lib.cli import UserError
+
+
+class RankLostError(UserError):
+    """Another rank does not answer."""
+
 
 def follow_parent() -> None:
     """Have Linux kill this rank when torchrun dies, or a killed torchrun would leave ranks that train on unseen.

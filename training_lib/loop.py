@@ -27,7 +27,7 @@ from training_lib.evaluation import evaluate, format_evaluation
 from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
-from training_lib.ranks import World
+from training_lib.ranks import STEPPING, World
 from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
 
 
@@ -60,10 +60,14 @@ class TrainingRun:
         for done, batches in enumerate(read_steps(args, self.plan.train, first, self.world), first + 1):
             self.train_step(done, batches)
             signals = max(self.world.gather(stop.received or 0))
+            if done == first + 1:  # all has been compiled
+                self.world.wait_at_most(STEPPING)
             if args.eval_every > 0 and (done % args.eval_every == 0 or done == args.num_steps):
-                self.evaluate(done)
+                with self.world.patient():
+                    self.evaluate(done)
             if done % args.save_every == 0 or done == args.num_steps or signals:
-                self.save(done)
+                with self.world.patient():
+                    self.save(done)
             if signals and done < args.num_steps:
                 name = signal.Signals(signals).name
                 self.say(f"stopped by {name} after step {done}, which is saved; the same command goes on")

@@ -11,7 +11,7 @@ from common_lib.models import inspect_model, resolve_model
 from training_lib.arguments import IDENTITY, ROUNDING
 from training_lib.attention import ATTENTIONS, Attention
 from training_lib.batch_order import RankBatches, hold_out
-from training_lib.checkpoints import checkpoints, read_trainer
+from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
 from training_lib.ranks import World
 from training_lib.rollout_data import RolloutTable, load_rollouts
 
@@ -46,7 +46,9 @@ class TrainingPlan:
 def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> TrainingPlan:
     """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError."""
     run_dir = Path(args.save_dir) / args.run_name
-    found = world.gather([str(path) for path in checkpoints(run_dir)][-1:])
+    with world.together():
+        newest = checkpoints(run_dir)[-1:] if args.eval_only else [newest_resumable(run_dir)]
+    found = world.gather([str(path) for path in newest if path])
     if any(other != found[0] for other in found):
         raise UserError(f"--save_dir {args.save_dir}: the ranks see different checkpoints; every node must see it")
     checkpoint = Path(found[0][0]) if found[0] else None

@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import ipaddress
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from common_lib.cli import UserError
 from common_lib.devices import resolve_device
 from common_lib.files import OutputError
+from training_lib.launch import RankLostError
 
 Result = TypeVar("Result")
+
+# How long a rank waits for the others before it ends the run: while one may download, compile or write a checkpoint, and
+# from step to step, where one that hangs holds up all the others' GPUs.
+PATIENT = datetime.timedelta(hours=1)
+STEPPING = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,38 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def from_rank0(self, item: Any) -> Any:
+        """Rank 0's item, on every rank."""
+        items = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(items)
+        return items[0]
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with rank 0's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def raise_together(self, message: str | None) -> None:
         """Where any rank has a message, all ranks raise it as a UserError, so that none waits for another."""
         if said := [message for message in self.gather(message) if message is not None]:
             raise UserError(said[0])
+
+    def wait_at_most(self, limit: datetime.timedelta) -> None:
+        """For the others, from now on, whatever goes between ranks (torch has no public name for it)."""
+        if not dist.is_initialized():
+            return
+        for group in dist.distributed_c10d._world.pg_map:
+            for device in group._device_types:
+                group._get_backend(device)._set_default_timeout(limit)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Between steps: what one rank does while the others wait may take long here."""
+        self.wait_at_most(PATIENT)
+        yield
+        self.wait_at_most(STEPPING)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -83,12 +119,46 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
         # Objects, flags and sums travel by gloo, so that no kernel waits for them; gradients on a GPU by nccl.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         store = None if size > 1 else dist.HashStore()
-        dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=datetime.timedelta(hours=1))
+        check_host_address()
+        dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=PATIENT)
     try:
         yield World(rank, size, place)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0].partition(". ")[0]
+        if not isinstance(error, dist.DistError) and not any(words in message for words in LOST):
+            raise
+        raise RankLostError(
+            f"rank {rank} lost the others: one of them hangs or has ended ({message}); what each rank said last tells which; "
+            "the same command goes on from the last checkpoint"
+        ) from error
     finally:
         if grouped and size == 1:  # several leave by launch.leave_ranks
             dist.destroy_process_group()
+
+
+# How gloo's messages tell it, which are RuntimeErrors
+LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "timeout caused pair closure")
+
+
+def check_host_address() -> None:
+    """Of several nodes each listens where its own name leads. Raises UserError where that is this machine's inside, as on
+    a Debian or Ubuntu whose /etc/hosts names it 127.0.1.1: the others would call in vain."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not _is_inside(os.environ.get("MASTER_ADDR", ""))
+    if several and "GLOO_SOCKET_IFNAME" not in os.environ and _is_inside(socket.gethostname()):
+        raise UserError(
+            f"this node's name {socket.gethostname()} leads to itself (/etc/hosts), where the ranks of other nodes cannot "
+            "reach it; set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface between the nodes, such as "
+            "eth0: `ip -brief address` lists them"
+        )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a host name or address is found, and is a loopback address."""
+    try:
+        address = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return False
+    return ipaddress.ip_address(str(address).split("%")[0]).is_loopback
 
 
 def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:

@@ -110,7 +110,7 @@ def test_the_released_snippets_run_verbatim(tmp_path, caplog):
     """As on the released model's page, but for the path and the device."""
     released_like(tmp_path, torch.float32, 3)
     path, device = str(tmp_path), torch.device("cpu")
-    classifier_lib.modeling._warn_once.cache_clear()
+    classifier_lib.attention._warn_once.cache_clear()
 
     model_loading_kwargs = dict(attn_implementation="flash_attention_2", torch_dtype=torch.bfloat16, use_cache=False)
     with caplog.at_level(logging.WARNING):

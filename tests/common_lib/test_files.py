@@ -317,3 +317,135 @@ def test_a_lock_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file/lock cannot be made"):
         lock(tmp_path / "file/lock", "busy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# File systems without flock
+
+NO_FLOCK_HOLDER = """
+import fcntl, os, sys
+from pathlib import Path
+
+def flock(*_):
+    raise OSError(int(sys.argv[1]), os.strerror(int(sys.argv[1])))
+
+fcntl.flock = flock
+sys.path.insert(0, sys.argv[2])
+path = Path(sys.argv[3])
+if sys.argv[4] == "training":
+    from training_lib.checkpoints import lock_run
+    held = lock_run(path)
+elif sys.argv[4] == "search":
+    from search_lib.run_files import RunFiles, check_output_path
+    held = RunFiles(check_output_path(str(path / "x.jsonl")), {"arguments": {"num_repetitions": 1}, "num_problems": 1, "started": ""})
+else:
+    from common_lib.files import lock
+    held = lock(path / "lock", "busy")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """No process of this test has flock; `no_flock(kind)` starts one that holds a lock in a folder."""
+    started = []
+
+    def start(folder, kind="plain", number=errno.ENOLCK):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        process = subprocess.Popen(
+            [sys.executable, "-c", NO_FLOCK_HOLDER, str(number), str(ROOT), str(folder), kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout.readline() == b"held\n", process.communicate()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_flock_a_lock_file_is_used_and_said(tmp_path, no_flock, caplog, recwarn, number):
+    process = no_flock(tmp_path, number=number)
+    with pytest.raises(UserError) as told:
+        lock(tmp_path / "lock", "another one writes here")
+    assert caplog.messages == [
+        f"{tmp_path}/lock: its file system has no locks (flock: {os.strerror(number)}); the file lock.pid is the lock"
+    ]
+    assert not recwarn.list  # the library's own, which names no file
+    assert str(told.value).startswith(
+        f"another one writes here ({tmp_path}/lock.pid is held by process {process.pid} on "
+    )
+    assert str(told.value).endswith("; if that is gone, remove the file)")
+    process.kill()
+    process.wait()
+    held = lock(tmp_path / "lock", "another one writes here")  # it was killed and could not remove the file
+    assert (tmp_path / "lock.pid").read_text().splitlines()[0] == str(os.getpid())
+    held.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    lock(tmp_path / "lock", "another one writes here").release()  # what stays is not held
+
+
+def test_a_dead_process_is_found_where_names_cannot_be_exchanged(tmp_path, no_flock, monkeypatch):
+    """On NFS the lock library leaves such a file alone."""
+    monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)
+    process = no_flock(tmp_path)
+    with pytest.raises(UserError, match="busy"):
+        lock(tmp_path / "lock", "busy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "lock.pid"]
+    process.kill()
+    process.wait()
+    lock(tmp_path / "lock", "busy").release()
+
+
+def test_a_lock_file_of_another_host_is_respected(tmp_path, no_flock):
+    (tmp_path / "elsewhere").mkdir()
+    no_flock(tmp_path / "elsewhere")
+    marker = tmp_path / "lock.pid"
+    for text, holder in (("4194000\nnode2\n", "process 4194000 on node2"), ("", "process ? on an unknown host")):
+        marker.write_text(text)
+        with pytest.raises(UserError) as told:
+            lock(tmp_path / "lock", "busy")
+        assert str(told.value) == f"busy ({marker} is held by {holder}; if that is gone, remove the file)"
+        assert marker.read_text() == text
+    marker.unlink()
+    lock(tmp_path / "lock", "busy").release()
+
+
+def test_a_lock_file_that_a_faster_process_has_taken_is_put_back(tmp_path, monkeypatch):
+    marker = tmp_path / "lock.pid"
+    marker.write_text("1\nnode1\n")
+    answers = [
+        (2**22 + 1, "here"),
+        (1, "here"),
+        (os.getpid(), "here"),
+    ]  # what lies there, this host, what was moved aside
+    monkeypatch.setattr(files, "_holder", lambda path: answers.pop(0))
+    files._remove_stale(marker)
+    assert marker.read_text() == "1\nnode1\n" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["search", "training"])
+def test_both_users_of_a_lock_do_without_flock(tmp_path, no_flock, kind):
+    from search_lib.run_files import RunFiles, check_output_path
+    from training_lib.checkpoints import lock_run
+
+    process = no_flock(tmp_path, kind)
+    with pytest.raises(
+        UserError, match=rf"\.pid is held by process {process.pid} on .*; if that is gone, remove the file"
+    ):
+        if kind == "training":
+            lock_run(tmp_path, patience_s=0.1)
+        else:
+            RunFiles(check_output_path(str(tmp_path / "x.jsonl")), {})
+    process.communicate()  # it comes to its end
+    if kind == "training":
+        lock_run(tmp_path, patience_s=0.1).release()

@@ -1,8 +1,6 @@
 """Which attention a layout gets, what it asks of the batch, and the dropout that a model has under it."""
 
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,13 +17,18 @@ CPU = torch.device("cpu")
 TRACES = [Trace(np.arange(1, 1 + length), 1, 1, (0, length)) for length in (5, 3)]
 
 
-def test_each_layout_gets_the_fastest_attention_that_can_run(monkeypatch):
+def test_each_layout_gets_the_fastest_attention_that_can_run(monkeypatch, caplog):
     layouts = ("none", "pack", "tree")
     assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3
+    assert not caplog.records
     assert [choose_attention(packing, "cuda", True) for packing in layouts] == [SDPA, FLEX, FLEX]
-    flash_attn = ModuleType("flash_attn")
-    flash_attn.__spec__ = ModuleSpec("flash_attn", None)
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        f"attention: {name}, since for flash_attention_2 there is no GPU" for name in ("sdpa", "packed_flex")
+    ]
+    monkeypatch.setattr(
+        "training_lib.attention.flash_missing", lambda name, dtype: None if dtype == torch.bfloat16 else "no"
+    )
     assert [choose_attention(packing, "cuda", True) for packing in layouts] == [FLASH, FLASH, FLEX]
     assert [choose_attention(packing, "cuda", False) for packing in layouts] == [SDPA, FLEX, FLEX]
     assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3

@@ -97,7 +97,7 @@ def test_data_workers_by_device(monkeypatch, device, given, workers):
 def test_ranks_that_see_other_checkpoints_are_told(tmp_path):
     class TwoRanks(World):
         def gather(self, item):
-            return [item, [*item, "step-00000009"]]
+            return [item, item if item is None else [*item, "step-00000009"]]
 
     args = parse_args(["--save_dir", str(tmp_path), "--run_name", "run"])
     with pytest.raises(UserError, match=f"--save_dir {tmp_path}: the ranks see different checkpoints"):

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -307,8 +308,16 @@ def test_each_rank_draws_on_from_its_own_noise(inputs, tmp_path):
     """Of a checkpoint of as many ranks; with another number the noise is another anyway."""
 
     class SomeRanks(World):
+        sent: ClassVar[list] = []  # by rank 0, in order
+
         def gather(self, item):
             return [item]
+
+        def from_rank0(self, item):
+            self.sent.append(item if self.rank == 0 else self.sent.pop(0))
+            return self.sent[-1]
+
+        broadcast = from_rank0
 
     seen = run(inputs, tmp_path)
     checkpoint = seen.run_dir / "latest"
