@@ -1,5 +1,6 @@
 """The HTTP client of SGLang servers: long requests that live, connections for all of them, and nothing of the world outside."""
 
+import itertools
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ logger = logging.getLogger(__name__)
 # A request may wait an hour for its first byte. What stands between forgets connections that are silent for some minutes
 # (350 s and less in clouds), without a word to either end; a peer that is gone is noticed after 60 + 4 x 15 s.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+POOLS = 64
 OTHER_FILES = 256  # that a run may have open besides: models, outputs, pipes of its processes
 
 
@@ -27,15 +29,34 @@ def keep_alive_options() -> list[tuple[int, int, int]]:
 def make_client() -> httpx.AsyncClient:
     """With a connection for each request that runs, kept for the next one, whatever the number of servers."""
     key = os.environ.get("SGLANG_API_KEY")  # that the servers were started with (`--api-key`), where they were
-    # The servers close idle connections after 5 s; one that is being closed must not be used. More than so many seconds'
-    # worth are never idle, so their number needs no bound; httpx counts the busy ones towards it and would close all.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=3.0)
     return httpx.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         trust_env=False,  # proxies are for the world outside; these are machines of ours
         timeout=httpx.Timeout(None, connect=10.0),
-        transport=httpx.AsyncHTTPTransport(trust_env=False, limits=limits, socket_options=keep_alive_options()),
+        transport=ManyPools(),
     )
+
+
+class ManyPools(httpx.AsyncBaseTransport):
+    """Requests in turn to POOLS connection pools: one pool looks at all its connections at each request, so that 3,000 at
+    once cost it a minute of computing, and it closes every idle one where there are more than its bound in all."""
+
+    def __init__(self) -> None:
+        # The servers close idle connections after 5 s; one that is being closed must not be used.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=3.0)
+        certificates = httpx.create_ssl_context(trust_env=False)  # read once for all
+        self.pools = [
+            httpx.AsyncHTTPTransport(certificates, trust_env=False, limits=limits, socket_options=keep_alive_options())
+            for _ in range(POOLS)
+        ]
+        self._turns = itertools.cycle(self.pools)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await next(self._turns).handle_async_request(request)
+
+    async def aclose(self) -> None:
+        for pool in self.pools:
+            await pool.aclose()
 
 
 def allow_open_files(connections: int) -> None:
