@@ -259,12 +259,18 @@ async def make_row(stage: "Stage", grader: Grader, number: int, roll_ins: dict[i
     }  # fmt: skip
 
 
+def requests_each(args: argparse.Namespace) -> int:
+    """Most requests of one problem at once: its roll-ins, then its roll-outs."""
+    prefixes = max(1, args.num_roll_ins * args.prefixes_per_roll_in)
+    return max(args.num_roll_ins, prefixes * args.rollouts_per_prefix)
+
+
 class Stage:
     """One model's turn: its engine, and what is shown of its progress."""
 
     def __init__(self, args: argparse.Namespace, plan: CollectionPlan, model: ModelInfo, title: str, todo: int):
         self.args, self.plan, self.title, self.todo = args, plan, title, todo
-        self.engine = make_engine(plan.engine, engine_config(args, model, plan.device))
+        self.engine = make_engine(plan.engine, engine_config(args, model, plan.device, todo, requests_each(args)))
         self.begun = time.perf_counter()
         self.done = self.tokens = self.rollouts = self.right = 0
         self.progress = Progress(self.status)

@@ -144,11 +144,18 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "value_model": asdict(plan.value_model),
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
-            "generator_dtype": "bf16" if plan.device.startswith("cuda") else "fp32",
+            "generator_dtype": generator_dtype(plan),
             "value_dtype": plan.value_dtype,
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def generator_dtype(plan: SearchPlan) -> str | None:
+    """None: the servers' own, which this process's device says nothing of."""
+    if plan.engine == "sglang-server":
+        return None
+    return "bf16" if plan.device.startswith("cuda") else "fp32"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +167,8 @@ def load_engine(args: argparse.Namespace, plan: SearchPlan) -> Engine:
     quiet_transformers()
     if plan.device == plan.value_device == "cpu":
         limit_cpu_threads()
-    return make_engine(plan.engine, engine_config(args, plan.generator, plan.device))
+    searches = len(plan.problems) * args.num_repetitions
+    return make_engine(plan.engine, engine_config(args, plan.generator, plan.device, searches, args.num_blocks))
 
 
 def load_scorer(args: argparse.Namespace, plan: SearchPlan) -> ScorerThread:

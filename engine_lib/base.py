@@ -8,7 +8,7 @@ from typing import Protocol
 @dataclass(frozen=True, slots=True)
 class Request:
     """One continuation to write. `temperature` 0 is greedy; `seed` is in 0 .. 2**31 - 1; requests of one `group` (one
-    search tree) share prefixes, so servers keep them together."""
+    search tree) share prefixes, so they are kept on one server (engine_lib/placement.py)."""
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -41,6 +41,8 @@ class EngineConfig:
     samples: bool = True  # not greedy
     deterministic: bool = False  # SGLang's deterministic inference, which keeps to the requests' seeds
     request_timeout_s: float = 3600.0
+    groups_at_once: int = 0  # searches or problems; 0: not known
+    requests_at_once: int = 0  # of all of them; 0: not known
     gpu_share: float = 0.5  # SGLang's mem_fraction_static
     sglang_args: tuple[str, ...] = ()  # KEY=VALUE
     sglang_urls: tuple[str, ...] = ()

@@ -22,8 +22,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from common_lib.cli import UserError
+from common_lib.concurrency import gather_all
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
-from engine_lib.sglang_wire import engine_settings, longest_request, sampling_params, to_reply
+from engine_lib.placement import Placement, warn_of_few_groups
+from engine_lib.sglang_wire import data_parallel_ranks, engine_settings, longest_request, sampling_params, to_reply
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ TESTED_VERSION = "0.5.23"
 DESCRIBED_SETTINGS = (
     "device", "dtype", "attention_backend", "sampling_backend", "mem_fraction_static", "max_running_requests",
     "chunked_prefill_size", "schedule_policy", "disable_radix_cache", "tp_size", "dp_size", "random_seed",
+    "cuda_graph_max_bs_decode",
 )  # fmt: skip
 
 
@@ -70,6 +73,9 @@ class SGLangEngine:
         info = self._engine._scheduler_init_result.scheduler_infos[0]
         self.context_length = longest_request(info["max_req_input_len"])
         self.pool_tokens = info["max_total_num_tokens"]
+        self.ranks = range(data_parallel_ranks(self._engine.server_args.resolved_dict()))
+        self._placement: Placement[int] = Placement(config.groups_at_once)  # used in the engine's thread only
+        warn_of_few_groups(config.groups_at_once, len(self.ranks), "data-parallel ranks")
 
     def describe(self) -> dict[str, object]:
         resolved = self._engine.server_args.resolved_dict()  # what sglang made of the settings
@@ -117,13 +123,28 @@ class SGLangEngine:
         self._restore_signals()
 
     async def _ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """In the engine's thread."""
+        """In the engine's thread: each group's requests to its rank, which has read what they share."""
+        replies: dict[int, Reply] = {}
+
+        async def ask(rank: int, rows: list[int]) -> None:
+            replies.update(zip(rows, await self._ask_rank(rank, [requests[row] for row in rows]), strict=True))
+
+        with contextlib.ExitStack() as stack:
+            places = [stack.enter_context(self._placement.use(request.group, self.ranks)) for request in requests]
+            rows_of = {rank: [row for row, place in enumerate(places) if place == rank] for rank in set(places)}
+            await gather_all(ask(rank, rows) for rank, rows in rows_of.items())
+        return [replies[row] for row in range(len(requests))]
+
+    async def _ask_rank(self, rank: int, requests: Sequence[Request]) -> list[Reply]:
         import fastapi
 
+        # One rank for the whole list; left alone, sglang goes from rank to rank.
+        routed = {"routed_dp_rank": rank} if len(self.ranks) > 1 else {}
         try:
             outputs = await self._engine.async_generate(
                 input_ids=[request.prompt_ids for request in requests],
                 sampling_params=[sampling_params(request, self.deterministic) for request in requests],
+                **routed,
             )
         except (TypeError, ValueError) as error:
             raise EngineError(f"SGLang refused a request: {error}") from error

@@ -1,18 +1,16 @@
 """SGLang servers, or an sglang-router in front of many, as the generator.
 
-Nothing is scheduled here but the choice of a URL: a search stays with the server whose cache is warm for it, as far as
-no server gets much more than its share (`choose_server`). The servers queue and batch by themselves.
+Nothing is scheduled here but the choice of a place, a server or one of its data-parallel ranks: a search stays where the
+cache is warm for it, as far as no place gets much more than its share (engine_lib/placement.py). Servers queue and batch
+by themselves.
 
 httpx is the client because every installation of this project has it already: huggingface_hub needs it.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
-import math
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,12 +24,12 @@ from common_lib.cli import UserError
 from common_lib.concurrency import cancel_all, gather_all
 from engine_lib import sglang_wire as wire
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
+from engine_lib.http_client import allow_open_files, make_client
+from engine_lib.placement import Placement, warn_of_few_groups
 from engine_lib.retry import RetryPolicy
 from engine_lib.sglang_wire import ServerLost, TryFailed
 
 logger = logging.getLogger(__name__)
-
-LOAD_BOUND = 1.25  # a server may have this much more than its share of the running requests
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,16 @@ class Server:
     def load(self) -> int:
         return len(self.tries)
 
+    @property
+    def places(self) -> list["Place"]:
+        """Its data-parallel ranks, where it is a server that has several: by itself it would go from one to the next."""
+        own = self.info.get(self.url)
+        ranks = range(own.ranks) if own is not None and own.ranks > 1 else [None]
+        return [(self, rank) for rank in ranks]
+
+
+Place = tuple[Server, int | None]
+
 
 class SGLangServerEngine:
     """Generation by HTTP `/generate`. A request whose server is lost goes to another; a server that is back is used."""
@@ -90,7 +98,11 @@ class SGLangServerEngine:
         self._closed = False
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop already
             thread.submit(asyncio.run, self._meet()).result()
-        self.context_length = min(info.longest for server in self.servers for info in server.info.values())
+        infos = [info for server in self.servers for info in server.info.values()]
+        self.context_length = min(info.longest for info in infos)
+        self._placement: Placement[Place] = Placement(config.groups_at_once)
+        warn_of_few_groups(config.groups_at_once, sum(info.ranks for info in infos), "servers or data-parallel ranks")
+        allow_open_files(config.requests_at_once)
 
     def describe(self) -> dict[str, object]:
         return {
@@ -105,7 +117,7 @@ class SGLangServerEngine:
         check_requests(requests, self.context_length, self.vocab_size)
         self._check_open()
         if not self._watchers:
-            self._client = _make_client()
+            self._client = make_client()
             self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
         return await gather_all(self._generate_one(request) for request in requests)
 
@@ -141,10 +153,11 @@ class SGLangServerEngine:
     async def _try_until_answered(self, request: Request) -> Reply:
         failures, trouble_since, retry = 0, None, self.patience.retry
         while True:
-            server = await self._choose(request.group, trouble_since or time.monotonic())
+            places = await self._places(trouble_since or time.monotonic())
             begin = time.monotonic()
             try:
-                reply = await self._try(server, request)
+                with self._placement.use(request.group, places) as (server, rank):
+                    reply = await self._try(server, rank, request)
                 server.look_again_s = self.patience.look_again_s
                 return reply
             except ServerLost as error:
@@ -160,12 +173,12 @@ class SGLangServerEngine:
                 logger.warning("%s failed on a request (%s); trying again", server.url, error)
                 await asyncio.sleep(retry.pause(failures))
 
-    async def _choose(self, group: str, since: float) -> Server:
-        """A server for a request that has been without one `since`; waits where there is none."""
+    async def _places(self, since: float) -> list[Place]:
+        """Those that are there, for a request that has been without one `since`; waits where there is none."""
         while (left := since + self.patience.reconnect_s - time.monotonic()) > 0:
             self._check_open()
-            if up := [server for server in self.servers if server.up]:
-                return choose_server(up, group)
+            if places := [place for server in self.servers if server.up for place in server.places]:
+                return places
             self._change.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
@@ -176,9 +189,9 @@ class SGLangServerEngine:
         reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
         return EngineError(f"all SGLang servers have been out of reach for {seconds:g} s ({reasons})")
 
-    async def _try(self, server: Server, request: Request) -> Reply:
+    async def _try(self, server: Server, rank: int | None, request: Request) -> Reply:
         """One try at one server, as a task of its own that the watcher can end where the server hangs."""
-        task = asyncio.create_task(self._post(server, request))
+        task = asyncio.create_task(self._post(server, rank, request))
         server.tries.add(task)
         try:
             await asyncio.wait({task})
@@ -190,13 +203,15 @@ class SGLangServerEngine:
             raise ServerLost(server.why)
         return task.result()
 
-    async def _post(self, server: Server, request: Request) -> Reply:
+    async def _post(self, server: Server, rank: int | None, request: Request) -> Reply:
         rid = uuid.uuid4().hex
         body = {
             "input_ids": request.prompt_ids,
             "sampling_params": wire.sampling_params(request, self.deterministic),
             "rid": rid,
         }
+        if rank is not None:
+            body["routed_dp_rank"] = rank
         # The router's `manual` policy keeps requests of one key on one server; a server ignores the header.
         key = {"x-smg-routing-key": request.group} if request.group else {}
         try:
@@ -261,7 +276,7 @@ class SGLangServerEngine:
                 server.why = first_line(error)
                 server.lost.set()
 
-        async with _make_client() as self._client:
+        async with make_client() as self._client:
             await gather_all(meet(server) for server in self.servers)
         if not any(server.up for server in self.servers):
             reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
@@ -315,26 +330,3 @@ class SGLangServerEngine:
             logger.warning(
                 "%s serves %s and --piref_model is %s: only you know that they are the same", url, info.model_path, path
             )
-
-
-def choose_server(servers: Sequence[Server], group: str) -> Server:
-    """The group's most preferred server that has room for one more request.
-
-    Preference is rendezvous hashing (Thaler and Ravishankar 1998): a server that goes or comes changes only the groups
-    that prefer it. Room is a bounded load (Mirrokni et al. 2018, arXiv 1608.01350): no more than LOAD_BOUND times the
-    server's share of all running requests, this one included; so there is always one with room.
-    """
-    bound = math.ceil(LOAD_BOUND * (sum(server.load for server in servers) + 1) / len(servers))
-    with_room = [server for server in servers if server.load < bound]
-    return max(with_room, key=lambda server: hashlib.blake2b(f"{group}\n{server.url}".encode(), digest_size=8).digest())
-
-
-def _make_client() -> httpx.AsyncClient:
-    key = os.environ.get("SGLANG_API_KEY")  # that the servers were started with (`--api-key`), where they were
-    return httpx.AsyncClient(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        trust_env=False,  # proxies are for the world outside; these are machines of ours
-        timeout=httpx.Timeout(None, connect=10.0),
-        # The servers close idle connections after 5 s; one that is being closed must not be used.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0),
-    )

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,16 @@ import httpx
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.placement import LOAD_BOUND
+
+logger = logging.getLogger(__name__)
 
 # What a CPU needs; a GPU takes sglang's own choices. `disable_overlap_schedule`: twice as fast there.
 CPU_SETTINGS = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True}
+GRAPH_SETTINGS = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")  # of 0.5.23, of earlier ones
+# SGLang itself reserves 2 MB for each request of its largest graph, so these cost 2 GB beside --piref_gpu_util, 0.6 GB of
+# it for logits; and a step of more requests is bound by its KV cache, not by Python.
+MOST_GRAPHED = 1024
 RETRY_STATUS = (408, 429, 500, 502, 504)
 
 
@@ -80,6 +89,8 @@ class ServerInfo:
     kv_pool_tokens: int | None
     deterministic: bool
     sglang: str | None
+    dtype: str | None  # that it was started with; "auto": its model's
+    ranks: int  # data-parallel ones
 
 
 def read_reply(request: Request, response: httpx.Response) -> Reply:
@@ -106,6 +117,8 @@ def read_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> ServerInfo
         kv_pool_tokens=server.get("max_total_num_tokens"),
         deterministic=bool(server.get("enable_deterministic_inference")),
         sglang=server.get("version"),
+        dtype=server.get("dtype"),
+        ranks=data_parallel_ranks(server),
     )
 
 
@@ -144,12 +157,34 @@ def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.Ar
         settings |= CPU_SETTINGS
         if config.deterministic:
             raise UserError("--deterministic needs a GPU: SGLang's deterministic inference has no attention for a CPU")
-    given = parse_sglang_args(config.sglang_args, command_line()) if config.sglang_args else {}
+    graphs = on_gpu and config.requests_at_once > 0
+    parser = command_line() if config.sglang_args or graphs else argparse.ArgumentParser()
+    given = parse_sglang_args(config.sglang_args, parser)
+    if graphs:
+        settings |= decode_graphs(config.requests_at_once, data_parallel_ranks(given), parser)
     if config.deterministic != given.get("enable_deterministic_inference", config.deterministic):
         raise UserError(
             "--sglang_args enable_deterministic_inference: give --deterministic, which also passes the seeds"
         )
     return settings | given
+
+
+def decode_graphs(requests: int, ranks: int, parser: argparse.ArgumentParser) -> dict[str, int]:
+    """Up to which number of requests a GPU decodes with a captured CUDA graph, for so many at once over all ranks. SGLang
+    decides by the card alone (256 on an H100, 32 on an A100 of 40 GB); batches of more run without, at the pace of Python.
+    """
+    share = math.ceil(LOAD_BOUND * requests / ranks) if ranks > 1 else requests
+    known = {action.dest for action in parser._actions}
+    for name in GRAPH_SETTINGS:
+        if name in known:
+            return {name: min(share, MOST_GRAPHED)}
+    logger.warning("engine: this sglang has no %s; it decides by itself which batches it captures", GRAPH_SETTINGS[0])
+    return {}
+
+
+def data_parallel_ranks(settings: Mapping[str, Any]) -> int:
+    """Of an engine or server with these settings; attention alone may be data-parallel (0.5.23 counts it apart)."""
+    return int(settings.get("dp_size") or 1) * int(settings.get("attn_dp_size") or 1)
 
 
 def parse_sglang_args(items: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from engine_lib.sampling import row_uniforms, sample_rows
 
 logger = logging.getLogger(__name__)
 
+CPU_BATCH_TOKENS = 1 << 15
+GPU_SHARE = 0.3  # the value model's cache takes 60 % where it is left to itself, and both need room to work
+
 
 class TransformersEngine:
     """transformers' `generate` in this process: waiting requests are batched, one batch runs at a time in a thread.
@@ -26,9 +29,9 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, config: EngineConfig, max_batch_tokens: int = 1 << 18, max_batch_rows: int = 1024):
-        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache and, on a CPU, how long
-        an interruption waits for it. bf16 on a GPU, fp32 on a CPU."""
+    def __init__(self, config: EngineConfig, max_batch_tokens: int | None = None, max_batch_rows: int = 1024):
+        """`max_batch_tokens` bounds rows x (prompt + new tokens) of one batch, and so its cache (None: what the device
+        has room for). bf16 on a GPU, fp32 on a CPU."""
         self.device = config.device
         self.dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
         attention = resolve_attn_implementation(config.attention, self.dtype, self.device, "generator")
@@ -40,7 +43,8 @@ class TransformersEngine:
         self.model.generation_config = transformers.GenerationConfig()
         self.context_length: int = self.model.config.max_position_embeddings
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
-        self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
+        self.max_batch_tokens = max_batch_tokens or default_batch_tokens(self.model.config, self.dtype, self.device)
+        self.max_batch_rows = max_batch_rows
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._drain_task: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -54,6 +58,7 @@ class TransformersEngine:
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
+            "max_batch_tokens": self.max_batch_tokens,
         }
 
     async def generate(self, requests: Sequence[Request]) -> list[Reply]:
@@ -145,6 +150,16 @@ class TransformersEngine:
             )
         shared = [cache is not None and prompt in prompt_of[:row] for row, prompt in enumerate(prompt_of)]
         return [rows.reply(row, new, shared[row]) for row, new in enumerate(out[:, start:].tolist())]
+
+
+def default_batch_tokens(config, dtype: torch.dtype, device: str) -> int:
+    """What a batch may hold, in tokens: on a CPU few, so that an interruption does not wait long; on a GPU as many as
+    GPU_SHARE of the memory that is free once the weights are there holds keys and values of. config: the model's."""
+    if not device.startswith("cuda"):
+        return CPU_BATCH_TOKENS
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    return max(CPU_BATCH_TOKENS, int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) // token_bytes)
 
 
 class _BatchRows:

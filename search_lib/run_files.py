@@ -139,12 +139,13 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         for name, was in earlier["arguments"].items()
         if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
     ]
+    by_servers = any(meta["arguments"].get("engine") == "sglang-server" for meta in (earlier, now))
     numerics = f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})"
     compared = {
         "the benchmark's problems differ": lambda meta: meta.get("problems_sha256"),
         "the generator's weights differ": lambda meta: meta.get("generator", {}).get("fingerprint"),
         "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
-        numerics: lambda meta: meta.get("numerics"),
+        numerics: lambda meta: _numerics(meta, by_servers),
     }
     differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
@@ -155,3 +156,10 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
             f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
             "earlier settings to go on"
         )
+
+
+def _numerics(meta: dict[str, Any], by_servers: bool) -> dict[str, Any]:
+    """Engine and dtypes. Where servers wrote or are to write, the generator's is theirs: old meta files say that of the
+    client's device."""
+    numerics = meta.get("numerics") or {}
+    return {name: value for name, value in numerics.items() if name != "generator_dtype" or not by_servers}

@@ -27,17 +27,17 @@ class FakeServer:
     may wait. `pages` is the status of all that it tells of itself, `bodies` are the requests that came, `aborted` the ids
     of aborted ones."""
 
-    def __init__(self, script=lambda body: None, port: int = 0, pages: int = 200, **info):
+    def __init__(self, script=lambda body: None, port: int = 0, pages: int = 200, seconds: float = 0.0, **info):
         self.script, self.info, self.pages = script, info, pages
         self.bodies, self.keys, self.aborted = [], [], []
-        self.healthy, self.seconds = True, 0.0
+        self.healthy, self.seconds, self.accepted = True, seconds, 0  # connections
         self.workers: list[str] | None = None  # a router has some
         self._connections: set = set()
         self._listen(port)
 
     def _listen(self, port: int) -> None:
         handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server = _Listener(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -80,6 +80,10 @@ class FakeServer:
         return answer
 
 
+class _Listener(ThreadingHTTPServer):
+    request_queue_size = 256  # connections that come at once; by itself it refuses the sixth
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     fake: FakeServer
@@ -87,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.fake._connections.add(self)
+        self.fake.accepted += 1
 
     def finish(self):
         self.fake._connections.discard(self)

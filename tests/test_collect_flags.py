@@ -127,6 +127,11 @@ def unsolved_are_kept(run, base):
     return problems_of(run) == [f"Problem {i}?" for i in range(6)] and "Problem 5?" not in problems_of(base)
 
 
+def at_once(run):
+    """Problems, as they were and as they were announced, and announced requests: 3 roll-ins, then 12 roll-outs of each."""
+    return run.most_at_once, run.config.groups_at_once, run.config.requests_at_once
+
+
 def bare_prompts(run, base):
     assert {tuple(ids) for ids in base.prompts.values()} == {
         tuple(encode(prompt_text(f"Problem {i}?"))) for i in range(6)
@@ -165,7 +170,7 @@ FLAGS = {
                     lambda run, base: run.config.model_path.endswith("/other") and len(run.engines) == 1),
     "roll_in_models": (lambda i: {"roll_in_models": [i / "other", i / "third", i / "policy"], "num_roll_ins": 6,
                                   "keep_unsolved": True}, in_turn),
-    "batch_size": (lambda i: {"batch_size": 2}, lambda run, base: (run.most_at_once, base.most_at_once) == (2, 4)),
+    "batch_size": (lambda i: {"batch_size": 2}, lambda run, base: at_once(run) == (2, 2, 24) and at_once(base) == (4, 4, 48)),
     "engine": (lambda i: {"engine": "sglang"}, lambda run, base: run.engines[0].name == "sglang"),
     "device": (lambda i: {"device": "cuda:1"}, in_config("device", "cuda:1")),
     "attention_impl": (lambda i: {"attention_impl": "eager"}, in_config("attention", "eager")),
@@ -223,6 +228,15 @@ def test_all_requests_have_what_was_asked_for(base):
     assert base.config.seed == 3 and base.config.samples and base.config.vocab_size == 264
     groups = {request.group: request.prompt_ids[: len(base.prompts[request.group])] for request in base.requests}
     assert len(groups) == 6 and len(set(map(tuple, groups.values()))) == 6  # a problem's requests are one group
+
+
+@pytest.mark.parametrize(
+    ("flags", "requests"),
+    [("", 56), ("--num_roll_ins 0 --rollouts_per_prefix 4", 4), ("--num_roll_ins 9 --prefixes_per_roll_in 1", 9)],
+)
+def test_the_requests_of_a_problem_at_once(flags, requests):
+    args = collect_rollouts.parse_args(["--problems", "p", "--output_dir", "o", *flags.split()])
+    assert collect_rollouts.requests_each(args) == requests
 
 
 def test_greedy_is_no_sampling(inputs, tmp_path, monkeypatch):

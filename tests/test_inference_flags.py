@@ -76,7 +76,8 @@ TABLE = {
     "top_p": (["0.7"], lambda seen: {request.top_p for request in seen.requests}, {0.7}),
     "prompt_format": (["bare"], first_texts,
                       {f"<｜begin▁of▁sentence｜><｜User｜>{FIRST}<｜Assistant｜><think>\n"}),
-    "batch_size": (["3"], lambda seen: seen.most_searches, 3),
+    "batch_size": (["3"], lambda seen: (seen.most_searches, seen.config.groups_at_once, seen.config.requests_at_once),
+                   (3, 3, 3 * 4)),
     "piref_model": (["FOLDER/other_generator"], lambda seen: Path(seen.config.model_path).name, "other_generator"),
     "engine": (["sglang"], lambda seen: seen.engines[-1][0], "sglang"),
     "device": (["cuda:1"], lambda seen: (seen.config.device, seen.moved, seen.scorers[0].model.dtype),
@@ -178,6 +179,16 @@ def test_dtypes_follow_the_devices(folder, tmp_path):
         seen = search_spy.run([*flags, "--device", devices[0], "--value_device", devices[1]])
         assert (seen.meta["numerics"]["generator_dtype"], seen.meta["numerics"]["value_dtype"]) == dtypes
         assert str(seen.scorers[0].model.dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtypes[1]]
+
+
+def test_the_servers_dtype_is_not_that_of_this_device(folder, tmp_path):
+    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--max_problems", "1", "--sglang_url", URLS[0]]
+    seen = search_spy.run([*flags, "--engine", "sglang-server"])
+    assert seen.meta["numerics"] == {"engine": "sglang", "generator_dtype": None, "value_dtype": "fp32"}
+
+
+def test_no_more_searches_are_announced_to_the_engine_than_there_are(plain):
+    assert (plain.config.groups_at_once, plain.config.requests_at_once) == (8, 8 * 4)
 
 
 # ------------------------------------------------------------------------------------------------------------- tracker

@@ -161,6 +161,39 @@ def test_engines_of_one_kind_may_take_over_from_each_other(folder, tmp_path, who
     assert_same_lines(seen, whole)
 
 
+GPU, SERVERS = (
+    ["--device", "cuda:0", "--value_dtype", "fp32"],
+    ["--engine", "sglang-server", "--sglang_url", "http://one:1"],
+)
+INSIDE = ["--engine", "sglang"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(SERVERS, SERVERS + GPU), (SERVERS + GPU, SERVERS), (INSIDE + GPU, SERVERS), (SERVERS, INSIDE + GPU)],
+    ids=["from a laptop to a GPU node", "and back", "from a GPU to its servers", "from servers to a GPU"],
+)
+@pytest.mark.parametrize("old", [False, True], ids=["", "an old meta file"])
+def test_where_servers_generate_this_machines_device_does_not_count(first, then, old, folder, tmp_path, whole):
+    """Old files say of the servers what the client's device would have been."""
+    flags = search_spy.base_flags(folder, tmp_path / "out.jsonl")
+    seen = search_spy.run([*flags, *first], fail_after=30)
+    assert seen.status == 1
+    if old:
+        numerics = seen.meta["numerics"] | {"generator_dtype": "bf16" if "cuda:0" in first else "fp32"}
+        (tmp_path / "out.meta.json").write_text(json.dumps(seen.meta | {"numerics": numerics}))
+    seen = search_spy.run([*flags, *then])
+    assert seen.status == 0
+    assert_same_lines(seen, whole)
+
+
+def test_a_value_models_dtype_counts_beside_servers_too(folder, tmp_path):
+    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), *SERVERS]
+    search_spy.run(flags, fail_after=30)
+    with pytest.raises(UserError, match=f"{ENGINE}.*value_dtype.*fp32.*bf16"):
+        search_spy.run([*flags, "--value_dtype", "bf16"])
+
+
 # ------------------------------------------------------------------------------------------------------------- stopped
 
 

@@ -26,6 +26,7 @@ def parser():
     add_sampling_flags(made.add_argument)
     add_engine_flags(made.add_argument, attention="sdpa", gpu_share=0.3)
     made.add_argument("--seed", type=int, default=1337)
+    made.add_argument("--batch_size", type=int, default=32)
     return made
 
 
@@ -112,10 +113,14 @@ def test_what_an_engine_is_given():
     args = parse(
         "--sglang_url", "http://a:1/", "--temperature", "0", "--deterministic", "--request_timeout", "5", "--seed", "7"
     )  # fmt: skip
-    assert engine_config(args, SimpleNamespace(path="folder", vocab_size=9), "cuda:1") == EngineConfig(
+    generator = SimpleNamespace(path="folder", vocab_size=9)
+    assert engine_config(args, generator, "cuda:1", groups=100, requests_each=8) == EngineConfig(
         model_path="folder", vocab_size=9, device="cuda:1", attention="sdpa", seed=7, samples=False,
-        deterministic=True, request_timeout_s=5.0, gpu_share=0.3, sglang_urls=("http://a:1",),
+        deterministic=True, request_timeout_s=5.0, gpu_share=0.3, sglang_urls=("http://a:1",), groups_at_once=32,
+        requests_at_once=256,
     )  # fmt: skip
+    few = engine_config(args, generator, "cuda:1", groups=3, requests_each=8)
+    assert (few.groups_at_once, few.requests_at_once) == (3, 24), "there is no more to do"
 
 
 def test_flags_are_read_without_a_model_library():

@@ -153,6 +153,8 @@ ELSEWHERE = {  # what sgl.Engine is not made with -> the test that sees it act
     "attention": "test_the_transformers_engine_loads_what_it_is_told",
     "samples": "test_sglang_ignores_seeds_unless_it_is_deterministic",
     "request_timeout_s": "test_the_time_limit_of_a_request",
+    "groups_at_once": "test_few_searches_for_many_servers_are_said",
+    "requests_at_once": "test_decode_graphs_reach_as_far_as_requests_are_asked_at_once",
     "sglang_urls": "test_servers_are_asked_with_their_key_and_each_url_once",
 }
 
@@ -200,6 +202,7 @@ def test_the_transformers_engine_loads_what_it_is_told(device, dtype, folder, mo
     monkeypatch.setattr(
         transformers_engine, "resolve_attn_implementation", lambda *given: asked.append(given) or "eager"
     )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
     config = EngineConfig(model_path="there", vocab_size=9, device=device, attention="sdpa")
     engine = make_engine("transformers", config)
     assert loaded == [("there", {"dtype": dtype, "attn_implementation": "eager"}), device]

@@ -1,5 +1,6 @@
 """The engine's thread, its life and its death, with a fake package in the place of sglang: quick, and anywhere."""
 
+import argparse
 import asyncio
 import atexit
 import logging
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from common_lib.cli import UserError
+from engine_lib import sglang_local
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 from engine_lib.sglang_local import DESCRIBED_SETTINGS, TESTED_VERSION, SGLangEngine, import_sglang, warn_of_version
 
@@ -43,7 +46,7 @@ class FakeEngine:
     answer = None  # to a prompt; None: it writes forever
 
     def __init__(self, **settings):
-        self.settings, self.asked, self.aborted = settings, asyncio.Event(), 0
+        self.settings, self.asked, self.aborted, self.routed = settings, asyncio.Event(), 0, []
         self.child, self.context = subprocess.Popen(["sleep", "60"]), Context()
         self.made.append(self)
         logging.getLogger().setLevel(logging.DEBUG)  # as sglang does, or worse
@@ -63,8 +66,9 @@ class FakeEngine:
     def shutdown(self) -> None:
         pass
 
-    async def async_generate(self, input_ids, sampling_params):
+    async def async_generate(self, input_ids, sampling_params, routed_dp_rank=None):
         self.asked.set()
+        self.routed += [(routed_dp_rank, ids[0]) for ids in input_ids]
         if self.answer is not None:
             return [self.answer(ids, params) for ids, params in zip(input_ids, sampling_params, strict=True)]
         try:
@@ -113,12 +117,16 @@ def with_engine(main, config=CONFIG):
     return asyncio.run(run(SGLangEngine(config)))
 
 
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 async def asked(package, requests, engine):
     """A task that waits for replies which never come."""
     running = asyncio.create_task(engine.generate(requests))
-    async with asyncio.timeout(10):
-        while not package.Engine.made[0].asked.is_set():
-            await asyncio.sleep(0.005)
+    await until(package.Engine.made[0].asked.is_set)
     return running
 
 
@@ -231,6 +239,68 @@ def test_each_request_is_asked_with_its_own_settings(package):
     assert [engine.settings["base_gpu_id"] for engine in package.Engine.made] == [1, 1]
 
 
+@pytest.fixture
+def flags_of_sglang(monkeypatch):
+    parser = argparse.ArgumentParser()
+    for name in ("--dp-size", "--attn-dp-size"):
+        parser.add_argument(name, type=int)
+    monkeypatch.setattr(sglang_local, "command_line", lambda: parser)
+
+
+@pytest.mark.parametrize("setting", ["dp_size=3", "attn_dp_size=3"])
+def test_each_group_stays_on_one_data_parallel_rank(package, flags_of_sglang, setting):
+    """sglang by itself goes from rank to rank, so the next round's prefixes were read on another one."""
+    package.Engine.answer = staticmethod(written)
+
+    async def main(engine):
+        for _ in range(4):
+            rounds = [[Request([number], 2, group=f"{number}/0")] * 4 for number in range(7)]
+            await asyncio.gather(*(engine.generate(requests) for requests in rounds))
+
+    with_engine(main, replace(CONFIG, sglang_args=(setting,)))
+    ranks = {number: {rank for rank, first in package.Engine.made[0].routed if first == number} for number in range(7)}
+    assert all(len(mine) == 1 for mine in ranks.values())
+    assert sorted(Counter(rank for mine in ranks.values() for rank in mine).values()) == [2, 2, 3]
+
+
+def test_requests_of_several_groups_in_one_call_come_back_in_order(package, flags_of_sglang):
+    package.Engine.answer = staticmethod(lambda ids, params: written(ids, params) | {"output_ids": [ids[0]] * 2})
+    requests = [Request([number], 2, group=f"{number % 5}" if number % 3 else "") for number in range(30)]
+
+    async def main(engine):
+        assert [reply.token_ids[0] for reply in await engine.generate(requests)] == list(range(30))
+        assert len({rank for rank, _ in package.Engine.made[0].routed}) == 2
+
+    with_engine(main, replace(CONFIG, sglang_args=("dp_size=2",)))
+
+
+def test_one_rank_is_not_named_and_a_call_stays_one(package):
+    package.Engine.answer = staticmethod(written)
+    requests = [Request([number], 2, group=str(number)) for number in range(3)]
+    with_engine(lambda engine: engine.generate(requests))
+    assert package.Engine.made[0].routed == [(None, 0), (None, 1), (None, 2)]
+
+
+def test_a_cancelled_call_is_aborted_on_every_rank(package, flags_of_sglang):
+    requests = [Request([number], 2, group=str(number)) for number in range(4)]
+
+    async def main(engine):
+        running = await asked(package, requests, engine)
+        await until(lambda: len(package.Engine.made[0].routed) == 4)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await until(lambda: package.Engine.made[0].aborted == 2)
+        await until(lambda: not any(entry.running for entry in engine._placement._groups.values()))
+
+    with_engine(main, replace(CONFIG, sglang_args=("dp_size=2",)))
+
+
+def test_few_searches_for_many_ranks_are_said(package, flags_of_sglang, caplog):
+    with_engine(lambda engine: asyncio.sleep(0), replace(CONFIG, sglang_args=("dp_size=2",), groups_at_once=15))
+    assert "15 at once for 2 data-parallel ranks" in caplog.text
+
+
 def test_a_request_that_takes_too_long(package):
     with pytest.raises(EngineError, match=r"did not write 2 tokens within --request_timeout 0.05 s"):
         with_engine(lambda engine: engine.generate([REQUEST]), replace(CONFIG, request_timeout_s=0.05))
@@ -259,9 +329,7 @@ def test_a_cancelled_request_is_aborted(package):
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        async with asyncio.timeout(10):
-            while not package.Engine.made[0].aborted:
-                await asyncio.sleep(0.005)
+        await until(lambda: package.Engine.made[0].aborted)
 
     with_engine(main)
 

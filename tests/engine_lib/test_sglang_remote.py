@@ -2,10 +2,10 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import fake_sglang
 import pytest
@@ -14,7 +14,7 @@ from fake_sglang import FakeServer, block
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 from engine_lib.retry import RetryPolicy
-from engine_lib.sglang_remote import Patience, SGLangServerEngine, choose_server
+from engine_lib.sglang_remote import Patience, SGLangServerEngine
 
 QUICK = Patience(
     retry=RetryPolicy(attempts=5, pause_s=0.0), look_again_s=0.02, look_again_most_s=0.05, probe_every_s=0.05
@@ -134,21 +134,86 @@ def test_a_group_stays_with_one_server_and_groups_spread(model, servers):
     assert min(map(len, homes)) >= 3
 
 
-def test_no_server_gets_much_more_than_its_share():
-    servers = [SimpleNamespace(url=f"http://s{i}", load=0) for i in range(4)]
-    for i in range(200):
-        choose_server(servers, f"group {i % 3}").load += 1  # three groups only, four servers
-        total = sum(server.load for server in servers)
-        assert max(server.load for server in servers) <= -(-1.25 * total // 4)
+def homes_of(servers) -> list[set[int]]:
+    """First tokens of what each was asked: `some_requests` writes the group's number there."""
+    return [{body["input_ids"][0] for body in server.bodies} for server in servers]
 
 
-def test_a_lost_server_moves_only_its_own_groups():
-    servers = [SimpleNamespace(url=f"http://s{i}", load=0) for i in range(4)]
-    groups = [f"{i}/0" for i in range(200)]
-    before = {group: choose_server(servers, group) for group in groups}
-    after = {group: choose_server(servers[1:], group) for group in groups}
-    assert all(after[group] is home for group, home in before.items() if home is not servers[0])
-    assert {home.url for home in before.values()} == {server.url for server in servers}
+def test_requests_of_a_group_at_once_are_on_one_server_and_groups_are_dealt_out(model, servers):
+    three = servers(3, seconds=0.1)
+    with_engine(model, three, lambda e: e.generate(some_requests(36, groups=9) * 2))
+    groups = [{first % 9 for first in firsts} for firsts in homes_of(three)]
+    assert [len(mine) for mine in groups] == [3, 3, 3]
+    assert set.union(*groups) == set(range(9))
+
+
+def test_a_lost_server_moves_only_its_own_groups_and_gets_some_back(model, servers):
+    three = servers(3)
+    requests = some_requests(12)
+
+    async def main(engine):
+        async def look():
+            for server in three:
+                server.bodies.clear()
+            assert await engine.generate(requests) == expected(requests)
+            return homes_of(three)
+
+        before = await look()
+        assert list(map(len, before)) == [4, 4, 4]
+        engine._lose(engine.servers[0], "for a test")
+        without = await look()
+        assert not without[0] and without[1] > before[1] and without[2] > before[2]
+        await until(lambda: engine.servers[0].up)
+        assert list(map(len, await look())) == [2, 5, 5], "six were too many for one, five are within the bound"
+
+    with_engine(model, three, main)
+
+
+def test_each_rank_of_a_data_parallel_server_is_a_place_of_its_own(model, servers):
+    """A server left to itself would go from rank to rank."""
+    one, two = servers(dp_size=2), servers()
+    requests = some_requests(9, groups=9)
+
+    async def main(engine):
+        for _ in range(3):
+            for request in requests:
+                await engine.generate([request])
+
+    with_engine(model, [one, two], main)
+    ranks = {}
+    for body in one.bodies:
+        ranks.setdefault(body["routed_dp_rank"], set()).add(body["input_ids"][0])
+    assert sorted(ranks) == [0, 1] and not ranks[0] & ranks[1]
+    assert len(two.bodies) == 9 and all("routed_dp_rank" not in body for body in two.bodies)
+
+
+@pytest.mark.parametrize(("groups", "said"), [(23, True), (24, False), (0, False)])
+def test_few_searches_for_many_servers_are_said(model, servers, groups, said, caplog):
+    """Behind a router too, and each data-parallel rank is one."""
+    router = servers()
+    router.workers = [servers(dp_size=2).url, servers().url]
+    new_engine(model, router, groups_at_once=groups)
+    assert ("for 3 servers or data-parallel ranks" in caplog.text) is said
+
+
+# Connections
+
+
+def test_connections_are_kept_alive_and_used_again(model, servers):
+    """By TCP: what stands between would forget one that is silent for minutes. httpx closes all idle connections where
+    there are more than its bound, busy ones counted."""
+    server = servers(seconds=0.3)
+    requests = some_requests(80)
+
+    async def main(engine):
+        for _ in range(2):
+            await engine.generate(requests)
+        response = await engine._client.get(f"{server.url}/health")
+        connected = response.extensions["network_stream"].get_extra_info("socket")
+        return connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    assert with_engine(model, [server], main) != 0
+    assert server.accepted <= 82, "80, and one each for the questions at the start and the end"
 
 
 # Servers that go and come

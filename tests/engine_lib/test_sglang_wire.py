@@ -6,14 +6,14 @@ import pytest
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig
-from engine_lib.sglang_wire import engine_settings, longest_request, parse_sglang_args
+from engine_lib.sglang_wire import ServerInfo, engine_settings, longest_request, parse_sglang_args, read_info
 
 
 def odd(text: str) -> object:
     raise RuntimeError(f"no odd {text}")
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line(*more: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--tp-size", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--schedule-policy", choices=["fcfs", "lpm"])
@@ -22,6 +22,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--cuda-graph-bs", type=int, nargs="+")
     parser.add_argument("--config-value", nargs="?")
     parser.add_argument("--odd", type=odd)
+    for name in more:
+        parser.add_argument(name, type=int)
     return parser
 
 
@@ -75,6 +77,64 @@ def test_a_setting_that_cannot_be_is_one_line(item, message):
 def test_deterministic_needs_a_gpu():
     with pytest.raises(UserError, match="--deterministic needs a GPU"):
         settings(deterministic=True)
+
+
+GRAPHS = "cuda_graph_max_bs_decode"
+
+
+def graphs(
+    requests, *given, device="cuda:1", flags=("--cuda-graph-max-bs-decode", "--dp-size", "--attn-dp-size")
+) -> dict:
+    config = EngineConfig("folder", 9, device=device, requests_at_once=requests, sglang_args=given)
+    made = engine_settings(config, lambda: command_line(*flags))
+    return {name: value for name, value in made.items() if "graph" in name}
+
+
+def test_decode_graphs_reach_as_far_as_requests_are_asked_at_once():
+    """By itself sglang stops at 256 on an H100 and at 32 on an A100 of 40 GB, whatever is asked."""
+    assert graphs(256) == {GRAPHS: 256}
+    assert graphs(32 * 16) == {GRAPHS: 512}
+    assert graphs(8) == {GRAPHS: 8}
+    assert graphs(14336) == {GRAPHS: 1024}
+    assert graphs(0) == {}, "not known: sglang's own choice"
+    assert graphs(512, device="cpu") == {}
+
+
+@pytest.mark.parametrize("setting", ["dp_size", "attn_dp_size"])
+def test_each_data_parallel_rank_has_graphs_for_its_share_as_far_as_it_may_be_exceeded(setting):
+    assert graphs(512, f"{setting}=2") == {GRAPHS: 320}
+    assert graphs(512, f"{setting}=1") == {GRAPHS: 512}
+    assert graphs(10000, f"{setting}=4") == {GRAPHS: 1024}
+
+
+def test_graphs_of_the_users_own():
+    assert graphs(512, "cuda_graph_max_bs_decode=64") == {GRAPHS: 64}
+
+
+def test_graphs_of_another_sglang(caplog):
+    assert graphs(512, flags=("--cuda-graph-max-bs",)) == {"cuda_graph_max_bs": 512}
+    assert not caplog.text
+    assert graphs(512, flags=()) == {}
+    assert "this sglang has no cuda_graph_max_bs_decode" in caplog.text
+
+
+def test_what_a_server_says_of_itself():
+    """Keys of 0.5.23, and an older server that lacks some."""
+    model = {"model_path": "m", "architectures": ["Qwen2ForCausalLM"]}
+    server = {
+        "max_req_input_len": 2042,
+        "max_total_num_tokens": 8192,
+        "version": "0.5.23",
+        "dtype": "bfloat16",
+        "dp_size": 4,
+    }
+    assert read_info(model, server) == ServerInfo(
+        "m", ("Qwen2ForCausalLM",), 2046, 8192, False, "0.5.23", "bfloat16", 4
+    )
+    assert read_info(model, server | {"dp_size": 1, "attn_dp_size": 8}).ranks == 8
+    assert read_info(model, {"max_req_input_len": 2042}) == ServerInfo(
+        "m", ("Qwen2ForCausalLM",), 2046, None, False, None, None, 1
+    )
 
 
 def test_the_longest_request_of_what_the_scheduler_tells():

@@ -7,9 +7,10 @@ import threading
 import pytest
 import tiny
 import torch
+import transformers
 
 from engine_lib.base import EngineConfig, EngineError, Request, check_requests
-from engine_lib.transformers_engine import TransformersEngine
+from engine_lib.transformers_engine import TransformersEngine, default_batch_tokens
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,21 @@ def test_a_batch_that_does_not_fit_is_split(generator):
     whole = texts(with_engine(generator, lambda e: e.generate(requests)))
     assert texts(with_engine(generator, lambda e: e.generate(requests), max_batch_tokens=60)) == whole
     assert texts(with_engine(generator, lambda e: e.generate(requests), max_batch_rows=1)) == whole
+
+
+def test_a_batch_is_as_large_as_its_device_has_room_for(generator, monkeypatch):
+    """On a CPU it is short, so that an interruption does not wait; on a GPU it takes 30 % of what is free."""
+    assert TransformersEngine(EngineConfig(str(generator), 264)).describe()["max_batch_tokens"] == 1 << 15
+    assert TransformersEngine(EngineConfig(str(generator), 264), max_batch_tokens=99).max_batch_tokens == 99
+    asked, free = [], 77 * 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (free, 85 * 10**9))
+    released = transformers.Qwen2Config(
+        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
+    )
+    assert default_batch_tokens(released, torch.bfloat16, "cuda:1") == int(0.3 * free) // (28 * 2 * 2 * 128 * 2)
+    assert asked == ["cuda:1"]
+    free = 10**8  # a card that is full of something else: what does not fit is halved then
+    assert default_batch_tokens(released, torch.bfloat16, "cuda") == 1 << 15
 
 
 class SmallCard(TransformersEngine):
