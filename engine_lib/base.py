@@ -44,6 +44,7 @@ class EngineConfig:
     groups_at_once: int = 0  # searches or problems; 0: not known
     requests_at_once: int = 0  # of all of them; 0: not known
     gpu_share: float = 0.5  # SGLang's mem_fraction_static
+    gpu_share_given: bool = False  # by the user
     sglang_args: tuple[str, ...] = ()  # KEY=VALUE
     sglang_urls: tuple[str, ...] = ()
 

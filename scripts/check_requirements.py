@@ -26,7 +26,17 @@ UNSOLVABLE, SKIPPED = 1, 77  # uv's exit status; automake's of a test that could
 
 def resolve(requirements: Path, python: str, platform: str) -> tuple[int, str]:
     """uv's exit status, and what it said: the versions, or what is in the way."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", str(requirements), "--quiet", "--no-header", "--no-annotate"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        str(requirements),
+        "--quiet",
+        "--no-header",
+        "--no-annotate",
+    ]
     where = ["--python-version", python, "--python-platform", platform]
     done = subprocess.run([*command, *where], capture_output=True, text=True)
     return done.returncode, done.stdout if done.returncode == 0 else done.stderr.strip()
@@ -48,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"Python {python}, {args.platform}: does not resolve\n{said}", file=sys.stderr)
             worst = UNSOLVABLE
         else:
-            print(f"skipped: uv did not run to its end, without a network say: {said.splitlines()[-1]}", file=sys.stderr)
+            print(
+                f"skipped: uv did not run to its end, without a network say: {said.splitlines()[-1]}", file=sys.stderr
+            )
             return SKIPPED
     return worst
 
