@@ -193,7 +193,7 @@ def train_command(folder: Path, name: str, num_steps: int, ranks: int) -> list[s
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     flags = (
         f"--num_steps {num_steps} --save_every {SAVE_EVERY} --eval_every 10 --eval_size 5 --max_length 32 "
-        "--total_batch_size 8 --micro_batch_size 2 --data_num_response 4 --max_keep_ckpts 2 --max_lr 1e-3 --device cpu "
+        "--total_batch_size 8 --micro_batch_size 2 --data_num_response 4 --max_keep_ckpts 4 --max_lr 1e-3 --device cpu "
         f"--run_name {name}"
     )
     paths = ["--model_path", folder / "backbone", "--data_path", folder / "data", "--save_dir", folder / "runs"]

@@ -206,7 +206,7 @@ def test_the_transformers_engine_loads_what_it_is_told(device, dtype, folder, mo
     config = EngineConfig(model_path="there", vocab_size=9, device=device, attention="sdpa")
     engine = make_engine("transformers", config)
     assert loaded == [("there", {"dtype": dtype, "attn_implementation": "eager"}), device]
-    assert asked == [("sdpa", dtype)]
+    assert asked == [("sdpa", dtype, device, "generator")]
     assert (engine.context_length, engine.vocab_size) == (77, 9)
     assert engine.describe()["device"] == device and engine.describe()["dtype"] == str(dtype).removeprefix("torch.")
 
