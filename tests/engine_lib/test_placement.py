@@ -235,14 +235,15 @@ def test_groups_leave_a_place_that_has_far_more_than_its_share_between_rounds_on
 
 def test_a_group_is_over_once_it_was_idle_for_twice_the_longest_pause():
     hand = Hand()
-    assert hand.round("a") == "A"
+    assert [hand.round(group, "A") for group in "ax"] == ["A", "A"]
     hand.now += 2 * SHORTEST_PAUSE_S  # before any pause is known
     assert hand.round("b") == "B"
     hand.now += 50.0
     assert hand.begin("b") == "B"  # a pause of 50 s
-    hand.now += 40.0
-    assert hand.begin("c") == "A", "a is over"
+    hand.now += 60.0
+    assert hand.begin("c") == "A", "a and x are over"
     hand.end("c")
+    hand.begin("d", "B")
     assert hand.round("a") == "A", "but it is remembered"
 
 
