@@ -1,6 +1,5 @@
 """The HTTP client of SGLang servers: long requests that live, connections for all of them, and nothing of the world outside."""
 
-import itertools
 import logging
 import os
 import socket
@@ -38,7 +37,7 @@ def make_client() -> httpx.AsyncClient:
 
 
 class ManyPools(httpx.AsyncBaseTransport):
-    """Requests in turn to POOLS connection pools: one pool looks at all its connections at each request, so that 3,000 at
+    """Requests to the least busy of POOLS connection pools: one pool looks at all its connections at each request, so that 3,000 at
     once cost it a minute of computing, and it closes every idle one where there are more than its bound in all."""
 
     def __init__(self) -> None:
@@ -49,10 +48,15 @@ class ManyPools(httpx.AsyncBaseTransport):
             httpx.AsyncHTTPTransport(certificates, trust_env=False, limits=limits, socket_options=keep_alive_options())
             for _ in range(POOLS)
         ]
-        self._turns = itertools.cycle(self.pools)
+        self._busy = [0] * POOLS
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return await next(self._turns).handle_async_request(request)
+        least = min(range(POOLS), key=self._busy.__getitem__)
+        self._busy[least] += 1
+        try:
+            return await self.pools[least].handle_async_request(request)
+        finally:
+            self._busy[least] -= 1
 
     async def aclose(self) -> None:
         for pool in self.pools:

@@ -14,7 +14,7 @@ Place = TypeVar("Place", bound=Hashable)
 
 LOAD_BOUND = 1.25  # a place that has more than so many times its share of the groups gives some away
 OVER_AFTER = 2.0  # times the longest pause between two rounds of a group; idle for longer, it is taken to be over
-FIRST_PAUSE_S = 10.0  # before any has been seen
+SHORTEST_PAUSE_S = 5.0  # that is taken for the longest, and the first guess
 REMEMBERED = 4096  # groups, the last used ones
 GROUPS_A_PLACE = 8  # below, a place has nothing to do while its few searches are scored
 
@@ -43,7 +43,7 @@ class Placement(Generic[Place]):
         """at_once: most groups that are under way together; 0: not known."""
         self._at_once, self._clock = at_once, clock
         self._groups: dict[Hashable, _Group[Place]] = {}  # the last used one last
-        self._longest_pause = 0.0  # seconds, of late; 0: none has been seen
+        self._longest_pause = SHORTEST_PAUSE_S  # of late
 
     @contextlib.contextmanager
     def use(self, group: str, places: Sequence[Place]) -> Iterator[Place]:
@@ -68,7 +68,7 @@ class Placement(Generic[Place]):
         elif entry.running and entry.place in places:
             return entry  # a round stays together
         elif not entry.running:
-            self._longest_pause = max(now - entry.idle_since, 0.999 * self._longest_pause)
+            self._longest_pause = max(now - entry.idle_since, 0.999 * self._longest_pause, SHORTEST_PAUSE_S)
         loads = self._loads(places, now)
         least = min(places, key=lambda place: loads[place])
         if entry is None:
@@ -80,7 +80,7 @@ class Placement(Generic[Place]):
     def _loads(self, places: Sequence[Place], now: float) -> dict[Place, tuple[float, int]]:
         """(groups under way, requests that run) of each place. Idle groups count for less where they and the busy ones are
         more than `at_once`: some of them must be over."""
-        idle_since = now - OVER_AFTER * (self._longest_pause or FIRST_PAUSE_S)
+        idle_since = now - OVER_AFTER * self._longest_pause
         busy, idle, requests = Counter[Place](), Counter[Place](), Counter[Place]()
         for entry in self._groups.values():
             if entry.running:

@@ -18,6 +18,8 @@ CPU_FLAGS = {
     "device": "cpu", "dtype": "float32", "attention_backend": "torch_native", "sampling_backend": "pytorch",
     "max_total_tokens": 16384, "max_running_requests": 64, "disable_overlap_schedule": True,
 }  # fmt: skip
+# Data-parallel ranks on a CPU each want cores of their own.
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -101,14 +103,15 @@ class Host:
             stderr=(folder / "zygote.log").open("w"), text=True, cwd=ROOT, env=os.environ | ENVIRONMENT,
         )  # fmt: skip
 
-    def _order(self, argv: list[str]) -> tuple[int, Path]:
+    def _order(self, argv: list[str], **environment: str) -> tuple[int, Path]:
         if self.count == 0:
             ready = self.zygote.stdout.readline()
             assert ready == "ready\n", (self.folder / "zygote.log").read_text()
         self.count += 1
         log = self.folder / f"{self.count}.log"
         log.touch()
-        self.zygote.stdin.write(json.dumps({"argv": argv, "cwd": str(ROOT), "log": str(log)}) + "\n")
+        order = {"argv": argv, "cwd": str(ROOT), "log": str(log), "environment": environment}
+        self.zygote.stdin.write(json.dumps(order) + "\n")
         self.zygote.stdin.flush()
         pid = int(self.zygote.stdout.readline())
         return pid, log
@@ -126,7 +129,8 @@ class Host:
         flags = ["--model-path", str(model), "--port", str(port), "--log-level", "error"]
         for name, value in (CPU_FLAGS | settings).items():
             flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        return self._add(Server(*self._order(["server", *flags]), port))
+        environment = TWO_RANKS if settings.get("dp_size") == 2 else {}
+        return self._add(Server(*self._order(["server", *flags], **environment), port))
 
     def router(self, servers: list[Server], policy: str = "manual") -> Server:
         """sglang-router, a program of its own, in front of servers."""

@@ -12,7 +12,7 @@ from statistics import fmean
 import pytest
 
 from engine_lib import placement
-from engine_lib.placement import FIRST_PAUSE_S, LOAD_BOUND, REMEMBERED, Placement, warn_of_few_groups
+from engine_lib.placement import LOAD_BOUND, REMEMBERED, SHORTEST_PAUSE_S, Placement, warn_of_few_groups
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What was there before, and what somebody else had: the simulation must find their faults
@@ -127,7 +127,7 @@ def test_a_search_finds_its_cache_where_it_was(servers):
     """32 searches: by hash and bound 6 to 42 % of the requests meet a server that has not read their prompt."""
     by_hash, ours = Simulation(HashAndBound, servers), Simulation(Placement, servers)
     assert by_hash.share_misplaced > {2: 0.05, 4: 0.2, 8: 0.4}[servers]
-    assert ours.share_misplaced < 0.005
+    assert ours.share_misplaced < 0.01
 
 
 @pytest.mark.parametrize("servers", [2, 4, 8])
@@ -235,15 +235,15 @@ def test_groups_leave_a_place_that_has_far_more_than_its_share_between_rounds_on
 
 def test_a_group_is_over_once_it_was_idle_for_twice_the_longest_pause():
     hand = Hand()
-    assert hand.round("a") == "A"
-    hand.now += FIRST_PAUSE_S  # before any pause is known
-    assert hand.begin("b") == "B"
-    hand.end("b")
-    hand.now += 3.0
-    assert hand.begin("b") == "B"  # a pause of 3 s
-    hand.now += 7.0
-    assert hand.begin("c") == "A", "a is over"
+    assert [hand.round(group, "A") for group in "ax"] == ["A", "A"]
+    hand.now += 2 * SHORTEST_PAUSE_S  # before any pause is known
+    assert hand.round("b") == "B"
+    hand.now += 50.0
+    assert hand.begin("b") == "B"  # a pause of 50 s
+    hand.now += 60.0
+    assert hand.begin("c") == "A", "a and x are over"
     hand.end("c")
+    hand.begin("d", "B")
     assert hand.round("a") == "A", "but it is remembered"
 
 

@@ -21,7 +21,7 @@ import os
 
 import psutil
 import tiny
-from sglang_host import wait_until
+from sglang_host import TWO_RANKS, wait_until
 
 from classifier_lib import ValueScorer
 from common_lib.cli import UserError
@@ -232,6 +232,34 @@ def test_settings_are_read_as_sglangs_command_line_reads_them():
         "tp_size": 2, "context_length": 32000, "disable_overlap_schedule": False, "mem_fraction_static": 0.3,
         "log_level": "info",
     }  # fmt: skip
+
+
+# Data-parallel ranks
+
+
+def test_searches_stay_on_the_rank_that_has_read_their_prefixes(folder, fork, monkeypatch):
+    """Three searches on two ranks, each round's requests one after the other: left to itself sglang would send every
+    second one to the rank that has not read it."""
+    for name, value in TWO_RANKS.items():
+        monkeypatch.setenv(name, value)
+    two = new_engine(folder, ("max_total_tokens=16384", "max_running_requests=64", "dp_size=2"))
+
+    async def main():
+        prompts = {f"{i}/0": random.Random(i).choices(range(256), k=60) for i in range(3)}
+        cached = []
+        for _ in range(3):
+            for group, prompt in prompts.items():
+                replies = [(await two.generate([Request(prompt, 8, temperature=0, group=group)]))[0] for _ in range(2)]
+                cached += [(reply.prompt_tokens, reply.cached_tokens) for reply in replies]
+                prompt += replies[0].token_ids
+        ranks = {group: entry.place for group, entry in two._placement._groups.items()}
+        await two.close()
+        return cached, ranks
+
+    cached, ranks = asyncio.run(main())
+    assert list(ranks.values()) in ([0, 1, 0], [1, 0, 1])
+    assert cached == [(60, 0), (60, 59)] * 3 + [(68, 67)] * 6 + [(76, 75)] * 6
+    assert two.describe()["dp_size"] == 2
 
 
 # Death: last in this file, with engines of their own

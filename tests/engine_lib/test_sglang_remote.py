@@ -213,7 +213,7 @@ def test_connections_are_kept_alive_and_used_again(model, servers):
         return connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     assert with_engine(model, [server], main) != 0
-    assert server.accepted <= 82, "80, and one each for the questions at the start and the end"
+    assert server.accepted <= 82, "80, and what was asked at the start"
 
 
 # Servers that go and come

@@ -138,6 +138,7 @@ def test_greedy_runs_are_the_same_everywhere(host, inputs, greedy, servers, rout
         assert cached > 0.6 * given, f"{kind}: {cached} of {given} prompt tokens came from the cache"
     meta = json.loads((tmp_path / "servers.meta.json").read_text())["engine"]
     assert [info["sglang"] for info in meta["servers"].values()] == ["0.5.23"] * 2
+    assert [(info["dtype"], info["ranks"]) for info in meta["servers"].values()] == [("float32", 1)] * 2
     assert set(json.loads((tmp_path / "router.meta.json").read_text())["engine"]["servers"]) == {s.url for s in servers}
 
 
@@ -230,7 +231,7 @@ def test_a_server_that_is_back_is_used_again(host, generator, servers):
         expected = [
             reply.token_ids for reply in await TransformersEngine(EngineConfig(str(generator), 264)).generate(requests)
         ]
-        home = servers[1]
+        home = servers[0]  # where the first group goes
         running = asyncio.create_task(
             engine.generate([Request([9, i], 1500, temperature=0, group="g") for i in range(6)])
         )
@@ -238,16 +239,39 @@ def test_a_server_that_is_back_is_used_again(host, generator, servers):
         await asyncio.to_thread(home.kill)
         assert [len(reply.token_ids) for reply in await running] == [1500] * 6
         assert [reply.token_ids for reply in await engine.generate(requests)] == expected
-        servers[1] = await asyncio.to_thread(host.server, generator, home.port, skip_tokenizer_init=True)
-        while not engine.servers[1].up:
+        servers[0] = await asyncio.to_thread(host.server, generator, home.port)
+        while not engine.servers[0].up:
             await asyncio.sleep(0.1)
         running = asyncio.create_task(engine.generate(requests))
         await asyncio.sleep(0.01)
-        assert engine.servers[1].load > 0
+        assert engine.servers[0].load > 0, "it is to take its share of the groups that fled"
         assert [reply.token_ids for reply in await running] == expected
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_searches_stay_on_one_data_parallel_rank_of_a_server(host, generator):
+    """Left to itself it goes from rank to rank, so that every second request of a search is read again."""
+    server = host.server(generator, dp_size=2)
+    wait_until(server.is_up, 120, server)
+
+    async def main():
+        engine = new_engine(generator, server.url)
+        assert engine.describe()["servers"][server.url]["ranks"] == 2
+        cached = []
+        for _ in range(2):
+            for group in range(3):
+                request = Request([group + 1] * 60, 4, temperature=0, group=f"{group}/0")
+                cached.append((await engine.generate([request]))[0].cached_tokens)
+        ranks = [rank for _, rank in (entry.place for entry in engine._placement._groups.values())]
+        await engine.close()
+        return cached, ranks
+
+    cached, ranks = asyncio.run(asyncio.wait_for(main(), 60))
+    server.kill()
+    assert cached == [0, 0, 0, 59, 59, 59]
+    assert sorted(ranks) in ([0, 0, 1], [0, 1, 1])
 
 
 def test_a_router_survives_one_of_its_servers(host, generator, servers, router):

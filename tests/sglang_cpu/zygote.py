@@ -1,6 +1,6 @@
 """A process that has imported sglang once and forks others that have it: servers and scripts start in 2 s, not in 25.
 
-One JSON line on stdin for each: {"argv": [...], "cwd": ..., "log": path}. argv is `server`, then the flags of
+One JSON line on stdin for each: {"argv": [...], "cwd": ..., "log": path, "environment": {}}. argv is `server`, then the flags of
 sglang.launch_server; or a script, then its flags. The answer is the pid. The child leads a process group, and its exit
 status is written to `log` + ".status". sglang's own processes are forked too, instead of spawned.
 """
@@ -21,6 +21,7 @@ def child(order: dict) -> int:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     logging.getLogger().handlers.clear()  # importing sglang made some
+    os.environ.update(order["environment"])
     os.chdir(order["cwd"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
