@@ -155,8 +155,8 @@ def faults(results: dict[str, Any]) -> list[str]:
         found += [f"{name}: {row['failed']} failed: {row['why']}" for row in part["failed"]]
         for row in part["figures"]:
             if not row["good"]:
-                case = f"{row['case']}: " if "case" in row else ""
-                found.append(f"{name}: {case}{row['figure']} is {number(row['value'])}, {bound(row)}")
+                where = ", ".join((name, row["table"], row.get("case", ""))).removesuffix(", ")
+                found.append(f"{where}: {row['figure']} is {number(row['value'])}, {bound(row)}")
     return found
 
 
@@ -170,8 +170,9 @@ def number(value: float | None) -> str:
 
 
 def bound(row: dict[str, Any]) -> str:
-    words = [f"{sign} {number(row[key])}" for key, sign in (("at_least", "≥"), ("at_most", "≤")) if key in row]
-    return " ".join(words)
+    if "at_least" in row and row["at_least"] == row.get("at_most"):
+        return f"= {number(row['at_least'])}"
+    return " ".join(f"{sign} {number(row[key])}" for key, sign in (("at_least", "≥"), ("at_most", "≤")) if key in row)
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -184,24 +185,27 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def tables(figures: Sequence[dict[str, Any]]) -> list[str]:
-    """Figures of cases as tables, a case a row; the others as one table of two columns."""
-    lines, cases = [], {}
+    """Of each table a heading and its figures: a case a row, a name a column; or a name a row where there are no cases."""
+    lines, found = [], {}
     for row in figures:
-        cases.setdefault(row.get("case", ""), []).append(row)
-    if single := cases.pop("", []):
-        lines += ["| | |", "|---|---:|", *(f"| {head(row)} | {cell(row)} |" for row in single), ""]
-    while cases:
-        first = next(iter(cases))
-        columns = {row["figure"]: row for row in cases[first]}
-        alike = [case for case, rows in cases.items() if columns.keys() & {row["figure"] for row in rows}]
-        for case in alike:
-            columns |= {row["figure"]: row for row in cases[case] if row["figure"] not in columns}
-        lines += [f"| | {' | '.join(map(head, columns.values()))} |", "|---" + "|---:" * len(columns) + "|"]
-        for case in alike:
-            found = {row["figure"]: row for row in cases.pop(case)}
-            lines.append(f"| {case} | {' | '.join(cell(found.get(name)) for name in columns)} |")
+        found.setdefault(row["table"], []).append(row)
+    for title, rows in found.items():
+        cases: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            cases.setdefault(row.get("case", ""), {})[row["figure"]] = row
+        columns = {row["figure"]: row for row in rows if len(values_of(rows, row["figure"]) | {None}) > 1}
+        if list(cases) == [""]:
+            body = [f"| {head(row)} | {cell(row)} |" for row in columns.values()]
+            lines += [f"| {title} | |", "|---|---:|", *body, ""] if body else []
+            continue
+        lines += [f"| {title} | {' | '.join(map(head, columns.values()))} |", "|---" + "|---:" * len(columns) + "|"]
+        lines += [f"| {case} | {' | '.join(cell(row.get(name)) for name in columns)} |" for case, row in cases.items()]
         lines.append("")
     return lines
+
+
+def values_of(rows: Sequence[dict[str, Any]], name: str) -> set[float | None]:
+    return {row["value"] for row in rows if row["figure"] == name}
 
 
 def head(row: dict[str, Any]) -> str:
@@ -219,9 +223,13 @@ def markdown(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, part in results["parts"].items():
         lines += [f"## {name}: {part['status']}, {format_seconds(part['seconds'])}", ""]
-        lines += [*(f"{note}." for note in part["notes"]), "", *tables(part["figures"])]
-        reasons = {f"{row['figure']}: {row['why']}" for row in part["figures"] if row["value"] is None}
-        lines += [f"- not measured: {reason}" for reason in sorted(reasons)]
+        lines += [*(f"{note}." for note in part["notes"]), ""] if part["notes"] else []
+        lines += tables(part["figures"])
+        missing: dict[str, list[str]] = {}
+        for row in part["figures"]:
+            if row["value"] is None and row["figure"] not in missing.setdefault(row["why"], []):
+                missing[row["why"]].append(row["figure"])
+        lines += [f"- not measured: {', '.join(names)} ({why})" for why, names in missing.items()]
         lines += [f"- left out: {row['left_out']} ({row['why']})" for row in part["left_out"]] + [""]
         if part.get("said"):
             lines += ["```", *part["said"], "```", ""]

@@ -23,15 +23,16 @@ class Report:
         self._deadline = time.monotonic() + seconds
 
     def figure(
-        self, name: str, value: float | None, unit: str = "", case: str = "", *,
-        at_most: float | None = None, at_least: float | None = None, why: str = "",
+        self, table: str, name: str, value: float | None, unit: str = "", *, case: str = "", at_most: float | None = None,
+        at_least: float | None = None, why: str = "",
     ) -> None:  # fmt: skip
-        """A number that was measured, or None and `why` it was not. Figures of several `case`s make a table. A number
-        beyond its bound fails the check."""
+        """A number that was measured, or None and `why` it was not. A `table` has a row a case, a column a name, or one
+        row for all where there are no cases. A number beyond its bound fails the check."""
         good = value is None or ((at_most is None or value <= at_most) and (at_least is None or value >= at_least))
-        row = {"figure": name, "value": value, "unit": unit, "case": case, "at_most": at_most, "at_least": at_least,
-               "good": bool(good), "why": why}  # fmt: skip
-        self._lines.append({key: given for key, given in row.items() if key in ("figure", "value", "good") or given})
+        row = {"table": table, "figure": name, "value": value, "unit": unit, "case": case, "at_most": at_most,
+               "at_least": at_least, "good": bool(good), "why": why}  # fmt: skip
+        always = ("table", "figure", "value", "good")
+        self._lines.append({key: given for key, given in row.items() if key in always or given not in (None, "")})
 
     def say(self, text: str) -> None:
         """What ran, where the numbers do not say it."""

@@ -29,6 +29,7 @@ from gpu_parts.models import SHAPES, free_memory, value_model
 from gpu_parts.report import Report
 from search_lib.tree import SearchConfig
 
+TABLE = "searches"
 FULL_SEARCHES, BLOCKS, PROMPT, ROUNDS = 32, (256, 512, 1024), 500, 2
 NUM_BEAMS, BEAM_WIDTH = 4, 2
 GPU_SHARE = 0.5  # of the memory, for SGLang: the value model needs the rest
@@ -121,18 +122,16 @@ async def measure_blocks(report: Report, kind: str, sizes: Sizes, bench: Bench, 
 
 
 def figures(report: Report, case: str, lock_step: dict[str, float], this: dict[str, float]) -> None:
-    generated = this["tokens generated"]
-    report.figure("wall-clock", this["wall-clock, s"], "s", case=case)
-    report.figure("wall-clock / lock-step", this["wall-clock, s"] / lock_step["wall-clock, s"], "x", case=case)
-    report.figure("tokens generated/s", generated / this["wall-clock, s"], case=case)
-    same = generated / lock_step["tokens generated"]
-    report.figure("tokens generated / lock-step", same, "x", case=case, at_most=1.0, at_least=1.0)
-    overlap = 100 * this["both at once, s"] / this["wall-clock, s"]
-    report.figure("overlap", overlap, "%", case=case)
-    for name, told in (("this search", this), ("lock-step", lock_step)):
-        report.figure(f"engine idle, {name}", told["engine idle, %"], "%", case=case)
-        report.figure(f"cache hits, {name}", told["prompt tokens from the cache, %"], "%", case=case)
-        report.figure(f"tokens scored a token generated, {name}", told["tokens scored a token generated"], case=case)
+    for name, told in ((f"{case}: this search", this), (f"{case}: lock-step", lock_step)):
+        report.figure(TABLE, "wall-clock", told["wall-clock, s"], "s", case=name)
+        report.figure(TABLE, "tokens generated/s", told["tokens generated"] / told["wall-clock, s"], case=name)
+        report.figure(TABLE, "overlap", 100 * told["both at once, s"] / told["wall-clock, s"], "%", case=name)
+        report.figure(TABLE, "engine idle", told["engine idle, %"], "%", case=name)
+        report.figure(TABLE, "prompts from the cache", told["prompt tokens from the cache, %"], "%", case=name)
+        report.figure(TABLE, "tokens scored a token generated", told["tokens scored a token generated"], case=name)
+    name, same = f"{case}: this search", this["tokens generated"] / lock_step["tokens generated"]
+    report.figure(TABLE, "wall-clock / lock-step", this["wall-clock, s"] / lock_step["wall-clock, s"], "x", case=name)
+    report.figure(TABLE, "tokens / lock-step", same, "x", case=name, at_most=1.0, at_least=1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

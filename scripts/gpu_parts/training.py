@@ -76,8 +76,8 @@ def what_packing_saves(report: Report, rows: int = 32, steps: int = STEPS) -> No
         for group in (2, 4):
             computed, real, owned, _ = tokens_computed(table, packing, group, steps)
             cost[packing, group] = computed / owned
-            report.figure(f"tokens computed per loss token, groups of {group}", computed / owned, case=packing)
-        report.figure("padding", 100 * (1 - real / computed), "%", case=packing)
+            report.figure("tokens computed per loss token", f"groups of {group}", computed / owned, case=packing)
+        report.figure("tokens computed per loss token", "padding", 100 * (1 - real / computed), "%", case=packing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +106,7 @@ CASES = [  # the ones that matter most first: the time may end
 ]  # fmt: skip
 CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
 SPEED = {"tiny": 1 / 128, "small": 1 / 32, "full": 1.0}
+RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32", "one step of 8 roll-outs"
 FOUND = 3.0  # a wrong mask must be that many times beyond the bound of a right one
 
 
@@ -264,8 +265,10 @@ def measure(bench: Bench, case: Case) -> None:
     seconds, _ = timed(report.device, lambda: whole_step(batches))
     speed_figures(report, case.name, step, batches, seconds)
     if case.compiled:
-        report.figure("graphs", made, case=case.name)
-        report.figure("compiled again for longer rows", graphs() - before - made, case=case.name, at_most=made)
+        report.figure(SPEED_TABLE, "graphs", made, case=case.name)
+        report.figure(
+            SPEED_TABLE, "compiled again for longer rows", graphs() - before - made, case=case.name, at_most=made
+        )
 
 
 def compare(bench: Bench, case: Case, step: TrainStep) -> None:
@@ -278,15 +281,15 @@ def compare(bench: Bench, case: Case, step: TrainStep) -> None:
     if case.compiled:
         again, _ = timed(report.device, lambda: step.backward(batches))
         step.model.zero_grad(set_to_none=True)
-        report.figure("compile", first - again, "s", case=case.name)
+        report.figure(SPEED_TABLE, "compile", first - again, "s", case=case.name)
     if bench.autocast:
-        report.figure("gradients: rounding of bfloat16 alone", rounding, case=case.name)
-    report.figure("loss: relative difference", abs(sum(losses) - loss) / loss, case=case.name, at_most=bound)
-    report.figure("gradients: relative difference", distance(found, expected), case=case.name, at_most=bound)
+        report.figure(RIGHT, "gradients, rounding alone", rounding, case=case.name)
+    report.figure(RIGHT, "loss", abs(sum(losses) - loss) / loss, case=case.name, at_most=bound)
+    report.figure(RIGHT, "gradients", distance(found, expected), case=case.name, at_most=bound)
     if case.packing != "none" and not case.compiled:
         replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
         off = distance(gradients(step.model), expected)
-        report.figure("the same with a planted wrong mask", off, case=case.name, at_least=FOUND * bound)
+        report.figure(RIGHT, "gradients, planted wrong mask", off, case=case.name, at_least=FOUND * bound)
 
 
 def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
@@ -295,9 +298,9 @@ def speed_figures(report: Report, case: str, step: TrainStep, batches: list[Micr
     computed, real, owned, pairs = map(sum, zip(*counts, strict=True))
     peak = peak_flops(step.world.device)
     mfu = 100 * step_flops(step.model, real, pairs) / seconds / peak if peak else None
-    report.figure("step", seconds, "s", case=case)
-    report.figure("tokens computed", computed, case=case)
-    report.figure("real tokens/s", real / seconds, case=case)
-    report.figure("loss tokens/s", owned / seconds, case=case)
-    report.figure("MFU", mfu, "%", case=case, why="no peak is known")
-    report.figure("peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)
+    report.figure(SPEED_TABLE, "step", seconds, "s", case=case)
+    report.figure(SPEED_TABLE, "tokens computed", computed, case=case)
+    report.figure(SPEED_TABLE, "real tokens/s", real / seconds, case=case)
+    report.figure(SPEED_TABLE, "loss tokens/s", owned / seconds, case=case)
+    report.figure(SPEED_TABLE, "MFU", mfu, "%", case=case, why="no peak is known")
+    report.figure(SPEED_TABLE, "peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)
