@@ -25,21 +25,39 @@ class TokenBytes:
         return cls(2 * config.num_hidden_layers * keys * itemsize, new * itemsize, 2 * queries * itemsize, pair)
 
 
+MOST_BATCH_TOKENS = 32768  # new tokens of a pass; more make no GPU faster
+LEAST_BATCH_TOKENS = 1024
+
+
+def default_batch_tokens(token: TokenBytes, limit: int | None) -> int:
+    """New tokens of a pass whose activations take an eighth of the limit (bytes), the rest being for caches."""
+    if limit is None:
+        return MOST_BATCH_TOKENS
+    return min(MOST_BATCH_TOKENS, max(LEAST_BATCH_TOKENS, limit // 8 // token.new))
+
+
 class CacheBudget:
     """The account of held caches, of the pass under way (a working copy of its keys and values), and its activations.
 
     A pass reads `rows` rows of `new` tokens, each behind a held prefix of `prefix` tokens. `limit` (bytes; None:
     unbounded) bounds all three together, with one exception: a single row, with nothing held but its own prefix, goes
-    whatever its activations are. So a cache of twice a trace's keys and values always works.
+    whatever its activations are. So a cache of twice a trace's keys and values always works. Where the device turns out
+    to have less than `limit`, `shrink` puts `ceiling` in its place.
     """
 
     def __init__(self, token: TokenBytes, limit: int | None = None):
         self.token, self.limit = token, 1 << 62 if limit is None else limit
+        self.ceiling = self.limit  # lower where the device has proved to have less
         self.held = self.working = 0  # bytes; `working` of the pass under way
 
     @property
     def free(self) -> int:
-        return self.limit - self.held - self.working
+        return min(self.limit, self.ceiling) - self.held - self.working
+
+    def shrink(self, needed: int) -> None:
+        """The device ran out of memory for `needed` bytes beside what is counted: so much is not asked for again. It may
+        have been another process's moment, so one failure takes half at most."""
+        self.ceiling = max(self.held + self.working + needed - 1, min(self.limit, self.ceiling) // 2)
 
     def pass_bytes(self, rows: int, prefix: int, new: int) -> int:
         """Working copy and activations. One mask serves all rows."""
@@ -55,8 +73,9 @@ class CacheBudget:
         return max(1, min(during, after))
 
     def check_last_row(self, prefix: int, new: int) -> None:
-        """Raises ValueError where not even the working copy of one row fits beside what is held."""
-        if self.free < (prefix + new) * self.token.kv:
+        """Raises ValueError where not even the working copy of one row fits beside what is held. The ceiling has no say:
+        it may have been found beside other caches."""
+        if self.limit - self.held < (prefix + new) * self.token.kv:
             raise ValueError(
                 f"the value cache of {self.limit / 1e9:.3g} GB cannot hold a trace of {prefix + new} tokens (its prefix "
                 f"and a working copy); it needs {(2 * prefix + new) * self.token.kv / 1e9:.3g} GB"
