@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 
@@ -242,25 +243,11 @@ def memory(report: Report, model: Qwen2ForClassifier) -> None:
     free_memory(report.device)
     before = allocated_gb(report.device)
     scorer = ValueScorer(model, int(limit * 1e9))
-    found = dict_of(cached(scorer, growth))
-    used = peak_gb(report.device)
-    report.figure(
-        MEMORY,
-        f"peak over the weights, cache of {limit:g} GB",
-        used and used - before,
-        "GB",
-        at_most=limit,
-        why=NOT_ON_CPU,
-    )
-    report.figure(
-        MEMORY,
-        f"tokens read again, cache of {limit:g} GB",
-        100 * scorer.usage.tokens_reread / growth.tokens_cached,
-        "%",
-    )
-    report.figure(
-        MEMORY, f"value: cache of {limit:g} GB - unbounded", largest(found, expected), at_most=tolerance(model)
-    )
+    difference, used = largest(dict_of(cached(scorer, growth)), expected), peak_gb(report.device)
+    small, reread = f"cache of {limit:g} GB", 100 * scorer.usage.tokens_reread / growth.tokens_cached
+    report.figure(MEMORY, f"{small}: peak", used and used - before, "GB", at_most=limit, why=NOT_ON_CPU)
+    report.figure(MEMORY, f"{small}: tokens read again", reread, "%")
+    report.figure(MEMORY, f"{small}: difference of a value", difference, at_most=tolerance(model))
 
 
 def dict_of(scored: list[tuple[list[int], float]]) -> dict[tuple[int, ...], float]:
@@ -284,36 +271,30 @@ def out_of_memory(report: Report, model: Qwen2ForClassifier) -> None:
     expected = dict_of(cached(ValueScorer(model), growth))
     wanted = (peak_gb(report.device) or 0) - (before or 0)
     scorer = ValueScorer(model)
-    with small_device(report.device, model, 0.6 * wanted, growth.candidates * growth.block // 2) as refused:
-        found = dict_of(cached(scorer, growth))
-    report.figure(
-        MEMORY, "out of memory: refused passes", refused[0] if refused else None, at_least=1, why="counted by torch"
-    )
-    report.figure(MEMORY, "out of memory: value - with enough", largest(found, expected), at_most=tolerance(model))
+    with small_device(report.device, model, 0.6 * wanted, growth.candidates * growth.block // 2):
+        difference = largest(dict_of(cached(scorer, growth)), expected)
+    report.figure(MEMORY, "device too small: back-offs", scorer.back_offs, at_least=1)
+    report.figure(MEMORY, "device too small: difference of a value", difference, at_most=tolerance(model))
 
 
 @contextmanager
-def small_device(device: str, model: Qwen2ForClassifier, more_gb: float, tokens: int) -> Iterator[list[int]]:
-    """A GPU that gives only `more_gb` more. On a CPU a stand-in: passes of more than `tokens` are refused and counted."""
+def small_device(device: str, model: Qwen2ForClassifier, more_gb: float, tokens: int) -> Iterator[None]:
+    """A GPU that gives only `more_gb` more. On a CPU a stand-in, which refuses passes of more than `tokens`."""
     if device.startswith("cuda"):
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more_gb * 1e9) / total)
         try:
-            yield []
+            yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
-    forward, refused = model.model.forward, [0]
+    forward = model.model.forward
 
-    def small(*args, **kwargs):
+    def refusing(*args, **kwargs):
         if kwargs["input_ids"].numel() > tokens:
-            refused[0] += 1
             raise torch.OutOfMemoryError(f"a stand-in for a GPU that takes {tokens} tokens a pass")
         return forward(*args, **kwargs)
 
-    model.model.forward = small
-    try:
-        yield refused
-    finally:
-        model.model.forward = forward
+    with mock.patch.object(model.model, "forward", refusing):
+        yield
