@@ -156,7 +156,7 @@ def faults(results: dict[str, Any]) -> list[str]:
         for row in part["figures"]:
             if not row["good"]:
                 where = ", ".join((name, row["table"], row.get("case", ""))).removesuffix(", ")
-                found.append(f"{where}: {row['figure']} is {number(row['value'])}, {bound(row)}")
+                found.append(f"{where}: {row['figure']} is {number(row['value'])}, {bound(row)} is asked for")
     return found
 
 
@@ -181,7 +181,7 @@ def cell(row: dict[str, Any] | None) -> str:
     if row["value"] is None:
         return "–"
     limit = f" ({bound(row)})" if bound(row) else ""
-    return f"{number(row['value'])}{limit}" if row["good"] else f"**{number(row['value'])}** ({bound(row)}: BAD)"
+    return f"{number(row['value'])}{limit}" if row["good"] else f"**{number(row['value'])}** (BAD: {bound(row)})"
 
 
 def tables(figures: Sequence[dict[str, Any]]) -> list[str]:
@@ -193,7 +193,9 @@ def tables(figures: Sequence[dict[str, Any]]) -> list[str]:
         cases: dict[str, dict[str, dict[str, Any]]] = {}
         for row in rows:
             cases.setdefault(row.get("case", ""), {})[row["figure"]] = row
-        columns = {row["figure"]: row for row in rows if len(values_of(rows, row["figure"]) | {None}) > 1}
+        measured = {row["figure"] for row in rows if row["value"] is not None}
+        columns = {row["figure"]: row for row in reversed(rows) if row["figure"] in measured}
+        columns = dict(sorted(columns.items(), key=lambda item: rows.index(item[1])))
         if list(cases) == [""]:
             body = [f"| {head(row)} | {cell(row)} |" for row in columns.values()]
             lines += [f"| {title} | |", "|---|---:|", *body, ""] if body else []
@@ -202,10 +204,6 @@ def tables(figures: Sequence[dict[str, Any]]) -> list[str]:
         lines += [f"| {case} | {' | '.join(cell(row.get(name)) for name in columns)} |" for case, row in cases.items()]
         lines.append("")
     return lines
-
-
-def values_of(rows: Sequence[dict[str, Any]], name: str) -> set[float | None]:
-    return {row["value"] for row in rows if row["figure"] == name}
 
 
 def head(row: dict[str, Any]) -> str:
@@ -255,6 +253,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def leave(*_) -> None:
+    """On SIGTERM: in order, so that the part that runs ends too."""
+    sys.exit(143)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args, begin = parse(argv), time.monotonic()
     out = Path(args.out)
@@ -278,4 +281,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, leave)
     run_script(main)

@@ -12,10 +12,12 @@ from common_lib.cli import UserError, quiet_transformers, run_script, set_up_log
 from common_lib.devices import hardware_name, resolve_device
 from common_lib.files import LineFile
 from gpu_parts.report import MissingPackage, Report
+from training_lib.launch import end_with_parent
 
 
 def main(argv: list[str] | None) -> int:
     module, device, size, seconds, path = argv or sys.argv[1:]
+    end_with_parent("gpu_check.py is gone")
     set_up_logging()
     lines = LineFile(Path(path))
     report = Report(lines, device, size, float(seconds))
