@@ -27,9 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common_lib import models
+from common_lib import devices, models
 from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
-from common_lib.devices import default_cache_bytes, hardware_name, limit_cpu_threads, resolve_device
 from common_lib.files import OutputError
 from common_lib.signals import Stopped, run_until_signal
 from common_lib.tracking import Tracker, make_tracker
@@ -39,6 +38,7 @@ from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
 from eval_lib.summary import format_table, summarize
 from eval_utils import Grader, problem_classes
+from search_lib import memory_plan
 from search_lib.arguments import parse_args
 from search_lib.results import ResultRows
 from search_lib.run_files import FORMAT, RunFiles, check_output_path
@@ -75,6 +75,10 @@ class SearchPlan:
         """Tokens of prompt and response at most."""
         return max(map(len, self.prompts)) + self.config.max_length
 
+    @property
+    def value_kv_bytes(self) -> int:
+        return self.value_model.kv_bytes(2 if self.value_dtype == "bf16" else 4)
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -93,8 +97,10 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     models.check_generator(generator)
     models.check_value_model(value_model)
     # From here on with torch and transformers, whose import takes seconds
-    device = resolve_device(args.device, "--device")
-    value_device = device if args.value_device == "auto" else resolve_device(args.value_device, "--value_device")
+    device = devices.resolve_device(args.device, "--device")
+    value_device = (
+        device if args.value_device == "auto" else devices.resolve_device(args.value_device, "--value_device")
+    )
     fastest = "bf16" if value_device.startswith("cuda") else "fp32"
     value_dtype = fastest if args.value_dtype == "auto" else args.value_dtype
     tokenizer = load_tokenizer(Path(generator.path), "--piref_model")
@@ -143,29 +149,56 @@ def load_engine(args: argparse.Namespace, plan: SearchPlan) -> Engine:
     """The generator. Raises UserError for settings that cannot be, EngineError where it does not start."""
     quiet_transformers()
     if plan.device == plan.value_device == "cpu":
-        limit_cpu_threads()
+        devices.limit_cpu_threads()
     return make_engine(plan.engine, engine_config(args, plan.generator, plan.device))
 
 
-def load_scorer(args: argparse.Namespace, plan: SearchPlan) -> ScorerThread:
-    """The value model on its device, in a scorer with a bounded cache, in a thread of its own."""
+def load_value_model(args: argparse.Namespace, plan: SearchPlan) -> Any:
+    """The value model on its device. Raises UserError where it does not fit."""
     import torch
 
-    from classifier_lib import Qwen2ForClassifier, ValueScorer
+    from classifier_lib import Qwen2ForClassifier
 
-    model = Qwen2ForClassifier.from_pretrained(
-        plan.value_model.path,
-        attn_implementation=args.attention_impl,
-        torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
-        use_cache=False,
-    ).to(plan.value_device)
-    auto = args.value_cache_gb == "auto"
-    cache_bytes = default_cache_bytes(plan.value_device) if auto else int(args.value_cache_gb * 1e9)
+    try:
+        return Qwen2ForClassifier.from_pretrained(
+            plan.value_model.path,
+            attn_implementation=args.attention_impl,
+            torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
+            use_cache=False,
+        ).to(plan.value_device)
+    except torch.OutOfMemoryError as error:
+        where = f"{plan.value_device}, where {devices.memory_of(plan.value_device)[0] / 1e9:.3g} GB are free"
+        raise UserError(f"the value model does not fit on {where}; {memory_plan.LESS}") from error
+
+
+def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: memory_plan.EngineMemory) -> ScorerThread:
+    """The value model in a scorer with a bounded cache, in a thread of its own. Says who has how much of the device's
+    memory, and where it is little. Raises UserError where it is too little."""
+    from classifier_lib import ValueScorer
+
+    model, device = load_value_model(args, plan), plan.value_device
+    free, total = devices.memory_of(device)
+    if args.value_cache_gb == "auto":
+        shared = plan.engine == "transformers" and not engine.elsewhere
+        limit = memory_plan.auto_limit(device, free, total, shared)
+    else:
+        limit = int(args.value_cache_gb * 1e9)
+    memory_plan.check_limit(limit, free, device, 2 * plan.longest_trace * plan.value_kv_bytes)
+    scorer = ValueScorer(model, limit, None if args.value_batch_tokens == "auto" else args.value_batch_tokens)
+    block, batch_tokens = plan.config.block_size, scorer.max_batch_tokens
+    activations = scorer.budget.activation_bytes(batch_tokens, plan.longest_trace - block, block)
+    weights = model.num_parameters() * model.dtype.itemsize
+    promise = memory_plan.plan_memory(device, free, total, engine, plan.generator, weights, limit, activations)
     logger.info(
-        "value model: %s, %s on %s, caches up to %.1f GB", plan.value_model.path, plan.value_dtype, plan.value_device,
-        cache_bytes / 1e9,
+        "value model: %s, %s on %s, up to %d new tokens a pass\n%s",
+        plan.value_model.path, plan.value_dtype, device, batch_tokens, promise.line(),
     )  # fmt: skip
-    return ScorerThread(ValueScorer(model, cache_bytes))
+    searches = min(args.batch_size, len(plan.prompts) * args.num_repetitions)
+    tokens = memory_plan.working_set(plan.config, plan.longest_trace - plan.config.max_length, searches)
+    wanted = tokens * plan.value_kv_bytes + activations
+    if warning := memory_plan.shortage(limit, free, device, wanted, searches):
+        logger.warning(warning)
+    return ScorerThread(scorer)
 
 
 @dataclass(frozen=True)
@@ -173,7 +206,7 @@ class Loaders:
     """Where what is loaded comes from; simulations and tests give others."""
 
     engine: Callable[[argparse.Namespace, SearchPlan], Engine] = load_engine
-    scorer: Callable[[argparse.Namespace, SearchPlan], ScorerThread] = load_scorer
+    scorer: Callable[[argparse.Namespace, SearchPlan, memory_plan.EngineMemory], ScorerThread] = load_scorer
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
 
@@ -186,11 +219,17 @@ def search_problems(
     args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
 ) -> None:
     """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
+    if plan.value_device.startswith("cuda"):
+        devices.use_expandable_segments()
+    free, _ = devices.memory_of(plan.value_device)
     engine = loaders.engine(args, plan)
     try:
         check_context_length(args, plan, engine)
-        files.meta["engine"] = engine.describe()
-        scorer = loaders.scorer(args, plan)
+        files.meta["engine"] = described = engine.describe()
+        where = memory_plan.elsewhere(plan.engine, plan.device, plan.value_device, described)
+        scorer = loaders.scorer(
+            args, plan, memory_plan.EngineMemory(free, devices.memory_of(plan.value_device)[0], described, where)
+        )
     except BaseException:
         asyncio.run(engine.close())
         raise
@@ -281,7 +320,7 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
                         search_problems(args, plan, files, grader, loaders)
                     files.sort_results()
                 finally:
-                    files.note_session(time.perf_counter() - begin, hardware_name(plan.device))
+                    files.note_session(time.perf_counter() - begin, devices.hardware_name(plan.device))
                 report(args, files, grader, tracker)
         return 0
     except Stopped as stop:

@@ -65,6 +65,12 @@ class CacheBudget:
         repeated, mask = (token.key, new * keys * token.pair) if prefix else (0, 0)
         return rows * (keys * (token.kv + repeated) + new * token.new) + mask
 
+    def activation_bytes(self, batch_tokens: int, prefix: int, new: int) -> int:
+        """Activations of the largest pass of such rows that both bounds allow."""
+        most = min(batch_tokens // new, self.limit // self.pass_bytes(1, prefix, new))
+        rows = max(1, most)
+        return self.pass_bytes(rows, prefix, new) - rows * (prefix + new) * self.token.kv
+
     def rows_that_fit(self, prefix: int, new: int, held_after: int) -> int:
         """Rows of one pass, if each is to hold `held_after` tokens once the activations are gone; at least 1."""
         mask = self.pass_bytes(0, prefix, new)

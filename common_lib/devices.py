@@ -1,10 +1,13 @@
 """Which device, how much of its memory, how many threads, and its name for the record."""
 
+import logging
 import os
 import platform
 from pathlib import Path
 
 from common_lib.cli import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_device_name(name: str, flag: str) -> None:
@@ -29,17 +32,34 @@ def resolve_device(name: str, flag: str) -> str:
     return name
 
 
-def default_cache_bytes(device: str) -> int:
-    """Bytes that `--value_cache_gb auto` takes: 60 % of the GPU memory that is free now, or 25 % of the free RAM."""
+def memory_of(device: str) -> tuple[int, int]:
+    """(free, total) bytes: of the GPU, whoever uses it, or of the RAM, whose page cache counts as free."""
     if device.startswith("cuda"):
         import torch
 
-        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+        return torch.cuda.mem_get_info(device)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():  # counts the page cache as free, which it is
-        lines = (line.split() for line in meminfo.read_text().splitlines())
-        return int(0.25 * 1024 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:"))
-    return int(0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if not meminfo.is_file():
+        return total, total
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"), total
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator grow its segments, so that passes of many sizes leave no holes. For this process only: a
+    variable of the environment would reach the processes of SGLang. Call it before CUDA is used; a setting of the user's
+    in PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF stays as it is."""
+    if os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
+        return
+    import torch
+
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if setter is None:
+        logger.warning("memory: torch %s has no way to set expandable_segments here; give "
+                       "PYTORCH_ALLOC_CONF=expandable_segments:True if memory runs out", torch.__version__)  # fmt: skip
+        return
+    setter("expandable_segments:True")
 
 
 def limit_cpu_threads() -> None:

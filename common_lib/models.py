@@ -36,6 +36,10 @@ class ModelInfo:
     num_labels: int | None  # of the value head; None: there is no head
     has_lm_head: bool | None  # None: cannot be told
 
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values in all layers; `itemsize` of a number."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
+
 
 def resolve_model(name: str, flag: str) -> Path:
     """The folder of a model: a local one, or the hub's, downloaded. Raises UserError."""
@@ -209,8 +213,7 @@ def check_positions(generator: ModelInfo, value: ModelInfo, longest_prompt: int,
 
 def check_value_cache(cache_gb: float | str, info: ModelInfo, dtype: str, trace: int) -> None:
     """The cache must hold one whole trace and a working copy of it."""
-    per_token = 2 * info.num_hidden_layers * info.num_key_value_heads * info.head_dim * (2 if dtype == "bf16" else 4)
-    needed = 2 * trace * per_token / 1e9
+    needed = 2 * trace * info.kv_bytes(2 if dtype == "bf16" else 4) / 1e9
     if cache_gb != "auto" and float(cache_gb) < needed:
         raise UserError(
             f"--value_cache_gb {cache_gb} cannot hold one trace of {trace} tokens and a working copy; give at least "

@@ -31,10 +31,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from classifier_lib import Qwen2ForClassifier, ValueScorer
 from common_lib.cli import ArgumentParser, check_rules, quiet_transformers, run_script, set_up_logging
 from common_lib.concurrency import run_bounded
-from common_lib.devices import default_cache_bytes
+from common_lib.devices import memory_of
 from common_lib.models import inspect_model
 from engine_lib.base import Engine, EngineConfig, Request
 from engine_lib.choose import choose_engine, make_engine
+from search_lib.memory_plan import auto_limit
 from search_lib.scorers import ScorerThread
 from search_lib.search import search, select
 from search_lib.tree import SearchConfig, SearchTask
@@ -104,7 +105,8 @@ class Bench:
 
 
 async def this_search(bench: Bench) -> None:
-    value_scorer = ValueScorer(bench.model, default_cache_bytes(str(bench.model.device)))
+    device = str(bench.model.device)
+    value_scorer = ValueScorer(bench.model, auto_limit(device, *memory_of(device)))
     value_scorer.score = timed(value_scorer.score, bench.scorer_times)
     scorer = ScorerThread(value_scorer)
 

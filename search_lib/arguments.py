@@ -1,7 +1,7 @@
 """The flags of inference_eval.py: the released ones with their defaults, and this project's own."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common_lib import tracking
 from common_lib.cli import ArgumentParser, UserError, check_rules
@@ -20,17 +20,26 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     ]
     check_rules(args, [*rules, *engine_rules(args)])
     parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
-    if args.value_cache_gb != "auto":
-        try:
-            args.value_cache_gb = float(args.value_cache_gb)
-        except ValueError:
-            raise UserError(f"--value_cache_gb {args.value_cache_gb!r} must be auto or a number of GB") from None
-        if not 0 < args.value_cache_gb < float("inf"):
-            raise UserError(f"--value_cache_gb {args.value_cache_gb} must be above 0")
+    read_auto(args, "value_cache_gb", float, "a number of GB")
+    read_auto(args, "value_batch_tokens", int, "a whole number of tokens")
     resolve_engine(args)
     check_device_name(args.value_device, "--value_device")
     args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
     return args
+
+
+def read_auto(args: argparse.Namespace, name: str, kind: Callable[[str], float], words: str) -> None:
+    """A flag that is `auto` or a number above 0. Raises UserError."""
+    text = getattr(args, name)
+    if text == "auto":
+        return
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"--{name} {text!r} must be auto or {words}") from None
+    if not 0 < value < float("inf"):
+        raise UserError(f"--{name} {value} must be above 0")
+    setattr(args, name, value)
 
 
 # fmt: off
@@ -55,7 +64,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--selection", choices=SELECTIONS, default="value",
          help="random: a seeded draw instead of the best values (the paper's ablation)")
     add_sampling_flags(flag)
-    flag("--batch_size", type=int, default=32, help="searches at once, over all problems and repetitions")
+    flag("--batch_size", type=int, default=32,
+         help="searches at once, over all problems and repetitions; with bf16 values it may change results")
 
     flag = parser.add_argument_group("generator").add_argument
     flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name")
@@ -64,9 +74,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag = parser.add_argument_group("value model").add_argument
     flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name")
     flag("--value_device", default="auto", help="auto: the same as --device")
-    flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto",
+         help="auto: bf16 on a GPU, fp32 on a CPU. In bf16 a value's last bits depend on what it was batched with, so "
+              "--batch_size, --value_cache_gb, --value_batch_tokens and --attention_impl may change results; fp32 values do "
+              "not depend on it")
     flag("--value_cache_gb", default="auto",
-         help="bound on its caches, in GB; auto: 60%% of the GPU memory left, 25%% of the free RAM")
+         help="bound on its caches and activations together, in GB; auto: the GPU memory that is free once the engine and "
+              "the value model are loaded, less 5%% of the card (half of that beside --engine transformers on the same "
+              "GPU); 25%% of the free RAM on a CPU. In bf16 it may change results")
+    flag("--value_batch_tokens", default="auto",
+         help="new tokens in one forward pass of it, at most (one trace goes whatever its length); auto: as many as an "
+              "eighth of --value_cache_gb takes, 1024 to 32768. In bf16 it may change results")
 
     flag = parser.add_argument_group("tracking").add_argument
     flag("--neptune_project", nargs="?", const="",

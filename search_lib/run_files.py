@@ -23,8 +23,8 @@ from search_lib.tree import Round, SearchTask
 
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
-    "batch_size", "value_device", "value_cache_gb", "tracker", "neptune_project", "num_repetitions", "output_path", "benchmark",
-    "piref_model", "classifier_ckpt_path", "value_dtype",
+    "batch_size", "value_device", "value_cache_gb", "value_batch_tokens", "tracker", "neptune_project", "num_repetitions",
+    "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "value_dtype",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from search_lib.search import select
 from search_lib.tree import SearchConfig
 
 
-def no_model(args, plan):
+def no_model(*_):
     pytest.fail("a model was loaded")
 
 
@@ -216,6 +216,8 @@ BAD_FLAGS = [
     ({"see": 3}, "unknown argument --see; did you mean --seed?"),
     ({"value_cache_gb": "lots"}, "--value_cache_gb 'lots' must be auto or a number"),
     ({"value_cache_gb": 1e-6}, "--value_cache_gb 1e-06 cannot hold one trace of .* give at least 7.78e-05"),
+    ({"value_batch_tokens": "1e4"}, "--value_batch_tokens '1e4' must be auto or a whole number"),
+    ({"value_batch_tokens": 0}, "--value_batch_tokens 0 must be above 0"),
     ({"output_path": "no/such/folder/out.jsonl"}, "the folder no/such/folder does not exist"),
     ({"piref_model": "./nowhere"}, "--piref_model ./nowhere is no folder"),
     ({"classifier_ckpt_path": "VGS-AI/not-downloaded"}, "--classifier_ckpt_path VGS-AI/not-downloaded is neither a local"),
@@ -271,7 +273,7 @@ NO_TORCH = """
 import json, sys
 import inference_eval
 from common_lib.cli import UserError
-from common_lib.devices import default_cache_bytes
+from common_lib.devices import memory_of
 
 for flags in json.loads(sys.argv[1]):
     try:
@@ -279,7 +281,7 @@ for flags in json.loads(sys.argv[1]):
         print("accepted:", flags)
     except (UserError, SystemExit):
         pass
-assert default_cache_bytes("cpu") > 0
+assert memory_of("cpu")[0] > 0
 print(*{"torch", "transformers", "sglang"} & set(sys.modules))
 """
 
@@ -399,7 +401,7 @@ class ClosingEngine:
 
 
 def test_the_engine_is_closed_also_where_the_value_model_does_not_load(inputs, tmp_path):
-    def broken(args, plan):
+    def broken(*_):
         raise RuntimeError("out of memory")
 
     engine = ClosingEngine()

@@ -94,9 +94,10 @@ TABLE = {
     "request_timeout": (["5"], lambda seen: seen.config.request_timeout_s, 5.0),
     "classifier_ckpt_path": (["FOLDER/other_value"], lambda seen: Path(seen.loaded[0][0]).name, "other_value"),
     "value_device": (["cuda:1"], lambda seen: (seen.config.device, seen.moved, seen.scorers[0].budget.limit),
-                     ("cpu", ["cuda:1"], int(0.6e9))),
+                     ("cpu", ["cuda:1"], int(0.9e9))),
     "value_dtype": (["bf16"], lambda seen: seen.scorers[0].model.score[0].weight.dtype, torch.bfloat16),
     "value_cache_gb": (["0.02"], lambda seen: seen.scorers[0].budget.limit, 20_000_000),
+    "value_batch_tokens": (["100"], lambda seen: seen.scorers[0].max_batch_tokens, 100),
     "neptune_project": (["me/vgs"], tracker, ("neptune", "me/vgs", True, 1)),
     "tracker": (["trackio"], tracker, ("trackio", None, True, 1)),
 }  # fmt: skip

@@ -124,6 +124,7 @@ CHANGES = {
     "value_device": [("cuda:1 --value_dtype fp32", None), ("cuda:1", f"{ENGINE}.*value_dtype.*fp32.*bf16")],
     "value_dtype": [("fp32", None), ("bf16", ENGINE)],
     "value_cache_gb": [("0.02", None)],
+    "value_batch_tokens": [("100", None)],
     "neptune_project": [("me/vgs", None)],
     "tracker": [("trackio", None)],
 }

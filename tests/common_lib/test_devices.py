@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from common_lib.cli import UserError
-from common_lib.devices import check_device_name, default_cache_bytes, hardware_name, limit_cpu_threads, resolve_device
-
-
-def test_a_quarter_of_the_default_cache_bytes():
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < default_cache_bytes("cpu") <= 0.25 * total
+from common_lib.devices import (
+    check_device_name,
+    hardware_name,
+    limit_cpu_threads,
+    memory_of,
+    resolve_device,
+    use_expandable_segments,
+)
 
 
 def test_the_processor_has_a_name_and_cores():
@@ -44,12 +46,37 @@ def test_a_gpu_that_is_there_and_one_that_is_not(name, gpus, expected, monkeypat
             resolve_device(name, "--device")
 
 
-def test_shares_of_free_memory(monkeypatch):
+def test_what_is_free(monkeypatch):
+    free, total = memory_of("cpu")
+    assert 0 < free <= total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {"cuda:1": (1000, 5000)}[device])
-    assert default_cache_bytes("cuda:1") == 600  # of what is free, not of all
+    assert memory_of("cuda:1") == (1000, 5000)
     text = "MemTotal:  900 kB\nMemFree:  10 kB\nMemAvailable:  800 kB\n"
     monkeypatch.setattr(Path, "read_text", lambda path, **_: text)
-    assert default_cache_bytes("cpu") == 200 * 1024
+    assert memory_of("cpu") == (800 * 1024, total)
+
+
+@pytest.mark.parametrize("variable", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_has_settings_of_his_own(variable, monkeypatch):
+    """And no other process hears of it: the environment stays as it is."""
+    given = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    before = dict(os.environ)
+    use_expandable_segments()
+    assert given == ([] if variable else ["expandable_segments:True"])
+    assert dict(os.environ) == before
+
+
+def test_a_torch_that_cannot_be_told_is_said(monkeypatch, caplog):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
+    use_expandable_segments()
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in caplog.text
 
 
 def test_half_of_the_cores_unless_the_user_says_otherwise(monkeypatch):

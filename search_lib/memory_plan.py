@@ -1,0 +1,137 @@
+"""Who gets how much of a device's memory in a search: sums of bytes, and what to say of them. No torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common_lib.cli import UserError
+from common_lib.models import ModelInfo
+from search_lib.tree import SearchConfig
+
+GPU_RESERVE = 0.05  # of a card, left alone: SGLang's prefill of many prompts at once, kernels that load late, rounding
+RAM_SHARE = (
+    0.25  # of the free RAM, for the value model: the generator's caches, the page cache and others want some, too
+)
+LESS = "lower --piref_gpu_util (servers: --mem-fraction-static where they are started) or give another --value_device"
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """How the engine's start left the memory of the value model's device (bytes), what the engine says of itself
+    (`Engine.describe()`), and where it generates, in words, if not on that device."""
+
+    free_before: int
+    free_after: int
+    described: Mapping[str, Any] = field(default_factory=dict)
+    elsewhere: str = ""
+
+
+def elsewhere(engine: str, device: str, value_device: str, described: Mapping[str, Any]) -> str:
+    """`EngineMemory.elsewhere` of an engine by its name and device; SGLang's ranks take that GPU and the next ones."""
+    if engine == "sglang-server":
+        return "generator on its servers"
+    first, last = _gpu(device), _gpu(device) + int(described.get("tp_size") or 1) * int(described.get("dp_size") or 1)
+    if device[:3] == value_device[:3] and (device == "cpu" or first <= _gpu(value_device) < last):
+        return ""
+    return f"generator on {device}"
+
+
+def _gpu(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What each part takes of a device, in bytes by name. Caches, activations and what is left are a promise: a pass's
+    working copy counts as cache, and what is left includes the reserve. The parts add up to `total`."""
+
+    device: str
+    total: int
+    parts: dict[str, int]
+    elsewhere: str = ""  # where the generator is, if not here
+
+    def line(self) -> str:
+        """The statement at the start, in GB."""
+        groups = (
+            ("generator_weights", "kv_pool", "graphs"),
+            ("value_weights", "value_cache", "activations"),
+            ("other", "left"),
+        )
+        words = [
+            ", ".join(f"{name.replace('_', ' ')} {self.parts[name] / 1e9:.3g}" for name in group if name in self.parts)
+            for group in groups
+        ]
+        words[0] = ", ".join(filter(None, (words[0], self.elsewhere)))
+        return f"memory of {self.device}, {self.total / 1e9:.3g} GB: {'; '.join(words)}"
+
+
+def auto_limit(device: str, free: int, total: int, shared: bool = False) -> int:
+    """Bytes that the value model's caches and activations may take together, of what is free once engine and weights are
+    loaded. shared: the transformers engine, whose caches come and go, generates on the same GPU and gets half."""
+    if not device.startswith("cuda"):
+        return int(RAM_SHARE * free)
+    most = max(0, free - int(GPU_RESERVE * total))
+    return most // 2 if shared else most
+
+
+def plan_memory(
+    device: str, free: int, total: int, engine: EngineMemory, generator: ModelInfo, value_weights: int, limit: int,
+    activations: int,
+) -> MemoryPlan:  # fmt: skip
+    """The promise. free, total: now, with engine and value model loaded. limit: of caches and activations together.
+
+    Of the generator the weights and the pool are sums; `graphs` is what else the start of its engine took (decode graphs,
+    and what its processes need of the driver).
+    """
+    on_gpu, parts = device.startswith("cuda"), {}
+    if not engine.elsewhere:
+        ranks = int(engine.described.get("tp_size") or 1)
+        itemsize = 2 if on_gpu else 4
+        parts["generator_weights"] = (generator.num_parameters or 0) * itemsize // ranks
+        if pool := engine.described.get("kv_pool_tokens"):
+            parts["kv_pool"] = int(pool) * generator.kv_bytes(itemsize) // min(ranks, generator.num_key_value_heads)
+        if on_gpu:
+            parts["graphs"] = max(0, engine.free_before - engine.free_after - sum(parts.values()))
+    parts["value_weights"] = value_weights
+    parts["value_cache"], parts["activations"] = max(0, limit - activations), min(limit, activations)
+    parts["left"] = max(0, free - limit)
+    parts["other"] = max(0, total - sum(parts.values()))
+    return MemoryPlan(device, total, parts, engine.elsewhere)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it enough?
+
+
+def working_set(config: SearchConfig, prompt: int, searches: int) -> int:
+    """Tokens whose keys and values so many searches want at once, on average: each its prompt and its beams as they are
+    half-way through the rounds, and one of them, which is being scored, its candidates and a working copy of each."""
+    rounds = math.ceil(config.max_length / config.block_size)
+    length = config.block_size * (rounds - 1) // 2
+    candidates = config.num_beams * config.beam_width
+    return searches * (prompt + config.num_beams * length) + candidates * (prompt + length + 2 * config.block_size)
+
+
+def check_limit(limit: int, free: int, device: str, least: int) -> None:
+    """Raises UserError where the caches cannot even hold one trace and its working copy (`least` bytes)."""
+    if limit < least:
+        raise UserError(
+            f"with the engine and the value model loaded {free / 1e9:.3g} GB are free on {device}, of which its caches may "
+            f"take {limit / 1e9:.3g}, but one trace and a working copy need {least / 1e9:.3g}; {LESS}"
+        )
+
+
+def shortage(limit: int, free: int, device: str, wanted: int, searches: int) -> str:
+    """What to say, in one line, where the caches (`limit` bytes) are smaller than what the searches want at once; ''
+    where they are not."""
+    if limit > free:
+        return f"--value_cache_gb {limit / 1e9:.3g} is more than the {free / 1e9:.3g} GB that are free on {device}"
+    if limit >= wanted:
+        return ""
+    fitting = max(1, int(searches * limit / wanted))
+    return (
+        f"the value model's caches of {limit / 1e9:.3g} GB are {limit / wanted:.0%} of the {wanted / 1e9:.3g} GB that "
+        f"{searches} searches want at once, so tokens will be read again; give --batch_size {fitting}, or leave it more: "
+        f"{LESS}"
+    )
