@@ -38,6 +38,7 @@ PARTS = {  # a later one is a file and a line: its module, and its share of the 
     "scoring": ("gpu_parts.scoring", 1.5),
     "training": ("gpu_parts.training", 4.0),
     "search": ("gpu_parts.search", 3.0),
+    "memory": ("gpu_parts.memory", 0.7),
 }
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton", "sglang", "flash-attn", "flash-attn-4")
 LEAVE_S = 10.0  # before a part's time is over it should stop by itself

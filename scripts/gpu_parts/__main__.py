@@ -26,8 +26,11 @@ def main(argv: list[str] | None) -> int:
         import torch
 
         quiet_transformers()
+        part = importlib.import_module(module)
+        if device == "cuda":
+            getattr(part, "before_cuda", lambda: None)()
         report.machine(card=hardware_name(device), cuda=torch.version.cuda or "none")
-        importlib.import_module(module).run(report)
+        part.run(report)
     except UserError as error:
         lines.append({"mistake": str(error)})
     except (ModuleNotFoundError, MissingPackage) as error:

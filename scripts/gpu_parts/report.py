@@ -1,7 +1,7 @@
 """What a part of gpu_check.py is given: the device, the sizes, the time that is left, and where its figures go.
 
-A part is a module with `run(report)`. Each figure is a line of a file as soon as it is known, so that a part that dies
-keeps what it had.
+A part is a module with `run(report)`, and `before_cuda()` where something must be set before the GPU is used. Each figure
+is a line of a file as soon as it is known, so that a part that dies keeps what it had.
 """
 
 import time

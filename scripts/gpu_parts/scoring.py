@@ -15,10 +15,13 @@ import torch
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
 from classifier_lib.modeling import success_probs
-from common_lib.devices import default_cache_bytes
+from common_lib.devices import memory_of, use_expandable_segments
 from gpu_parts.models import NOT_ON_CPU, allocated_gb, free_memory, peak_gb, timed, value_model
 from gpu_parts.report import Report
+from search_lib.memory_plan import auto_limit
 from training_lib.step import peak_flops, step_flops
+
+before_cuda = use_expandable_segments  # as a search does
 
 Beam = tuple[int, list[int]]  # node number, all tokens
 Score = Callable[[int, list[Beam], list[list[int]]], list[float]]  # of a tree's parents, each with a block
@@ -199,7 +202,7 @@ def speed(report: Report, model: Qwen2ForClassifier) -> None:
         growth, name = replace(alone, trees=trees), f"{trees} tree{'s' * (trees > 1)}"
         if rate and not report.has_time(1.5 * growth.tokens_cached / rate, f"speed, {name}"):
             return
-        scorer = ValueScorer(model, default_cache_bytes(report.device))
+        scorer = ValueScorer(model, auto_limit(report.device, *memory_of(report.device)))
         free_memory(report.device)
         before = allocated_gb(report.device)
         seconds, _ = timed(report.device, lambda scorer=scorer, growth=growth: cached(scorer, growth))

@@ -23,12 +23,14 @@ import torch
 from benchmark_search import Bench, lock_step, measure, this_search
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from common_lib.devices import use_expandable_segments
 from engine_lib.base import Engine, EngineConfig
 from engine_lib.choose import make_engine
 from gpu_parts.models import SHAPES, free_memory, value_model
 from gpu_parts.report import Report
 from search_lib.tree import SearchConfig
 
+before_cuda = use_expandable_segments  # as a search does
 TABLE = "searches"
 FULL_SEARCHES, BLOCKS, PROMPT, ROUNDS = 32, (256, 512, 1024), 500, 2
 NUM_BEAMS, BEAM_WIDTH = 4, 2

@@ -61,8 +61,17 @@ FIGURES = {  # (table, case, figure) that --tiny must report
         *itertools.product(["searches"], ["transformers, tiny model, 2 searches, blocks of 16: this search"],
                            ["wall-clock / lock-step", "tokens / lock-step"]),
     },
+    "memory": set(itertools.product(["GB promised and used"], ["beside transformers"], [
+        "caches and activations, promised", "used", "left, promised", "free at the least", "tokens read again, %"])),
 }  # fmt: skip
-UNMEASURED = {"MFU", "peak over the weights", "peak memory", "cache of 0.0006 GB: peak"}  # on a CPU
+UNMEASURED = {
+    "MFU",
+    "peak over the weights",
+    "peak memory",
+    "cache of 0.0006 GB: peak",
+    "used",
+    "free at the least",
+}  # on a CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
