@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from common_lib.cli import UserError, quiet_transformers, run_script, set_up_logging
 from common_lib.devices import hardware_name, resolve_device
 from common_lib.files import LineFile
-from gpu_parts.report import MissingPackage, Report
+from gpu_parts.report import Report
 from training_lib.launch import end_with_parent
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None) -> int:
         part.run(report)
     except UserError as error:
         lines.append({"mistake": str(error)})
-    except (ModuleNotFoundError, MissingPackage) as error:
+    except ModuleNotFoundError as error:
         lines.append({"missing": str(error)})
     else:
         lines.append({"done": True})

@@ -22,17 +22,23 @@ SHAPES = {"tiny": TINY, "small": SMALL, "full": FULL}
 def value_model(
     size: str, device: str, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
 ) -> Qwen2ForClassifier:
-    """Random weights, whose values differ: at the usual initial scale a random head gives 1/3 for everything."""
+    """Random weights, the same in every dtype, to rounding: a GPU, and torch 2.11, draw other numbers in bfloat16. Values
+    differ: at the usual initial scale a random head gives 1/3 for everything."""
+    config = Qwen2Config(**SHAPES[size], num_labels=3)
     torch.manual_seed(seed)
     with torch.device(device):
-        config = Qwen2Config(**SHAPES[size], num_labels=3)
-        model = Qwen2ForClassifier._from_config(config, dtype=dtype, attn_implementation=attention)
+        exact = Qwen2ForClassifier._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
-        for linear in (model.score[0], model.score[2]):
+        for linear in (exact.score[0], exact.score[2]):
             linear.weight.normal_(std=math.sqrt(3 / config.hidden_size))
-        for layer in model.model.layers:  # attention that prefers some tokens to others
+        for layer in exact.model.layers:  # attention that prefers some tokens to others
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 projection.weight.normal_(std=1.5 / math.sqrt(config.hidden_size))
+    if dtype == torch.float32:
+        return exact.eval()
+    with torch.device(device):
+        model = Qwen2ForClassifier._from_config(config, dtype=dtype, attn_implementation=attention)
+    model.load_state_dict(exact.state_dict())  # not `to`, which would round the rotary frequencies as well
     return model.eval()
 
 

@@ -11,10 +11,6 @@ from contextlib import contextmanager
 from common_lib.files import LineFile
 
 
-class MissingPackage(Exception):
-    """A part cannot run here; the message names what is not installed."""
-
-
 class Report:
     def __init__(self, lines: LineFile, device: str, size: str, seconds: float):
         """device: cpu or cuda. size: `tiny` (seconds on a CPU), `small` (a CPU) or `full` (the 1.5B shapes). seconds:

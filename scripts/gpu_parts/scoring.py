@@ -5,6 +5,7 @@ rounds x block tokens long. "re-reading" is the released code's way: the whole t
 and of every final beam once more.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,25 +86,31 @@ def run(report: Report) -> None:
 # Growing trees
 
 
+@functools.cache
+def drawn(growth: Growth, vocab_size: int) -> tuple[list[list[int]], list[list[list[list[int]]]]]:
+    """Random tokens: the trees' prompts, and by round and tree the blocks."""
+    rng = random.Random(1)
+
+    def tokens(count: int) -> list[int]:
+        return rng.choices(range(vocab_size), k=count)
+
+    prompts = [tokens(growth.prompt) for _ in range(growth.trees)]
+    blocks = [[[tokens(growth.block) for _ in range(growth.candidates)] for _ in prompts] for _ in range(growth.rounds)]
+    return prompts, blocks
+
+
 def grow(score: Score, growth: Growth, vocab_size: int) -> list[list[Beam]]:
     """Grow the trees, a round of each in turn; the final beams of each."""
-    rng = random.Random(1)
-    beams: list[list[Beam]] = [
-        [(0, random_tokens(rng, vocab_size, growth.prompt))] * growth.kept for _ in range(growth.trees)
-    ]
-    for round_idx in range(growth.rounds):
-        for tree in range(growth.trees):
-            blocks = [random_tokens(rng, vocab_size, growth.block) for _ in range(growth.candidates)]
+    prompts, rounds = drawn(growth, vocab_size)
+    beams: list[list[Beam]] = [[(0, prompt)] * growth.kept for prompt in prompts]
+    for round_idx, round_blocks in enumerate(rounds):
+        for tree, blocks in enumerate(round_blocks):
             parents = [beams[tree][i // 2] for i in range(growth.candidates)]
             values = score(tree, parents, blocks)
             order = sorted(range(growth.candidates), key=lambda i: -values[i])[: growth.kept]
             first = 1 + round_idx * growth.candidates  # nodes are numbered in the order of scoring
             beams[tree] = [(first + i, parents[i][1] + blocks[i]) for i in order]
     return beams
-
-
-def random_tokens(rng: random.Random, vocab_size: int, count: int) -> list[int]:
-    return rng.choices(range(vocab_size), k=count)
 
 
 def cached(scorer: ValueScorer, growth: Growth) -> list[tuple[list[int], float]]:
@@ -202,6 +209,7 @@ def speed(report: Report, model: Qwen2ForClassifier) -> None:
         growth, name = replace(alone, trees=trees), f"{trees} tree{'s' * (trees > 1)}"
         if rate and not report.has_time(1.5 * growth.tokens_cached / rate, f"speed, {name}"):
             return
+        drawn(growth, model.config.vocab_size)
         scorer = ValueScorer(model, auto_limit(report.device, *memory_of(report.device)))
         free_memory(report.device)
         before = allocated_gb(report.device)

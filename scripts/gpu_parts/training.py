@@ -136,15 +136,18 @@ class Bench:
 
     def reference(self, group: int) -> tuple[float, list[torch.Tensor], float]:
         """(loss, gradients) in float32, and how much of these rounding alone changes under autocast, relative. Those of
-        one group's roll-outs are kept: 6 GB at 1.5B."""
+        one group's roll-outs are kept, on the CPU: 6 GB at 1.5B."""
         if self._reference is None or self._reference[0] != group:
-            loss, expected = self.one_by_one(group, False)
+            loss, model = self.one_by_one(group, False)
+            expected = [parameter.grad.cpu() for parameter in model.parameters()]
+            if self.device.type == "cuda":
+                expected = [gradient.pin_memory() for gradient in expected]
             rounding = distance(self.one_by_one(group, True)[1], expected) if self.autocast else 0.0
             self._reference = group, (loss, expected, rounding)
         return self._reference[1]
 
-    def one_by_one(self, group: int, autocast: bool) -> tuple[float, list[torch.Tensor]]:
-        """(loss, gradients, on the CPU) of one roll-out after the other, without padding: plain causal attention and
+    def one_by_one(self, group: int, autocast: bool) -> tuple[float, Qwen2ForClassifier]:
+        """(loss, model with its gradients) of one roll-out after the other, without padding: plain causal attention and
         torch's own cross entropy."""
         model = value_model(self.report.size, self.report.device, torch.float32).train()
         total = 0.0
@@ -156,7 +159,7 @@ class Bench:
             loss = F.cross_entropy(logits.float(), target) / MICRO_BATCH
             loss.backward()
             total += loss.item()
-        return total, gradients(model)
+        return total, model
 
     def step(self, case: Case) -> TrainStep:
         """The model of a run, without attention dropout, which would differ, and the run's step."""
@@ -169,17 +172,15 @@ class Bench:
         return TrainStep(model, self.world, attention, self.autocast, MICRO_BATCH, packed=case.packing != "none")
 
 
-def gradients(model: Qwen2ForClassifier) -> list[torch.Tensor]:
-    """On the CPU; the model's are taken away."""
-    found = [parameter.grad.cpu() for parameter in model.parameters()]
+def distance(model: Qwen2ForClassifier, expected: list[torch.Tensor]) -> float:
+    """Of all gradients together, relative (Euclidean norms). The model's are taken away."""
+    off = size = 0.0
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        wanted = gradient.to(parameter.device, non_blocking=True)
+        off = off + (parameter.grad - wanted).square().sum()
+        size = size + wanted.square().sum()
     model.zero_grad(set_to_none=True)
-    return found
-
-
-def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Of all gradients together, relative (Euclidean norms)."""
-    off = sum((a - b).square().sum().item() for a, b in zip(found, expected, strict=True))
-    return (off / sum(b.square().sum().item() for b in expected)) ** 0.5
+    return (off / size).sqrt().item()
 
 
 def with_wrong_mask(attention: Attention) -> Attention:
@@ -257,12 +258,15 @@ def measure(bench: Bench, case: Case) -> None:
         batches = bench.batches(bench.speed, case, step.attention, micro)
         try:
             whole_step(batches)  # warm-up, of longer rows
+            free_memory(report.device)
+            seconds, _ = timed(report.device, functools.partial(whole_step, batches))
             break
         except torch.OutOfMemoryError:
             optimizer.zero_grad(set_to_none=True)
+            free_memory(report.device)
             report.leave_out(f"{case.name}, micro batches of {micro} roll-outs", "out of memory")
-    free_memory(report.device)
-    seconds, _ = timed(report.device, lambda: whole_step(batches))
+    else:
+        raise torch.OutOfMemoryError(f"with micro batches of {MICRO_BATCH // 2}, too")
     speed_figures(report, case.name, step, batches, seconds)
     if case.compiled:
         report.figure(SPEED_TABLE, "graphs", made, case=case.name)
@@ -277,19 +281,19 @@ def compare(bench: Bench, case: Case, step: TrainStep) -> None:
     loss, expected, rounding = bench.reference(case.group)
     bound = max(1.5 * rounding, 1e-4)
     first, losses = timed(report.device, lambda: step.backward(batches))
-    found = gradients(step.model)
-    if case.compiled:
+    off = distance(step.model, expected)
+    if case.compiled or step.attention is FLEX:
         again, _ = timed(report.device, lambda: step.backward(batches))
         step.model.zero_grad(set_to_none=True)
         report.figure(SPEED_TABLE, "compile", first - again, "s", case=case.name)
     if bench.autocast:
         report.figure(RIGHT, "gradients, rounding alone", rounding, case=case.name)
     report.figure(RIGHT, "loss", abs(sum(losses) - loss) / loss, case=case.name, at_most=bound)
-    report.figure(RIGHT, "gradients", distance(found, expected), case=case.name, at_most=bound)
+    report.figure(RIGHT, "gradients", off, case=case.name, at_most=bound)
     if case.packing != "none" and not case.compiled:
         replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
-        off = distance(gradients(step.model), expected)
-        report.figure(RIGHT, "gradients, planted wrong mask", off, case=case.name, at_least=FOUND * bound)
+        wrong = distance(step.model, expected)
+        report.figure(RIGHT, "gradients, planted wrong mask", wrong, case=case.name, at_least=FOUND * bound)
 
 
 def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
