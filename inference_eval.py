@@ -41,7 +41,7 @@ from eval_utils import Grader, problem_classes
 from search_lib import memory_plan
 from search_lib.arguments import parse_args
 from search_lib.results import ResultRows
-from search_lib.run_files import FORMAT, RunFiles, check_output_path
+from search_lib.run_files import FORMAT, RunFiles, check_output_path, reproducible
 from search_lib.runner import SearchRunner, generate_with
 from search_lib.scorers import ScorerThread
 from search_lib.search import SearchError
@@ -137,6 +137,7 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
             "generator_dtype": "bf16" if plan.device.startswith("cuda") else "fp32",
             "value_dtype": plan.value_dtype,
         },
+        "reproducible": reproducible(plan.value_dtype),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

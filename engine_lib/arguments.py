@@ -18,6 +18,17 @@ FREE_ARGUMENTS = {
 }  # fmt: skip
 
 
+class Given(float):
+    """A number that the user gave, to be told from the same one as a default."""
+
+
+def given(text: str) -> Given:
+    return Given(text)
+
+
+given.__name__ = "float"  # what argparse says was expected
+
+
 # fmt: off
 def add_sampling_flags(flag: Callable) -> None:
     """flag: the `add_argument` of a parser or of a group."""
@@ -33,9 +44,11 @@ def add_engine_flags(flag: Callable, attention: str, gpu_share: float) -> None:
     flag("--engine", choices=("auto", *ENGINES), default="auto", help="auto: sglang where installed, else transformers")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     flag("--attention_impl", choices=ATTENTIONS, default=attention,
-         help="of models that run in this process (value model, transformers engine); auto takes the fastest installed")
-    flag("--piref_gpu_util", type=float, default=gpu_share,
-         help="SGLang's mem_fraction_static: share of the GPU's memory for the generator")
+         help="of models that run in this process (value model, transformers engine); auto takes the fastest installed; "
+              "in bf16 it may change results")
+    flag("--piref_gpu_util", type=given, default=gpu_share,
+         help="SGLang's mem_fraction_static: share of the GPU's memory for the generator; of the engine in this process "
+              "only, servers take --mem-fraction-static")
     flag("--use_sglang_server", dest="engine", action="store_const", const="sglang-server",
          help="the same as --engine sglang-server; of these two flags the last one counts")
     flag("--sglang_port", type=int, default=30000, help="of the server on this machine, where no --sglang_url is given")
@@ -93,7 +106,8 @@ def engine_config(args: argparse.Namespace, generator: ModelInfo, device: str) -
         vocab_size=generator.vocab_size,
         device=device,
         attention=args.attention_impl,
-        gpu_share=args.piref_gpu_util,
+        gpu_share=float(args.piref_gpu_util),
+        gpu_share_given=isinstance(args.piref_gpu_util, Given),
         seed=args.seed,
         samples=args.temperature > 0,
         deterministic=args.deterministic,

@@ -42,6 +42,7 @@ class EngineConfig:
     deterministic: bool = False  # SGLang's deterministic inference, which keeps to the requests' seeds
     request_timeout_s: float = 3600.0
     gpu_share: float = 0.5  # SGLang's mem_fraction_static
+    gpu_share_given: bool = False  # by the user
     sglang_args: tuple[str, ...] = ()  # KEY=VALUE
     sglang_urls: tuple[str, ...] = ()
 

@@ -35,4 +35,11 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
     """The engine of that name. Raises UserError for settings that cannot be, EngineError where it does not start."""
     if name != "transformers" and config.samples and not config.deterministic:
         logger.warning("engine: SGLang ignores seeds without --deterministic: another run will sample other tokens")
+    if config.gpu_share_given and name != "sglang":
+        instead = (
+            "start the servers with --mem-fraction-static" if name == "sglang-server" else "it takes what it needs"
+        )
+        logger.warning(
+            "engine: --piref_gpu_util %g has no effect with --engine %s: %s", config.gpu_share, name, instead
+        )
     return ENGINES[name](config)

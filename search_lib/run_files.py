@@ -9,6 +9,7 @@ are read is in search_lib/run_reader.py.
 """
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -21,11 +22,17 @@ from search_lib.run_reader import FORMAT as FORMAT
 from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
 from search_lib.tree import Round, SearchTask
 
+logger = logging.getLogger(__name__)
+
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
     "batch_size", "value_device", "value_cache_gb", "value_batch_tokens", "tracker", "neptune_project", "num_repetitions",
     "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "value_dtype",
 }  # fmt: skip
+
+# In bf16 the last bits of a value depend on what it was batched with and how, so with such values these of the free ones can
+# change which candidates are kept.
+ROUNDING = ("batch_size", "value_cache_gb", "value_batch_tokens", "attention_impl")
 
 
 def check_output_path(output_path: str) -> RunPaths:
@@ -59,6 +66,7 @@ class RunFiles:
             self.tree = stack.enter_context(contextlib.closing(LineFile(paths.tree)))
             earlier = _earlier_meta(paths) or meta
             check_same_run(earlier, meta, paths)
+            warn_of_rounding(earlier, meta)
             session = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ended": None, "seconds": 0.0}
             meta["sessions"] = [*earlier.get("sessions", []), session]
             meta["started"] = earlier["started"]
@@ -155,3 +163,22 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
             f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
             "earlier settings to go on"
         )
+
+
+def reproducible(value_dtype: str) -> dict[str, Any]:
+    """For X.meta.json: how exactly values can be had again, and which free flags they depend on."""
+    if value_dtype == "fp32":
+        return {"values": "to 1e-5", "depends_on": []}
+    return {"values": "to rounding", "depends_on": list(ROUNDING)}
+
+
+def warn_of_rounding(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say which flags have changed that fp32 values do not depend on and bf16 ones do."""
+    before, after = earlier["arguments"], now["arguments"]
+    changed = [f"--{name} was {before[name]!r} and is {after[name]!r}" for name in now.get("reproducible", {}).get("depends_on", ())
+               if name in before and before[name] != after[name]]  # fmt: skip
+    if changed:
+        logger.warning(
+            "going on with other settings (%s): in bf16 the last bits of values depend on them, so searches may keep other "
+            "candidates than in one go; runs with --value_dtype fp32 do not", "; ".join(changed),
+        )  # fmt: skip

@@ -7,6 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+LESS_MEMORY = (
+    "give a smaller --value_cache_gb or --value_batch_tokens, --value_dtype bf16, or the generator less (--piref_gpu_util; "
+    "servers: --mem-fraction-static)"
+)
 Block = tuple[int, Sequence[int]]  # number of the parent node, tokens
 
 
@@ -25,7 +29,8 @@ class Scorer(Protocol):
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None: ...
 
-    async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored: ...
+    async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
+        """Raises ValueError for what cannot be scored, MemoryError where there is no memory for it; one line each."""
 
     def keep(self, tree_id: str, nodes: Iterable[int]) -> None: ...
 
@@ -61,6 +66,9 @@ class ScorerThread:
     def _score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
         usage = self._scorer.tree_usage(tree_id)
         scored, reread, begin = usage.tokens_scored, usage.tokens_reread, time.perf_counter()
-        values = self._scorer.score(tree_id, items, finished)
+        try:
+            values = self._scorer.score(tree_id, items, finished)
+        except MemoryError as error:
+            raise MemoryError(f"{error}; {LESS_MEMORY}") from None
         seconds = time.perf_counter() - begin
         return Scored(values, seconds, usage.tokens_scored - scored, usage.tokens_reread - reread)

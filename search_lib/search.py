@@ -122,7 +122,8 @@ class _Rounds:
         """Values of a round's candidates, (parent, tokens) each; all of them are numbers."""
         try:
             scored = await self.scorer.score(self.task.tree_id, items, finished)
-        except ValueError as error:  # an id outside the value model's vocabulary, a cache that cannot hold one trace
+        # An id outside the value model's vocabulary, a cache that cannot hold one trace, a device that cannot
+        except (ValueError, MemoryError) as error:
             raise self._error(f"it cannot be scored: {error}") from error
         for value in scored.values:
             if not math.isfinite(value):

@@ -95,6 +95,7 @@ def test_settings_of_a_search(tables, search_run, tmp_path):
     assert words_of(documented["sessions"]) == set().union(*meta["sessions"])
     assert len(meta["sessions"]) == 2
     assert words_of(documented["numerics"]) == set(meta["numerics"])
+    assert words_of(documented["reproducible"]) >= {*meta["reproducible"], meta["reproducible"]["values"]}
     for model in ("generator", "value_model"):
         assert words_of(documented["generator"]) == set(meta[model])
     assert documented["generator"] == documented["value_model"]

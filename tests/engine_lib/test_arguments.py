@@ -1,5 +1,6 @@
 """Flags of engines and of sampling: what they mean together, and each mistake in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,14 @@ def test_flags_are_read_without_a_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_given_share_of_the_gpu_can_be_told_from_the_default():
+    info = SimpleNamespace(path="folder", vocab_size=9)
+    for flags, given in (("", False), ("--piref_gpu_util 0.3", True)):
+        args = parse(*flags.split())
+        config = engine_config(args, info, "cpu")
+        assert (config.gpu_share, type(config.gpu_share), config.gpu_share_given) == (0.3, float, given)
+        assert json.dumps(args.piref_gpu_util) == repr(args.piref_gpu_util) == "0.3"  # in meta and in messages
+    with pytest.raises(UserError, match="--piref_gpu_util: invalid float value: 'half'"):
+        parse("--piref_gpu_util", "half")

@@ -47,3 +47,23 @@ def test_sglang_ignores_seeds_unless_it_is_deterministic(name, settings, warned,
     make_engine(name, config)
     assert made == [config]
     assert ("SGLang ignores seeds without --deterministic" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("sglang", True, ""),
+        (
+            "sglang-server",
+            True,
+            "has no effect with --engine sglang-server: start the servers with --mem-fraction-static",
+        ),
+        ("transformers", True, "has no effect with --engine transformers"),
+        ("sglang-server", False, ""),
+        ("transformers", False, ""),
+    ],
+)
+def test_a_share_of_the_gpu_that_nobody_takes_is_said(name, given, said, monkeypatch, caplog):
+    monkeypatch.setitem(ENGINES, name, lambda config: None)
+    make_engine(name, EngineConfig("folder", 9, deterministic=True, gpu_share=0.5, gpu_share_given=given))
+    assert (f"--piref_gpu_util 0.5 {said}" in caplog.text) if said else not caplog.text

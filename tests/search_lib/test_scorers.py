@@ -77,3 +77,22 @@ def test_errors_of_a_score_come_through_and_those_of_the_others_are_logged(caplo
     asyncio.run(main())
     scorer.close()
     assert "no such tree" in caplog.text
+
+
+def test_a_device_without_memory_says_what_to_change():
+    class Full(Recording):
+        def score(self, *args):
+            raise MemoryError("out of memory on cuda:0 for a single trace of 9 tokens")
+
+    scorer = ScorerThread(Full())
+
+    async def main():
+        with pytest.raises(MemoryError) as caught:
+            await scorer.score("a", [], [])
+        return str(caught.value)
+
+    line = asyncio.run(main())
+    scorer.close()
+    assert line.startswith("out of memory on cuda:0 for a single trace of 9 tokens; give a smaller --value_cache_gb")
+    for flag in ("--value_batch_tokens", "--value_dtype bf16", "--piref_gpu_util", "--mem-fraction-static"):
+        assert flag in line
