@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from common_lib.cli import UserError, quiet_transformers, run_script, set_up_logging
-from common_lib.devices import hardware_name, resolve_device
+from common_lib.devices import hardware_name, limit_cpu_threads, resolve_device
 from common_lib.files import LineFile
 from gpu_parts.report import Report
 from training_lib.launch import end_with_parent
@@ -29,6 +29,8 @@ def main(argv: list[str] | None) -> int:
         part = importlib.import_module(module)
         if device == "cuda":
             getattr(part, "before_cuda", lambda: None)()
+        else:
+            limit_cpu_threads()  # as a search does, and two parts may run at once
         report.machine(card=hardware_name(device), cuda=torch.version.cuda or "none")
         part.run(report)
     except UserError as error:
