@@ -18,7 +18,7 @@ from engine_lib.base import EngineConfig
 from engine_lib.choose import make_engine
 from gpu_parts.models import NOT_ON_CPU, allocated_gb, free_memory, peak_gb, value_model
 from gpu_parts.report import Report
-from gpu_parts.scoring import MANY, SPEED, cached
+from gpu_parts.scoring import CHECK, MANY, SPEED, cached
 from gpu_parts.search import GPU_SHARE, save_generator
 from search_lib.memory_plan import EngineMemory, auto_limit, plan_memory
 
@@ -40,7 +40,8 @@ def run(report: Report) -> None:
 
 def promise_and_use(report: Report, kind: str, info: ModelInfo) -> None:
     """Start an engine, make the promise as inference_eval.py does, and score many trees while the engine waits."""
-    device, growth = report.device, replace(SPEED[report.size], trees=MANY)
+    device = report.device
+    growth = replace((SPEED if device == "cuda" else CHECK)[report.size], trees=MANY)
     free_memory(device)
     before, _ = memory_of(device)
     engine = make_engine(kind, EngineConfig(info.path, info.vocab_size, device, samples=False, gpu_share=GPU_SHARE))

@@ -157,6 +157,20 @@ def test_the_table_says_what_was_measured_on_what(tiny_run):
         assert f"- left out: {left_out}" in table or f"- left out: search through {left_out}" in table
 
 
+def test_every_key_is_documented(tiny_run):
+    results, _, _ = tiny_run
+    text = (ROOT / "docs/run_files.md").read_text(encoding="utf-8").partition("## The check of a GPU")[2]
+    first, second = (
+        {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+        for table in text.partition("|---|---|---|")[2].split("| key of a part | type | meaning |\n|---|---|---|")
+    )
+    assert first == set(results)
+    parts = results["parts"].values()
+    assert second - {"said", "missing"} == set().union(*parts)
+    words = {name for line in text.splitlines() if "| `figures` |" in line for name in re.findall(r"`(\w+)`", line)}
+    assert words - {"figures"} == {key for part in parts for row in part["figures"] for key in row}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts that die
 
