@@ -110,7 +110,7 @@ RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32
 FOUND = 3.0  # a wrong mask must be that many times beyond the bound of a right one
 
 
-class Bench:
+class StepBench:
     """What all cases share: roll-outs, and the reference's loss and gradients on them."""
 
     def __init__(self, report: Report):
@@ -215,7 +215,7 @@ def flex_on_cpu() -> Iterator[None]:
 
 
 def run(report: Report) -> None:
-    bench = Bench(report)
+    bench = StepBench(report)
     on_cpu = report.device == "cpu"
     if on_cpu:
         report.say("a CPU runs packed rows on a dense mask, and compiles by aot_eager: right or wrong, not how fast")
@@ -238,7 +238,7 @@ def run(report: Report) -> None:
             torch._dynamo.reset()
 
 
-def measure(bench: Bench, case: Case) -> None:
+def measure(bench: StepBench, case: Case) -> None:
     report, step = bench.report, bench.step(case)
     before = graphs()
     compare(bench, case, step)
@@ -275,7 +275,7 @@ def measure(bench: Bench, case: Case) -> None:
         )
 
 
-def compare(bench: Bench, case: Case, step: TrainStep) -> None:
+def compare(bench: StepBench, case: Case, step: TrainStep) -> None:
     """Loss and gradients of the real step against the reference's, and of a step with a wrong mask."""
     report, batches = bench.report, bench.batches(bench.check, case, step.attention)
     loss, expected, rounding = bench.reference(case.group)

@@ -379,7 +379,7 @@ def test_bounds_time_and_failures(report):
 @pytest.mark.parametrize("attention", [SDPA, FLEX])
 def test_a_planted_wrong_mask_is_found(report, packing, attention):
     """A step whose rows see across traces fails the check that the right one passes, on every kernel of a CPU."""
-    bench, case = training.Bench(report), training.Case(packing, attention=attention)
+    bench, case = training.StepBench(report), training.Case(packing, attention=attention)
     with training.flex_on_cpu():
         training.compare(bench, case, step := bench.step(case))
         training.compare(bench, case, replace(step, attention=training.with_wrong_mask(attention)))
@@ -390,7 +390,7 @@ def test_a_planted_wrong_mask_is_found(report, packing, attention):
 def test_a_mask_that_is_right_is_not_called_wrong(report, monkeypatch):
     """The planted fault must be one: where it is not, the check says that it finds nothing."""
     monkeypatch.setattr(training, "with_wrong_mask", lambda attention: attention)
-    bench, case = training.Bench(report), training.Case("pack")
+    bench, case = training.StepBench(report), training.Case("pack")
     training.compare(bench, case, bench.step(case))
     planted = report.rows()[-1]
     assert (planted["figure"], planted["good"]) == ("gradients, planted wrong mask", False)
@@ -461,7 +461,7 @@ def test_synthetic_roll_outs_share_their_prefixes():
 
 def test_a_compiled_step_is_the_real_one(report):
     """The model of a case is set up as a run's: checkpointing, training mode, head dropout; the optimizer takes the step."""
-    bench = training.Bench(report)
+    bench = training.StepBench(report)
     step = bench.step(training.Case("tree"))
     assert step.model.training and step.model.is_gradient_checkpointing and step.packed and step.total_batch_size == 8
     before = step.model.score[2].weight.detach().clone()
