@@ -49,15 +49,8 @@ Part = dict[str, Any]  # status, seconds, figures and what else it told: docs/ru
 def child_command(part: str, args: argparse.Namespace, seconds: float, lines: Path) -> list[str]:
     """The process of a part, which writes to the file `lines` what it finds."""
     size = "tiny" if args.tiny else "full" if args.device == "cuda" else "small"
-    return [
-        sys.executable,
-        str(ROOT / "scripts/gpu_parts"),
-        PARTS[part][0],
-        args.device,
-        size,
-        str(seconds),
-        str(lines),
-    ]
+    where, program = [args.device, size, str(seconds), str(lines)], str(ROOT / "scripts/gpu_parts")
+    return [sys.executable, program, PARTS[part][0], *where]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -427,8 +427,13 @@ def test_models_of_one_seed_have_the_same_weights_in_every_dtype():
 
 
 def test_a_value_that_is_off_is_found(report, monkeypatch):
-    full = scoring.full_value
-    monkeypatch.setattr(scoring, "full_value", lambda model, ids: full(model, ids) + 1e-4)
+    full, seen = scoring.full_value, []
+
+    def off_for_one(model, ids):
+        seen.append(ids)
+        return full(model, ids) + 1e-4 * (ids == seen[0])
+
+    monkeypatch.setattr(scoring, "full_value", off_for_one)
     scoring.differences(report)
     assert [row["good"] for row in report.rows() if row.get("figure") == "scorer - full pass"] == [False, True]
 
