@@ -160,15 +160,18 @@ def test_the_table_says_what_was_measured_on_what(tiny_run):
 def test_every_key_is_documented(tiny_run):
     results, _, _ = tiny_run
     text = (ROOT / "docs/run_files.md").read_text(encoding="utf-8").partition("## The check of a GPU")[2]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
+    heads = [i for i, cells in enumerate(rows) if cells[1].strip().startswith("key of ")]
     first, second = (
-        {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-        for table in text.partition("|---|---|---|")[2].split("| key of a part | type | meaning |\n|---|---|---|")
+        {name for cells in part for name in re.findall(r"`(\w+)`", cells[1])}
+        for part in (rows[1 : heads[1]], rows[heads[1] + 1 :])
     )
     assert first == set(results)
     parts = results["parts"].values()
     assert second - {"said", "missing"} == set().union(*parts)
-    words = {name for line in text.splitlines() if "| `figures` |" in line for name in re.findall(r"`(\w+)`", line)}
-    assert words - {"figures"} == {key for part in parts for row in part["figures"] for key in row}
+    (described,) = [cells[3] for cells in rows if cells[1].strip() == "`figures`"]
+    words = set(re.findall(r"`(\w+)`", described))
+    assert words == {key for part in parts for row in part["figures"] for key in row}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
