@@ -89,6 +89,8 @@ class Bench:
     scorer_times: list[Interval] = field(default_factory=list)
     tokens_generated: int = 0
     tokens_scored: int = 0
+    tokens_asked: int = 0  # of the requests' prompts
+    tokens_cached: int = 0  # of them the engine's cache held
 
     async def generate(self, prompt_ids: list[int], n: int, limit: int, seeds: Sequence[int], tree_id: str):
         begin = time.perf_counter()
@@ -97,6 +99,8 @@ class Bench:
         )
         self.engine_times.append((begin, time.perf_counter()))
         self.tokens_generated += sum(len(reply.token_ids) for reply in replies)
+        self.tokens_asked += sum(reply.prompt_tokens for reply in replies)
+        self.tokens_cached += sum(reply.cached_tokens for reply in replies)
         return replies
 
 
@@ -164,6 +168,7 @@ async def measure(order, bench: Bench) -> dict[str, float]:
         "tokens generated": bench.tokens_generated,
         "tokens scored": bench.tokens_scored,
         "tokens scored a token generated": bench.tokens_scored / bench.tokens_generated,
+        "prompt tokens from the cache, %": 100 * bench.tokens_cached / bench.tokens_asked,
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common_lib.cli import UserError
 from training_lib.packing import MicroBatch, lay_out
-from training_lib.rollout_data import RolloutTable, place_in_run
+from training_lib.rollout_table import RolloutTable, place_in_run
 
 _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
 

@@ -14,17 +14,21 @@ class RankLostError(UserError):
 
 
 def follow_parent() -> None:
-    """Have Linux kill this rank when torchrun dies, or a killed torchrun would leave ranks that train on unseen.
+    """A rank ends with torchrun: a killed torchrun would leave ranks that train on unseen. It starts its ranks in
+    sessions of their own, so that no signal to its process group reaches them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent("torchrun is gone")
 
-    torchrun starts its ranks in sessions of their own, so that no signal to its process group reaches them.
-    """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+
+def end_with_parent(gone: str) -> None:
+    """Have Linux kill this process when its parent dies; `gone` is said where that has happened already."""
+    if sys.platform == "linux":
         import ctypes
 
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
         if os.getppid() == 1:  # it died before
-            sys.exit("torchrun is gone")
+            sys.exit(gone)
 
 
 def leave_ranks(status: int) -> None:

@@ -13,7 +13,8 @@ from training_lib.attention import ATTENTIONS, Attention
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
 from training_lib.ranks import World
-from training_lib.rollout_data import RolloutTable, load_rollouts
+from training_lib.rollout_data import load_rollouts
+from training_lib.rollout_table import RolloutTable
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ one roll-out is a view on the memory-mapped file and costs microseconds.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,99 +16,11 @@ import pyarrow as pa
 
 from common_lib.cli import UserError
 from data_utils import open_dataset
-from training_lib.packing import Trace
+from training_lib.rollout_table import ROLL_INS, ROLL_OUTS, RolloutTable, ids_outside, outside_words, place_in_run
 
 logger = logging.getLogger(__name__)
 
-ROLL_INS, ROLL_OUTS = "roll_in_ids", "roll_outs_ids"
 NUM_CLASSES = 3  # labels are classes 0, 1, 2 also where the model has one output: its target is `label == 1`
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of roll-outs
-
-
-@dataclass(frozen=True, eq=False)
-class RolloutTable:
-    """What is known of every roll-out without reading its tokens. Roll-outs are numbered 0 .. R-1, row after row.
-
-    rows [N]: rows of `dataset` in use. first [N + 1]: row i owns roll-outs first[i] .. first[i + 1] - 1. labels [R];
-    roll_in_lengths, roll_out_lengths [R] tokens. problems [N]: the same number for rows of the same problem text.
-    """
-
-    dataset: Any  # a datasets.Dataset in arrow format
-    rows: np.ndarray
-    first: np.ndarray
-    labels: np.ndarray
-    roll_in_lengths: np.ndarray
-    roll_out_lengths: np.ndarray
-    problems: np.ndarray
-    vocab_size: int
-    max_length: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def row_of(self, rollouts: np.ndarray | int) -> np.ndarray:
-        """Index into `rows` of each roll-out."""
-        return np.searchsorted(self.first, rollouts, side="right") - 1
-
-    def lengths(self, rollouts: np.ndarray) -> np.ndarray:
-        """Tokens of each roll-out's trace, cut at `max_length`."""
-        return np.minimum(self.roll_in_lengths[rollouts] + self.roll_out_lengths[rollouts], self.max_length)
-
-    def trace(self, rollout: int) -> Trace:
-        """Read one roll-out's trace, cut at `max_length`. UserError where an id is outside the vocabulary."""
-        i = int(self.row_of(rollout))
-        row, column = int(self.rows[i]), int(rollout - self.first[i])
-        record = self.dataset[row : row + 1]
-        roll_in, roll_out = (_tokens(record.column(name), column) for name in (ROLL_INS, ROLL_OUTS))
-        start, room = len(roll_in), max(self.max_length - len(roll_in), 0)
-        parts = {ROLL_INS: roll_in[: self.max_length], ROLL_OUTS: roll_out[:room]}
-        for name, ids in parts.items():
-            if len(bad := _outside(ids, self.vocab_size)):
-                words = _outside_words(ids[bad[0]], self.vocab_size)
-                raise UserError(f"row {row}, column {name}[{column}]: {words}")
-        return Trace(np.concatenate(list(parts.values())), start, int(self.labels[rollout]), (row, column))
-
-    def select(self, keep: np.ndarray) -> "RolloutTable":
-        """The table of some of the rows. keep: bool [N]."""
-        counts = np.diff(self.first)
-        rollouts = np.repeat(keep, counts)
-        return replace(
-            self,
-            rows=self.rows[keep],
-            first=np.concatenate([[0], np.cumsum(counts[keep])]),
-            labels=self.labels[rollouts],
-            roll_in_lengths=self.roll_in_lengths[rollouts],
-            roll_out_lengths=self.roll_out_lengths[rollouts],
-            problems=self.problems[keep],
-        )
-
-
-def _tokens(column: pa.ChunkedArray, place: int) -> np.ndarray:
-    """List number `place` of a one-row list<list<int>> column, as a view on the arrow buffer."""
-    outer = column.chunk(0)
-    inner = outer.values
-    at = outer.offsets[0].as_py() + place
-    return inner.values[inner.offsets[at].as_py() : inner.offsets[at + 1].as_py()].to_numpy()
-
-
-def place_in_run(lengths: np.ndarray) -> np.ndarray:
-    """The place of each item in its run, for runs of these lengths: [2, 3] -> [0, 1, 0, 1, 2]."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _outside(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Where the ids outside the vocabulary are."""
-    return np.flatnonzero((ids < 0) | (ids >= vocab_size))
-
-
-def _outside_words(token_id: int, vocab_size: int) -> str:
-    return f"token id {token_id} is outside the model's vocabulary of {vocab_size}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
 
 
 def load_rollouts(
@@ -187,7 +99,7 @@ class _Column:
 
     def outside(self, vocab_size: int) -> dict[int, int]:
         """Of each list that holds an id outside the vocabulary: its number, and the first such id."""
-        places = _outside(self.tokens, vocab_size)
+        places = ids_outside(self.tokens, vocab_size)
         lists, first = np.unique(np.searchsorted(np.cumsum(self.values), places, side="right"), return_index=True)
         return dict(zip(lists.tolist(), self.tokens[places[first]].tolist(), strict=True))
 
@@ -250,7 +162,7 @@ def _find_faults(
 
     def outside(name: str) -> _Rule:
         found = columns[name].outside(vocab_size)
-        return name, np.isin(at[name], list(found)), lambda i: _outside_words(found[at[name][i]], vocab_size)
+        return name, np.isin(at[name], list(found)), lambda i: outside_words(found[at[name][i]], vocab_size)
 
     rules: list[_Rule] = [
         (label_key, (labels < 0) | (labels >= NUM_CLASSES),

@@ -4,6 +4,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 from math import cos, pi
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from classifier_lib import Qwen2ForClassifier, bradley_terry_loss, rollout_loss
 from common_lib.cli import quiet_transformers
 from training_lib.attention import Attention, on_device
 from training_lib.packing import MicroBatch, empty_batch
-from training_lib.plan import TrainingPlan
 from training_lib.ranks import World, gradient_sync
+
+if TYPE_CHECKING:  # it reads data sets: more packages than a step needs
+    from training_lib.plan import TrainingPlan
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class TrainStep:
 # The model
 
 
-def load_model(args: argparse.Namespace, plan: TrainingPlan, world: World) -> Qwen2ForClassifier:
+def load_model(args: argparse.Namespace, plan: "TrainingPlan", world: World) -> Qwen2ForClassifier:
     """The value model on its device, with the run's dropout and attention; a backbone gets a fresh head."""
     quiet_transformers()  # what it reports of missing weights, Qwen2ForClassifier says itself
     torch.manual_seed(args.seed)  # a fresh head is the same on all ranks
@@ -91,7 +94,13 @@ def load_model(args: argparse.Namespace, plan: TrainingPlan, world: World) -> Qw
         model = Qwen2ForClassifier.from_pretrained(plan.model_dir, **load)
     else:
         model = Qwen2ForClassifier.from_backbone(plan.model_dir, num_labels=args.num_labels, **load)
-    attention = plan.attention
+    return set_up_model(model, args, plan.attention, world)
+
+
+def set_up_model(
+    model: Qwen2ForClassifier, args: argparse.Namespace, attention: Attention, world: World
+) -> Qwen2ForClassifier:
+    """The loaded model as a run trains it: dropout, attention, checkpointing, device, compiled layers, noise."""
     if args.p_dropout > 0 and not attention.has_dropout:
         logger.info("attention dropout is 0: %s has none (head dropout stays %g)", attention.name, args.p_dropout)
     model.set_dropout(attention=args.p_dropout if attention.has_dropout else 0.0, head=args.p_dropout)
@@ -107,10 +116,10 @@ def load_model(args: argparse.Namespace, plan: TrainingPlan, world: World) -> Qw
     return model.train()
 
 
-def compile_layers(model: Qwen2ForClassifier) -> None:
+def compile_layers(model: Qwen2ForClassifier, backend: str = "inductor") -> None:
     """Compile each layer's forward: the layers share one graph for all row lengths, and checkpointing stays outside."""
     for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

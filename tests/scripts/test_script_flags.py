@@ -2,21 +2,17 @@
 
 import asyncio
 import contextlib
-import inspect
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import benchmark_scoring
 import benchmark_search
-import benchmark_training
 import compare_with
 import coverage_study
 import kill_test
 import make_real_models
 import make_synthetic_run
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -99,66 +95,6 @@ def test_random_or_named_models_of_the_search_benchmark(monkeypatch, tmp_path, v
     args = SimpleNamespace(device="cpu", generator="named", value_model=str(value_folder))
     generator, model = benchmark_search.make_models(args, tmp_path)
     assert (generator, model.config.hidden_size) == (Path("named"), 32)
-
-
-SCORING = {"device": "cpu", "dtype": "bf16", "prompt": 5, "block": 3, "rounds": 2, "candidates": 4}
-
-
-def test_flags_of_the_scoring_benchmark(monkeypatch, capsys):
-    """Tokens read: once each, against whole traces of every candidate in every round and of the final beams."""
-    monkeypatch.setattr(benchmark_scoring, "SMALL", TINY)
-    made, make_model = [], benchmark_scoring.make_model
-
-    def spy(*given):
-        made.append(given)
-        return make_model(*given)
-
-    monkeypatch.setattr(benchmark_scoring, "make_model", spy)
-    benchmark_scoring.main(words(SCORING))
-    assert made == [("cpu", torch.bfloat16)]
-    printed = capsys.readouterr().out
-    read = {
-        line.split("|")[1].strip(): line.split("|")[3].strip() for line in printed.splitlines() if line.count("|") == 5
-    }
-    assert (read["re-reading"], read["cached"]) == (str(4 * 8 + 4 * 11 + 2 * 11), str(5 + 2 * 4 * 3))
-    assert float(printed.partition("full forward pass: ")[2].split()[0]) < 0.05
-    assert flags_of(benchmark_scoring.main, monkeypatch) == set(SCORING)
-
-
-def test_flags_of_the_training_benchmark(monkeypatch, capsys):
-    """Each way to pack and each group is counted on the rows that were asked for; their ratios are told."""
-    costs, asked = {"none": 4.0, "pack": 2.0, "tree": 1.0}, []
-
-    def count(table, packing, group):
-        asked.append((table, packing, group))
-        return np.array([costs[packing] * group, costs[packing] * group / 2, 1.0, 24.0])
-
-    monkeypatch.setattr(benchmark_training, "make_table", lambda folder, rows: f"{rows} rows")
-    monkeypatch.setattr(benchmark_training, "count", count)
-    assert benchmark_training.main(["--rows", "3"]) == 0
-    assert asked == [("3 rows", packing, group) for packing in costs for group in (2, 4)]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["pack", "4.000", "8.000", "50.0%", "2.0"]
-    assert lines[-2].split()[:5] == ["none", "/", "pack", "2.000", "2.000"]
-    assert flags_of(benchmark_training.main, monkeypatch) == {"rows"}
-
-
-def test_packing_is_counted_over_all_ranks_and_steps(monkeypatch):
-    asked = []
-
-    signature = inspect.signature(benchmark_training.RankBatches)
-
-    def batches(*args, **more):
-        given = signature.bind(*args, **more).arguments
-        rank = given["rank"]
-        asked.append((rank, given["world_size"], given["packing"], given["group_size"]))
-        batch = SimpleNamespace(input_ids=np.zeros((2, 8)), num_tokens=10, token_index=[0] * 3)
-        return [[batch] * (rank + 1)] * benchmark_training.STEPS
-
-    monkeypatch.setattr(benchmark_training, "RankBatches", batches)
-    rows = benchmark_training.STEPS * (1 + 2 + 3 + 4)
-    assert benchmark_training.count(None, "tree", 4).tolist() == [16 * rows, 10 * rows, 3 * rows, rows]
-    assert asked == [(rank, 4, "tree", 4) for rank in range(4)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

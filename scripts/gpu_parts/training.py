@@ -1,0 +1,310 @@
+"""Training: the real step on every layout against a plain reference, its speed, and what packing saves.
+
+The lengths are stated, not real data: in each row 14 roll-ins of 4 nested prefixes, prefix lengths uniform in 4k to 8k,
+roll-outs lognormal with mean 6k and standard deviation 4k, traces cut at 16384 (`scale` makes all of them shorter).
+"""
+
+import functools
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from classifier_lib import Qwen2ForClassifier
+from gpu_parts.models import NOT_ON_CPU, SHAPES, free_memory, peak_gb, timed, value_model
+from gpu_parts.report import Report
+from training_lib import attention as attention_module
+from training_lib.arguments import PACKINGS, parse_args
+from training_lib.attention import FLEX, Attention, choose_attention
+from training_lib.batch_order import RankBatches
+from training_lib.packing import MicroBatch, Trace
+from training_lib.ranks import World
+from training_lib.rollout_table import RolloutTable
+from training_lib.step import TrainStep, compile_layers, make_optimizer, peak_flops, set_up_model, step_flops
+
+MAX_LENGTH, PER_ROW = 16_384, 56
+STEPS, RANKS, MICRO_BATCH, TOTAL_BATCH = 12, 4, 8, 64  # of what is counted: the released command's step
+SIGMA = np.sqrt(np.log(1 + (4000 / 6000) ** 2))  # of the lognormal with mean 6000 and standard deviation 4000
+MU = np.log(6000) - SIGMA**2 / 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Roll-outs
+
+
+class SyntheticTable(RolloutTable):
+    """Roll-outs of the stated lengths times `scale`; their tokens are drawn when they are read."""
+
+    def ids(self, row: int, column: int) -> tuple[np.ndarray, np.ndarray]:
+        rollout = row * PER_ROW + column
+        trunk = np.random.default_rng([0, row, column // 4]).integers(0, self.vocab_size, 8000, dtype=np.int32)
+        own = np.random.default_rng([1, row, column])
+        roll_out = own.integers(0, self.vocab_size, self.roll_out_lengths[rollout], dtype=np.int32)
+        return trunk[: self.roll_in_lengths[rollout]], roll_out
+
+
+def synthetic_table(num_rows: int, vocab_size: int, scale: float = 1.0) -> SyntheticTable:
+    """Rows of 14 x 4 roll-outs."""
+    rng, count = np.random.default_rng(0), num_rows * PER_ROW
+    roll_ins = np.sort(rng.uniform(4000, 8000, (count // 4, 4)), axis=1).ravel()
+    roll_outs = np.minimum(rng.lognormal(MU, SIGMA, count), MAX_LENGTH)
+    lengths = (np.maximum(part * scale, 1).astype(int) for part in (roll_ins, roll_outs))
+    labels, rows = rng.integers(0, 3, count), np.arange(num_rows)
+    first = np.arange(num_rows + 1) * PER_ROW
+    return SyntheticTable(None, rows, first, labels, *lengths, rows, vocab_size, max(8, int(MAX_LENGTH * scale)))
+
+
+def tokens_computed(table: RolloutTable, packing: str, group: int, steps: int = STEPS) -> np.ndarray:
+    """Tokens computed (padding included), tokens, loss tokens, and rows, of all ranks' steps of the released command."""
+    counts = np.zeros(4)
+    for rank in range(RANKS):
+        batches = RankBatches(table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, False, rank, RANKS, multiple=128)
+        for batch in (batch for step in range(steps) for batch in batches[step]):
+            counts += batch.input_ids.size, batch.num_tokens, len(batch.token_index), 1
+    return counts
+
+
+def what_packing_saves(report: Report, rows: int = 32, steps: int = STEPS) -> None:
+    """Tokens computed per loss token, at the full lengths whatever the device: pure counting."""
+    table, cost = synthetic_table(rows, SHAPES["full"]["vocab_size"]), {}
+    for packing in PACKINGS:
+        for group in (2, 4):
+            computed, real, owned, _ = tokens_computed(table, packing, group, steps)
+            cost[packing, group] = computed / owned
+            report.figure("tokens computed per loss token", f"groups of {group}", computed / owned, case=packing)
+        report.figure("tokens computed per loss token", "padding", 100 * (1 - real / computed), "%", case=packing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to run a step."""
+
+    packing: str
+    group: int = 4  # roll-outs of one roll-in that stay together
+    compiled: bool = False
+    attention: Attention | None = None  # None: what a run takes here
+
+    @property
+    def name(self) -> str:
+        group = f", groups of {self.group}" if self.packing == "tree" else ""
+        kernel = f", {self.attention.name}" if self.attention else ""
+        return f"{self.packing}{group}{kernel}, {'compiled' if self.compiled else 'eager'}"
+
+
+CASES = [  # the ones that matter most first: the time may end
+    Case("none"), Case("tree"), Case("tree", compiled=True), Case("none", compiled=True), Case("pack"),
+    Case("pack", compiled=True), Case("tree", 1), Case("tree", 1, compiled=True),
+]  # fmt: skip
+CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
+SPEED = {"tiny": 1 / 128, "small": 1 / 32, "full": 1.0}
+RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32", "one step of 8 roll-outs"
+FOUND = 3.0  # a wrong mask must be that many times beyond the bound of a right one
+
+
+class StepBench:
+    """What all cases share: roll-outs, and the reference's loss and gradients on them."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.device = torch.device(report.device, *([0] if report.device == "cuda" else []))
+        self.world = World(0, 1, self.device)
+        self.autocast = self.device.type == "cuda"  # as train_classifier.py does
+        vocab = SHAPES[report.size]["vocab_size"]
+        self.check, self.speed = (synthetic_table(4, vocab, scale[report.size]) for scale in (CHECK, SPEED))
+        self.seconds: dict[bool, float] = {}  # that a case took, by whether it was compiled
+        self._reference: tuple[int, tuple[float, list[torch.Tensor], float]] | None = None
+
+    def batches(
+        self, table: RolloutTable, case: Case, attention: Attention, micro: int = MICRO_BATCH
+    ) -> list[MicroBatch]:
+        """MICRO_BATCH roll-outs, in rows of at most `micro`."""
+        order = RankBatches(table, 0, MICRO_BATCH, micro, case.packing, case.group, multiple=attention.row_multiple)
+        return order[0]
+
+    def traces(self, case: Case) -> list[Trace]:
+        order = RankBatches(self.check, 0, MICRO_BATCH, MICRO_BATCH, "none", case.group)
+        return [self.check.trace(rollout) for rollout in order.rank_units(0).ravel().tolist()]
+
+    def reference(self, group: int) -> tuple[float, list[torch.Tensor], float]:
+        """(loss, gradients) in float32, and how much of these rounding alone changes under autocast, relative. Those of
+        one group's roll-outs are kept, on the CPU: 6 GB at 1.5B."""
+        if self._reference is None or self._reference[0] != group:
+            loss, model = self.one_by_one(group, False)
+            expected = [parameter.grad.cpu() for parameter in model.parameters()]
+            if self.device.type == "cuda":
+                expected = [gradient.pin_memory() for gradient in expected]
+            rounding = distance(self.one_by_one(group, True)[1], expected) if self.autocast else 0.0
+            self._reference = group, (loss, expected, rounding)
+        return self._reference[1]
+
+    def one_by_one(self, group: int, autocast: bool) -> tuple[float, Qwen2ForClassifier]:
+        """(loss, model with its gradients) of one roll-out after the other, without padding: plain causal attention and
+        torch's own cross entropy."""
+        model = value_model(self.report.size, self.report.device, torch.float32).train()
+        total = 0.0
+        for trace in self.traces(Case("none", group)):
+            ids = torch.tensor(trace.tokens[None].astype(np.int64), device=self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                logits = model(ids, use_cache=False).logits[0, trace.start :]
+            target = torch.full((len(logits),), trace.label, device=self.device)
+            loss = F.cross_entropy(logits.float(), target) / MICRO_BATCH
+            loss.backward()
+            total += loss.item()
+        return total, model
+
+    def step(self, case: Case) -> TrainStep:
+        """The model of a run, without attention dropout, which would differ, and the run's step."""
+        attention = case.attention or choose_attention(case.packing, self.device.type, self.autocast)
+        args = parse_args(["--packing", case.packing, "--p_dropout", "0"])
+        model = value_model(self.report.size, self.report.device, torch.float32)
+        set_up_model(model, args, attention, self.world)
+        if case.compiled:
+            compile_layers(model, "inductor" if self.device.type == "cuda" else "aot_eager")
+        return TrainStep(model, self.world, attention, self.autocast, MICRO_BATCH, packed=case.packing != "none")
+
+
+def distance(model: Qwen2ForClassifier, expected: list[torch.Tensor]) -> float:
+    """Of all gradients together, relative (Euclidean norms). The model's are taken away."""
+    off = size = 0.0
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        wanted = gradient.to(parameter.device, non_blocking=True)
+        off = off + (parameter.grad - wanted).square().sum()
+        size = size + wanted.square().sum()
+    model.zero_grad(set_to_none=True)
+    return (off / size).sqrt().item()
+
+
+def with_wrong_mask(attention: Attention) -> Attention:
+    """An attention whose packed rows see across the borders of their traces."""
+
+    def mask_inputs(batch: MicroBatch, device: torch.device):
+        whole = np.full_like(batch.end, batch.end.shape[1])
+        places = np.arange(batch.end.shape[1])[None]
+        return attention.mask_inputs(replace(batch, end=whole, position_ids=places), device)
+
+    return replace(attention, mask_inputs=mask_inputs)
+
+
+def graphs() -> int:
+    """That were compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@contextmanager
+def flex_on_cpu() -> Iterator[None]:
+    """FlexAttention with its backward on a CPU, which torch has not: by the backend aot_eager."""
+    by_eager = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+    with (
+        mock.patch("torch.nn.attention.flex_attention._validate_device"),
+        mock.patch.object(attention_module, "_compile", by_eager),
+    ):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def run(report: Report) -> None:
+    bench = StepBench(report)
+    on_cpu = report.device == "cpu"
+    if on_cpu:
+        report.say("a CPU runs packed rows on a dense mask, and compiles by aot_eager: right or wrong, not how fast")
+    else:
+        report.say("attention dropout is 0, so that gradients can be compared")
+    with report.going_on("what packing saves"):
+        what_packing_saves(report, *((4, 1) if report.size == "tiny" else ()))
+    cases = [*CASES, Case("tree", attention=FLEX)] if on_cpu else CASES
+    if report.size == "tiny":
+        report.leave_out("compiled, but for one layout", "--tiny: compiling takes seconds")
+        cases = [case for case in cases if not case.compiled or case == CASES[2]]
+    for case in cases:
+        guess = bench.seconds.get(case.compiled) or 2 * bench.seconds.get(False, 0.0) + 30 * (not on_cpu)
+        if report.has_time(guess if bench.seconds else 0.0, case.name):
+            begin = time.monotonic()
+            with report.going_on(case.name), flex_on_cpu() if case.attention else nullcontext():
+                measure(bench, case)
+            bench.seconds[case.compiled] = time.monotonic() - begin
+            gc.collect()
+            torch._dynamo.reset()
+
+
+def measure(bench: StepBench, case: Case) -> None:
+    report, step = bench.report, bench.step(case)
+    before = graphs()
+    compare(bench, case, step)
+    made = graphs() - before
+    if case.attention:  # a stand-in for a GPU's: nothing to time
+        return
+    optimizer = make_optimizer(step.model, 1e-5, (0.9, 0.95), 0.1)
+    step.model.dropout.p = 0.05
+
+    def whole_step(batches: list[MicroBatch]) -> None:
+        step.backward(batches)
+        torch.nn.utils.clip_grad_norm_(step.model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for micro in (MICRO_BATCH, MICRO_BATCH // 2):
+        batches = bench.batches(bench.speed, case, step.attention, micro)
+        try:
+            whole_step(batches)  # warm-up, of longer rows
+            free_memory(report.device)
+            seconds, _ = timed(report.device, functools.partial(whole_step, batches))
+            break
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True)
+            free_memory(report.device)
+            report.leave_out(f"{case.name}, micro batches of {micro} roll-outs", "out of memory")
+    else:
+        raise torch.OutOfMemoryError(f"with micro batches of {MICRO_BATCH // 2}, too")
+    speed_figures(report, case.name, step, batches, seconds)
+    if case.compiled:
+        report.figure(SPEED_TABLE, "graphs", made, case=case.name)
+        report.figure(
+            SPEED_TABLE, "compiled again for longer rows", graphs() - before - made, case=case.name, at_most=made
+        )
+
+
+def compare(bench: StepBench, case: Case, step: TrainStep) -> None:
+    """Loss and gradients of the real step against the reference's, and of a step with a wrong mask."""
+    report, batches = bench.report, bench.batches(bench.check, case, step.attention)
+    loss, expected, rounding = bench.reference(case.group)
+    bound = max(1.5 * rounding, 1e-4)
+    first, losses = timed(report.device, lambda: step.backward(batches))
+    off = distance(step.model, expected)
+    if case.compiled or step.attention is FLEX:
+        again, _ = timed(report.device, lambda: step.backward(batches))
+        step.model.zero_grad(set_to_none=True)
+        report.figure(SPEED_TABLE, "compile", first - again, "s", case=case.name)
+    if bench.autocast:
+        report.figure(RIGHT, "gradients, rounding alone", rounding, case=case.name)
+    report.figure(RIGHT, "loss", abs(sum(losses) - loss) / loss, case=case.name, at_most=bound)
+    report.figure(RIGHT, "gradients", off, case=case.name, at_most=bound)
+    if case.packing != "none" and not case.compiled:
+        replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
+        wrong = distance(step.model, expected)
+        report.figure(RIGHT, "gradients, planted wrong mask", wrong, case=case.name, at_least=FOUND * bound)
+
+
+def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
+    """Rates as the trainer logs them."""
+    counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
+    computed, real, owned, pairs = map(sum, zip(*counts, strict=True))
+    peak = peak_flops(step.world.device)
+    mfu = 100 * step_flops(step.model, real, pairs) / seconds / peak if peak else None
+    report.figure(SPEED_TABLE, "step", seconds, "s", case=case)
+    report.figure(SPEED_TABLE, "tokens computed", computed, case=case)
+    report.figure(SPEED_TABLE, "real tokens/s", real / seconds, case=case)
+    report.figure(SPEED_TABLE, "loss tokens/s", owned / seconds, case=case)
+    report.figure(SPEED_TABLE, "MFU", mfu, "%", case=case, why="no peak is known")
+    report.figure(SPEED_TABLE, "peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)
