@@ -33,6 +33,8 @@ def choose_engine(name: str) -> str:
 
 def make_engine(name: str, config: EngineConfig) -> Engine:
     """The engine of that name. Raises UserError for settings that cannot be, EngineError where it does not start."""
-    if name != "transformers" and config.samples and not config.deterministic:
-        logger.warning("engine: SGLang ignores seeds without --deterministic: another run will sample other tokens")
+    if name == "transformers" and config.seeded:
+        logger.info("engine: --seeded changes nothing here: transformers' generate always draws by the requests' seeds")
+    if name != "transformers" and config.samples and not (config.deterministic or config.seeded):
+        logger.warning("engine: SGLang ignores seeds without --seeded: a second run will sample other tokens")
     return ENGINES[name](config)

@@ -23,6 +23,7 @@ from typing import Any
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
+from engine_lib.seeded import logit_processor
 from engine_lib.sglang_wire import engine_settings, longest_request, sampling_params, to_reply
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class SGLangEngine:
         """A start that failed has `start_grace_s` to say why. Raises UserError for settings that cannot be and where
         sglang is not installed, EngineError where the engine does not start."""
         self.vocab_size, self.deterministic = config.vocab_size, config.deterministic
-        self.request_timeout_s = config.request_timeout_s
+        self.seeded, self.request_timeout_s = config.seeded, config.request_timeout_s
         settings = engine_settings(config, command_line)
         self._package = import_sglang()
         warn_of_version(self._package.__version__)
@@ -77,6 +78,7 @@ class SGLangEngine:
             "name": self.name,
             "sglang": self._package.__version__,
             "deterministic": self.deterministic,
+            "seeded": self.seeded,
             "context_length": self.context_length,
             "kv_pool_tokens": self.pool_tokens,
             **{key: resolved[key] for key in DESCRIBED_SETTINGS},
@@ -120,11 +122,14 @@ class SGLangEngine:
         """In the engine's thread."""
         import fastapi
 
+        settings: dict[str, Any] = {
+            "input_ids": [request.prompt_ids for request in requests],
+            "sampling_params": [sampling_params(request, self.deterministic, self.seeded) for request in requests],
+        }
+        if self.seeded:
+            settings["custom_logit_processor"] = logit_processor()
         try:
-            outputs = await self._engine.async_generate(
-                input_ids=[request.prompt_ids for request in requests],
-                sampling_params=[sampling_params(request, self.deterministic) for request in requests],
-            )
+            outputs = await self._engine.async_generate(**settings)
         except (TypeError, ValueError) as error:
             raise EngineError(f"SGLang refused a request: {error}") from error
         except fastapi.HTTPException as error:  # how it says that a request failed inside

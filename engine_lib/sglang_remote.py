@@ -27,6 +27,7 @@ from common_lib.concurrency import cancel_all, gather_all
 from engine_lib import sglang_wire as wire
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
 from engine_lib.retry import RetryPolicy
+from engine_lib.seeded import check_seeded, logit_processor
 from engine_lib.sglang_wire import ServerLost, TryFailed
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class SGLangServerEngine:
         self.servers = [Server(url, patience.look_again_s) for url in dict.fromkeys(config.sglang_urls)]
         self.model_path, self.vocab_size = Path(config.model_path), config.vocab_size
         self.deterministic, self.request_timeout_s = config.deterministic, config.request_timeout_s
+        self.seeded = config.seeded
         self.context_length = 0
         self._client: httpx.AsyncClient  # of the running loop, as the watchers are
         self._watchers: list[asyncio.Task] = []  # none before the first request
@@ -98,6 +100,7 @@ class SGLangServerEngine:
             "urls": [server.url for server in self.servers],
             "servers": {url: asdict(info) for server in self.servers for url, info in server.info.items()},
             "deterministic": self.deterministic,
+            "seeded": self.seeded,
             "context_length": self.context_length,
         }
 
@@ -194,9 +197,11 @@ class SGLangServerEngine:
         rid = uuid.uuid4().hex
         body = {
             "input_ids": request.prompt_ids,
-            "sampling_params": wire.sampling_params(request, self.deterministic),
+            "sampling_params": wire.sampling_params(request, self.deterministic, self.seeded),
             "rid": rid,
         }
+        if self.seeded:
+            body["custom_logit_processor"] = logit_processor()
         # The router's `manual` policy keeps requests of one key on one server; a server ignores the header.
         key = {"x-smg-routing-key": request.group} if request.group else {}
         try:
@@ -309,6 +314,9 @@ class SGLangServerEngine:
             )
         if self.deterministic and not info.deterministic:
             raise UserError(f"--deterministic: {url} runs without it; start it with --enable-deterministic-inference")
+        if self.seeded:
+            remedy = "start it with --enable-custom-logit-processor"
+            check_seeded(info.custom_logit_processor, info.speculative, f"{url} runs", remedy)
         if info.longest < self.context_length:
             raise UserError(f"{url} takes {info.longest} tokens a request; {self.context_length} are needed")
         if not wire.same_model(info.model_path, path) and not told:

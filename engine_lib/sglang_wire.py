@@ -12,14 +12,15 @@ import httpx
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.seeded import check_seeded, seeded_params
 
 # What a CPU needs; a GPU takes sglang's own choices. `disable_overlap_schedule`: twice as fast there.
 CPU_SETTINGS = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True}
 RETRY_STATUS = (408, 429, 500, 502, 504)
 
 
-def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
-    """SGLang's sampling parameters for a request.
+def sampling_params(request: Request, deterministic: bool, seeded: bool = False) -> dict[str, Any]:
+    """SGLang's sampling parameters for a request. `seeded`: it goes with `engine_lib.seeded.logit_processor`.
 
     The stop token stays in the output. The model's own EOS ids also stop a request unless `ignore_eos` is set, which
     switches off `stop_token_ids` as well; so it is set where there are none, and `to_reply` checks the other case.
@@ -34,7 +35,7 @@ def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
         params["stop_token_ids"] = list(request.stop_ids)
     if deterministic:
         params["sampling_seed"] = request.seed
-    return params
+    return params | seeded_params(request) if seeded else params
 
 
 def to_reply(request: Request, output: Mapping[str, Any]) -> Reply:
@@ -80,6 +81,8 @@ class ServerInfo:
     kv_pool_tokens: int | None
     deterministic: bool
     sglang: str | None
+    custom_logit_processor: bool
+    speculative: str | None
 
 
 def read_reply(request: Request, response: httpx.Response) -> Reply:
@@ -106,6 +109,8 @@ def read_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> ServerInfo
         kv_pool_tokens=server.get("max_total_num_tokens"),
         deterministic=bool(server.get("enable_deterministic_inference")),
         sglang=server.get("version"),
+        custom_logit_processor=bool(server.get("enable_custom_logit_processor")),
+        speculative=server.get("speculative_algorithm"),
     )
 
 
@@ -139,6 +144,7 @@ def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.Ar
         "random_seed": config.seed % (1 << 31),
         "log_level": "error",
         "enable_deterministic_inference": config.deterministic,
+        "enable_custom_logit_processor": config.seeded,
     }
     if not on_gpu:
         settings |= CPU_SETTINGS
@@ -149,7 +155,11 @@ def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.Ar
         raise UserError(
             "--sglang_args enable_deterministic_inference: give --deterministic, which also passes the seeds"
         )
-    return settings | given
+    settings |= given
+    if config.seeded:
+        processors, speculative = settings["enable_custom_logit_processor"], settings.get("speculative_algorithm")
+        check_seeded(processors, speculative, "--sglang_args start SGLang", "leave enable_custom_logit_processor out")
+    return settings
 
 
 def parse_sglang_args(items: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:

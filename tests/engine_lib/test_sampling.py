@@ -58,7 +58,7 @@ def test_near_equal_logits_may_swap_without_moving_a_draw():
 def test_samples_have_the_stated_distribution(temperature, top_p):
     rows, logits = 40_000, np.array([1.0, 3.0, 3.0, -2.0, 0.5, 2.0, -30.0])
     expected = nucleus(probabilities(logits, temperature), top_p)
-    drawn = sample(logits, temperature, top_p, row_uniforms(np.arange(rows), step=5))
+    drawn = sample(logits, temperature, top_p, row_uniforms(np.arange(rows), steps=5))
     shares = np.bincount(drawn, minlength=7) / rows
     assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / rows)
     assert not shares[expected == 0].any()
