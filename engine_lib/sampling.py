@@ -129,10 +129,10 @@ class SeededSampler:
 
     def end(self, custom_param_list, why):
         logging.getLogger("sglang").error(why)
-        try:
-            from sglang.srt.managers.schedule_batch import FINISH_ABORT
+        for row in custom_param_list or []:
+            try:
+                from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-            for row in custom_param_list:
                 row["__req__"].to_finish = FINISH_ABORT(why, 500, "InternalServerError")
-        except Exception as error:
-            logging.getLogger("sglang").error("--seeded: such requests cannot be ended (%r)", error)
+            except Exception as error:
+                logging.getLogger("sglang").error("--seeded: such a request could not be ended (%r)", error)

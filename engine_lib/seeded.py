@@ -8,11 +8,12 @@ import functools
 import json
 import pickle
 import zlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from common_lib.cli import UserError
-from engine_lib.base import Request
+from engine_lib.base import Reply, Request
 
 
 class _FromSource:
@@ -48,4 +49,15 @@ def check_seeded(takes_processors: bool, speculative: str | None, who: str, reme
     if speculative:
         raise UserError(
             f"--seeded: {who} with speculative decoding, which draws several tokens a step; leave one of them out"
+        )
+
+
+async def check_drawn(ask: Callable[[Request], Awaitable[Reply]], url: str) -> None:
+    """Raises UserError where the sampler does not get through: sglang-router 0.3.2 drops it, and all texts would be
+    greedy, without a word. Two seeds draw eight tokens each, all of the vocabulary nearly equally likely."""
+    one, other = [await ask(Request([0], 8, temperature=100.0, seed=seed)) for seed in (1, 2)]
+    if one.token_ids == other.token_ids:
+        raise UserError(
+            f"--seeded: {url} does not draw by seeds, as a router in front of servers that drops custom logit processors; "
+            "give --sglang_url of each server itself"
         )

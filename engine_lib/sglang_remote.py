@@ -8,6 +8,7 @@ httpx is the client because every installation of this project has it already: h
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from common_lib.concurrency import cancel_all, gather_all
 from engine_lib import sglang_wire as wire
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
 from engine_lib.retry import RetryPolicy
-from engine_lib.seeded import check_seeded, logit_processor
+from engine_lib.seeded import check_drawn, check_seeded, logit_processor
 from engine_lib.sglang_wire import ServerLost, TryFailed
 
 logger = logging.getLogger(__name__)
@@ -292,6 +293,11 @@ class SGLangServerEngine:
             raise EngineError(f"{server.url} does not answer as an SGLang server does ({error!r})") from error
         for url, info in infos.items():
             self._check_info(url, info, told=url in server.info)
+        if self.seeded:
+            try:
+                await check_drawn(functools.partial(self._post, server), server.url)
+            except TryFailed as error:
+                raise ServerLost(first_line(error)) from error
         server.info = infos
 
     async def _get(self, url: str) -> httpx.Response:

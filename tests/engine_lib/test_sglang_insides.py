@@ -15,7 +15,9 @@ import pytest
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.seeded import logit_processor
 from engine_lib.sglang_local import DESCRIBED_SETTINGS, TESTED_VERSION, SGLangEngine, import_sglang, warn_of_version
+from engine_lib.sglang_wire import sampling_params
 
 CONFIG = EngineConfig(model_path="folder", vocab_size=100, samples=False)
 REQUEST = Request([1, 2, 3], 2, temperature=0)
@@ -63,8 +65,9 @@ class FakeEngine:
     def shutdown(self) -> None:
         pass
 
-    async def async_generate(self, input_ids, sampling_params):
+    async def async_generate(self, input_ids, sampling_params, custom_logit_processor=None):
         self.asked.set()
+        self.processor = custom_logit_processor
         if self.answer is not None:
             return [self.answer(ids, params) for ids, params in zip(input_ids, sampling_params, strict=True)]
         try:
@@ -229,6 +232,15 @@ def test_each_request_is_asked_with_its_own_settings(package):
         for deterministic in (False, True) for i in (1, 2)
     ]  # fmt: skip
     assert [engine.settings["base_gpu_id"] for engine in package.Engine.made] == [1, 1]
+
+
+def test_seeds_go_with_the_sampler_that_draws_by_them(package):
+    asked = []
+    package.Engine.answer = staticmethod(lambda ids, params: asked.append(params) or written(ids, params))
+    for seeded in (False, True):
+        with_engine(lambda engine: engine.generate([REQUEST]), replace(CONFIG, seeded=seeded))
+    assert [engine.processor for engine in package.Engine.made] == [None, logit_processor()]
+    assert asked == [sampling_params(REQUEST, False, seeded) for seeded in (False, True)]
 
 
 def test_a_request_that_takes_too_long(package):
