@@ -47,9 +47,9 @@ def add_engine_flags(flag: Callable, attention: str, gpu_share: float) -> None:
     flag("--deterministic", action="store_true", help="SGLang's deterministic inference; without it SGLang ignores seeds")
     flag("--seeded", action="store_true",
          help="SGLang draws each token by the request's own seed and position: the same tokens at any --batch_size and on any "
-              "number of servers (started with --enable-custom-logit-processor), as far as the logits are the same. In "
-              "fp32 they nearly are; in bf16 they change with the batch, so that long texts part, and only --deterministic "
-              "repeats them. Drawing keeps the GPU waiting for a moment each step")
+              "number of servers (started with --enable-custom-logit-processor, and no router before them), as far as the "
+              "logits are the same. In fp32 they are, but for rounding; in bf16 they change with the batch, so that long "
+              "texts part, and only --deterministic repeats them. Drawing keeps the GPU waiting for a moment each step")
     flag("--request_timeout", type=float, default=3600.0, help="seconds for one text of one request")
 # fmt: on
 

@@ -49,7 +49,8 @@ class SGLangEngine:
         """A start that failed has `start_grace_s` to say why. Raises UserError for settings that cannot be and where
         sglang is not installed, EngineError where the engine does not start."""
         self.vocab_size, self.deterministic = config.vocab_size, config.deterministic
-        self.seeded, self.request_timeout_s = config.seeded, config.request_timeout_s
+        self.request_timeout_s = config.request_timeout_s
+        self.seeded = config.seeded
         settings = engine_settings(config, command_line)
         self._package = import_sglang()
         warn_of_version(self._package.__version__)

@@ -194,15 +194,14 @@ class SGLangServerEngine:
             raise ServerLost(server.why)
         return task.result()
 
+    def _body(self, request: Request) -> dict[str, object]:
+        params = wire.sampling_params(request, self.deterministic, self.seeded)
+        body: dict[str, object] = {"input_ids": request.prompt_ids, "sampling_params": params}
+        return body | {"custom_logit_processor": logit_processor()} if self.seeded else body
+
     async def _post(self, server: Server, request: Request) -> Reply:
         rid = uuid.uuid4().hex
-        body = {
-            "input_ids": request.prompt_ids,
-            "sampling_params": wire.sampling_params(request, self.deterministic, self.seeded),
-            "rid": rid,
-        }
-        if self.seeded:
-            body["custom_logit_processor"] = logit_processor()
+        body = self._body(request) | {"rid": rid}
         # The router's `manual` policy keeps requests of one key on one server; a server ignores the header.
         key = {"x-smg-routing-key": request.group} if request.group else {}
         try:
@@ -294,11 +293,16 @@ class SGLangServerEngine:
         for url, info in infos.items():
             self._check_info(url, info, told=url in server.info)
         if self.seeded:
-            try:
-                await check_drawn(functools.partial(self._post, server), server.url)
-            except TryFailed as error:
-                raise ServerLost(first_line(error)) from error
+            await check_drawn(functools.partial(self._draw, server), server.url)
         server.info = infos
+
+    async def _draw(self, server: Server, request: Request) -> Reply:
+        """The reply to a question about the server, which is told soon or not at all. Raises ServerLost."""
+        try:
+            url, limit = f"{server.url}/generate", self.patience.answer_s
+            return wire.read_reply(request, await self._client.post(url, json=self._body(request), timeout=limit))
+        except (httpx.HTTPError, TryFailed) as error:
+            raise ServerLost(first_line(error)) from error
 
     async def _get(self, url: str) -> httpx.Response:
         """A page that tells of a server, or 404 for none. Raises ServerLost."""
