@@ -236,7 +236,7 @@ def servers(host, folder):
         host.server(folder),
     ]
     for server in three:
-        wait_until(server.is_up, 180, server)
+        wait_until(server.is_up, 400, server)  # one is imported anew
     return three
 
 
