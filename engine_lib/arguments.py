@@ -12,6 +12,8 @@ from engine_lib.base import EngineConfig
 from engine_lib.choose import ENGINES
 
 ATTENTIONS = ("auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager")
+# Flags that came later, and what runs did before: files of older runs lack them.
+LATER_ARGUMENTS = {"seeded": False}
 # Where and how fast a generator runs, not what comes out: these may change when a stopped run goes on.
 FREE_ARGUMENTS = {
     "engine", "device", "attention_impl", "piref_gpu_util", "sglang_port", "sglang_url", "sglang_args", "request_timeout",
@@ -56,8 +58,13 @@ def add_engine_flags(flag: Callable, attention: str, gpu_share: float) -> None:
     flag("--sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
          help="passed to the SGLang engine: tp_size=2 dp_size=4 context_length=32768 ...")
     flag("--deterministic", action="store_true",
-         help="SGLang's deterministic inference; without it SGLang ignores seeds. Costs 1.5 to 3 times the speed "
+         help="SGLang's deterministic inference; without it or --seeded SGLang ignores seeds. Costs 1.5 to 3 times the speed "
               "(estimated: its sampler sorts the logits of the whole vocabulary at each token)")
+    flag("--seeded", action="store_true",
+         help="SGLang draws each token by the request's own seed and position: the same tokens at any --batch_size and on any "
+              "number of servers (started with --enable-custom-logit-processor, and no router before them), as far as the "
+              "logits are the same. In fp32 they are, but for rounding; in bf16 they change with the batch, so that long "
+              "texts part, and only --deterministic repeats them. Drawing keeps the GPU waiting for a moment each step")
     flag("--request_timeout", type=float, default=3600.0, help="seconds for one text of one request")
 # fmt: on
 
@@ -84,6 +91,11 @@ def resolve_engine(args: argparse.Namespace) -> None:
         args.engine = "sglang-server"
     if args.sglang_args and args.engine == "transformers":
         raise UserError("--sglang_args need --engine sglang, not transformers")
+    if args.seeded and args.deterministic:
+        raise UserError(
+            "--seeded and --deterministic both make SGLang keep to the seeds, and draw other tokens from them; give one: "
+            "--deterministic repeats bf16 on a GPU too, --seeded is faster and works on a CPU"
+        )
     if args.engine == "sglang-server":
         if args.sglang_args:
             raise UserError("--sglang_args are for --engine sglang; give them to the servers where those are started")
@@ -117,6 +129,7 @@ def engine_config(
         seed=args.seed,
         samples=args.temperature > 0,
         deterministic=args.deterministic,
+        seeded=args.seeded and args.temperature > 0,  # at 0 nothing is drawn
         request_timeout_s=args.request_timeout,
         groups_at_once=at_once,
         requests_at_once=at_once * requests_each,

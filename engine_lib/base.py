@@ -40,6 +40,7 @@ class EngineConfig:
     seed: int = 0
     samples: bool = True  # not greedy
     deterministic: bool = False  # SGLang's deterministic inference, which keeps to the requests' seeds
+    seeded: bool = False  # SGLang draws by the requests' seeds (engine_lib.seeded)
     request_timeout_s: float = 3600.0
     groups_at_once: int = 0  # searches or problems; 0: not known
     requests_at_once: int = 0  # of all of them; 0: not known

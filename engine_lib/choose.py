@@ -33,8 +33,6 @@ def choose_engine(name: str) -> str:
 
 def make_engine(name: str, config: EngineConfig) -> Engine:
     """The engine of that name. Raises UserError for settings that cannot be, EngineError where it does not start."""
-    if name != "transformers" and config.samples and not config.deterministic:
-        logger.warning("engine: SGLang ignores seeds without --deterministic: another run will sample other tokens")
     if config.gpu_share_given and name != "sglang":
         instead = (
             "start the servers with --mem-fraction-static" if name == "sglang-server" else "it takes what it needs"
@@ -42,4 +40,8 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
         logger.warning(
             "engine: --piref_gpu_util %g has no effect with --engine %s: %s", config.gpu_share, name, instead
         )
+    if name == "transformers" and config.seeded:
+        logger.info("engine: --seeded changes nothing here: transformers' generate always draws by the requests' seeds")
+    if name != "transformers" and config.samples and not (config.deterministic or config.seeded):
+        logger.warning("engine: SGLang ignores seeds without --seeded: a second run will sample other tokens")
     return ENGINES[name](config)

@@ -25,6 +25,7 @@ from common_lib.cli import UserError
 from common_lib.concurrency import gather_all
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests, first_line
 from engine_lib.placement import Placement, warn_of_few_groups
+from engine_lib.seeded import logit_processor
 from engine_lib.sglang_wire import data_parallel_ranks, engine_settings, longest_request, sampling_params, to_reply
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class SGLangEngine:
         sglang is not installed, EngineError where the engine does not start."""
         self.vocab_size, self.deterministic = config.vocab_size, config.deterministic
         self.request_timeout_s = config.request_timeout_s
+        self.seeded = config.seeded
         settings = engine_settings(config, command_line)
         self._package = import_sglang()
         warn_of_version(self._package.__version__)
@@ -83,6 +85,7 @@ class SGLangEngine:
             "name": self.name,
             "sglang": self._package.__version__,
             "deterministic": self.deterministic,
+            "seeded": self.seeded,
             "context_length": self.context_length,
             "kv_pool_tokens": self.pool_tokens,
             **{key: resolved[key] for key in DESCRIBED_SETTINGS},
@@ -138,14 +141,16 @@ class SGLangEngine:
     async def _ask_rank(self, rank: int, requests: Sequence[Request]) -> list[Reply]:
         import fastapi
 
-        # One rank for the whole list; left alone, sglang goes from rank to rank.
-        routed = {"routed_dp_rank": rank} if len(self.ranks) > 1 else {}
+        settings: dict[str, Any] = {
+            "input_ids": [request.prompt_ids for request in requests],
+            "sampling_params": [sampling_params(request, self.deterministic, self.seeded) for request in requests],
+        }
+        if self.seeded:
+            settings["custom_logit_processor"] = logit_processor()
+        if len(self.ranks) > 1:  # one rank for the whole list; left alone, sglang goes from rank to rank
+            settings["routed_dp_rank"] = rank
         try:
-            outputs = await self._engine.async_generate(
-                input_ids=[request.prompt_ids for request in requests],
-                sampling_params=[sampling_params(request, self.deterministic) for request in requests],
-                **routed,
-            )
+            outputs = await self._engine.async_generate(**settings)
         except (TypeError, ValueError) as error:
             raise EngineError(f"SGLang refused a request: {error}") from error
         except fastapi.HTTPException as error:  # how it says that a request failed inside

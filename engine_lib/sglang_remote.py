@@ -9,6 +9,7 @@ httpx is the client because every installation of this project has it already: h
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -27,6 +28,7 @@ from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_req
 from engine_lib.http_client import allow_open_files, make_client
 from engine_lib.placement import Placement, warn_of_few_groups
 from engine_lib.retry import RetryPolicy
+from engine_lib.seeded import check_drawn, check_seeded, logit_processor
 from engine_lib.sglang_wire import ServerLost, TryFailed
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class SGLangServerEngine:
         self.servers = [Server(url, patience.look_again_s) for url in dict.fromkeys(config.sglang_urls)]
         self.model_path, self.vocab_size = Path(config.model_path), config.vocab_size
         self.deterministic, self.request_timeout_s = config.deterministic, config.request_timeout_s
+        self.seeded = config.seeded
         self.context_length = 0
         self._client: httpx.AsyncClient  # of the running loop, as the watchers are
         self._watchers: list[asyncio.Task] = []  # none before the first request
@@ -110,6 +113,7 @@ class SGLangServerEngine:
             "urls": [server.url for server in self.servers],
             "servers": {url: asdict(info) for server in self.servers for url, info in server.info.items()},
             "deterministic": self.deterministic,
+            "seeded": self.seeded,
             "context_length": self.context_length,
         }
 
@@ -203,13 +207,14 @@ class SGLangServerEngine:
             raise ServerLost(server.why)
         return task.result()
 
+    def _body(self, request: Request) -> dict[str, object]:
+        params = wire.sampling_params(request, self.deterministic, self.seeded)
+        body: dict[str, object] = {"input_ids": request.prompt_ids, "sampling_params": params}
+        return body | {"custom_logit_processor": logit_processor()} if self.seeded else body
+
     async def _post(self, server: Server, rank: int | None, request: Request) -> Reply:
         rid = uuid.uuid4().hex
-        body = {
-            "input_ids": request.prompt_ids,
-            "sampling_params": wire.sampling_params(request, self.deterministic),
-            "rid": rid,
-        }
+        body = self._body(request) | {"rid": rid}
         if rank is not None:
             body["routed_dp_rank"] = rank
         # The router's `manual` policy keeps requests of one key on one server; a server ignores the header.
@@ -302,7 +307,17 @@ class SGLangServerEngine:
             raise EngineError(f"{server.url} does not answer as an SGLang server does ({error!r})") from error
         for url, info in infos.items():
             self._check_info(url, info, told=url in server.info)
+        if self.seeded:
+            await check_drawn(functools.partial(self._draw, server), server.url)
         server.info = infos
+
+    async def _draw(self, server: Server, request: Request) -> Reply:
+        """The reply to a question about the server, which is told soon or not at all. Raises ServerLost."""
+        try:
+            url, limit = f"{server.url}/generate", self.patience.answer_s
+            return wire.read_reply(request, await self._client.post(url, json=self._body(request), timeout=limit))
+        except (httpx.HTTPError, TryFailed) as error:
+            raise ServerLost(first_line(error)) from error
 
     async def _get(self, url: str) -> httpx.Response:
         """A page that tells of a server, or 404 for none. Raises ServerLost."""
@@ -324,6 +339,9 @@ class SGLangServerEngine:
             )
         if self.deterministic and not info.deterministic:
             raise UserError(f"--deterministic: {url} runs without it; start it with --enable-deterministic-inference")
+        if self.seeded:
+            remedy = "start it with --enable-custom-logit-processor"
+            check_seeded(info.custom_logit_processor, info.speculative, f"{url} runs", remedy)
         if info.longest < self.context_length:
             raise UserError(f"{url} takes {info.longest} tokens a request; {self.context_length} are needed")
         if not wire.same_model(info.model_path, path) and not told:

@@ -15,6 +15,7 @@ import httpx
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 from engine_lib.placement import LOAD_BOUND
+from engine_lib.seeded import check_seeded, seeded_params
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ MOST_GRAPHED = 1024
 RETRY_STATUS = (408, 429, 500, 502, 504)
 
 
-def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
-    """SGLang's sampling parameters for a request.
+def sampling_params(request: Request, deterministic: bool, seeded: bool = False) -> dict[str, Any]:
+    """SGLang's sampling parameters for a request. `seeded`: it goes with `engine_lib.seeded.logit_processor`.
 
     The stop token stays in the output. The model's own EOS ids also stop a request unless `ignore_eos` is set, which
     switches off `stop_token_ids` as well; so it is set where there are none, and `to_reply` checks the other case.
@@ -43,7 +44,7 @@ def sampling_params(request: Request, deterministic: bool) -> dict[str, Any]:
         params["stop_token_ids"] = list(request.stop_ids)
     if deterministic:
         params["sampling_seed"] = request.seed
-    return params
+    return params | seeded_params(request) if seeded else params
 
 
 def to_reply(request: Request, output: Mapping[str, Any]) -> Reply:
@@ -91,6 +92,8 @@ class ServerInfo:
     sglang: str | None
     dtype: str | None  # that it was started with; "auto": its model's
     ranks: int  # data-parallel ones
+    custom_logit_processor: bool
+    speculative: str | None
 
 
 def read_reply(request: Request, response: httpx.Response) -> Reply:
@@ -119,6 +122,8 @@ def read_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> ServerInfo
         sglang=server.get("version"),
         dtype=server.get("dtype"),
         ranks=data_parallel_ranks(server),
+        custom_logit_processor=bool(server.get("enable_custom_logit_processor")),
+        speculative=server.get("speculative_algorithm"),
     )
 
 
@@ -152,6 +157,7 @@ def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.Ar
         "random_seed": config.seed % (1 << 31),
         "log_level": "error",
         "enable_deterministic_inference": config.deterministic,
+        "enable_custom_logit_processor": config.seeded,
     }
     if not on_gpu:
         settings |= CPU_SETTINGS
@@ -166,7 +172,11 @@ def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.Ar
         raise UserError(
             "--sglang_args enable_deterministic_inference: give --deterministic, which also passes the seeds"
         )
-    return settings | given
+    settings |= given
+    if config.seeded:
+        processors, speculative = settings["enable_custom_logit_processor"], settings.get("speculative_algorithm")
+        check_seeded(processors, speculative, "--sglang_args start SGLang", "leave enable_custom_logit_processor out")
+    return settings
 
 
 def decode_graphs(requests: int, ranks: int, parser: argparse.ArgumentParser) -> dict[str, int]:

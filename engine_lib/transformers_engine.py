@@ -11,7 +11,7 @@ import transformers
 
 from classifier_lib import resolve_attn_implementation
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests
-from engine_lib.sampling import row_uniforms, sample_rows
+from engine_lib.sampling import only_drawn
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +173,7 @@ class _BatchRows:
 
     def choose(self, input_ids, logits):
         """As a logits processor: everything but the drawn token is made impossible."""
-        uniforms = torch.from_numpy(row_uniforms(self.seeds, input_ids.shape[1] - self.start)).to(logits.device)
-        token = sample_rows(logits, self.temperatures, self.top_ps, uniforms)
-        return torch.full_like(logits, float("-inf")).scatter_(1, token[:, None], 0.0)
+        return only_drawn(logits, self.seeds, input_ids.shape[1] - self.start, self.temperatures, self.top_ps)
 
     def is_done(self, input_ids, scores, **kwargs):
         written, last = input_ids.shape[1] - self.start, input_ids[:, -1].tolist()

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from common_lib.cli import UserError
 from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
 from engine_lib.arguments import FREE_ARGUMENTS as ENGINE_ARGUMENTS
+from engine_lib.arguments import LATER_ARGUMENTS
 from search_lib.run_reader import FORMAT as FORMAT
 from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
 from search_lib.tree import Round, SearchTask
@@ -142,10 +143,11 @@ def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
 
 def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths) -> None:
     """Raises UserError naming what differs between an earlier start and this one, if it changes results."""
+    before, after = (LATER_ARGUMENTS | meta["arguments"] for meta in (earlier, now))
     differences = [
-        f"--{name} was {was!r} and is {now['arguments'].get(name)!r}"
-        for name, was in earlier["arguments"].items()
-        if name not in FREE_ARGUMENTS and now["arguments"].get(name) != was
+        f"--{name} was {was!r} and is {after.get(name)!r}"
+        for name, was in before.items()
+        if name not in FREE_ARGUMENTS and after.get(name) != was
     ]
     by_servers = any(meta["arguments"].get("engine") == "sglang-server" for meta in (earlier, now))
     numerics = f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})"

@@ -17,7 +17,9 @@ def block(prompt_ids: list[int], limit: int) -> list[int]:
 
 
 def generated(body: dict) -> dict:
-    tokens = block(body["input_ids"], body["sampling_params"]["max_new_tokens"])
+    params = body["sampling_params"]
+    drawn = [params["custom_params"]["seed"]] if "custom_logit_processor" in body else []
+    tokens = block(body["input_ids"] + drawn, params["max_new_tokens"])
     meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 1}
     return {"output_ids": tokens, "meta_info": meta}
 

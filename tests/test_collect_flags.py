@@ -182,6 +182,7 @@ FLAGS = {
     "sglang_args": (lambda i: {"engine": "sglang", "sglang_args": ["tp_size=2", "dp_size=3"]},
                     in_config("sglang_args", ("tp_size=2", "dp_size=3"))),
     "deterministic": (lambda i: {"deterministic": True}, in_config("deterministic", True)),
+    "seeded": (lambda i: {"seeded": True}, in_config("seeded", True)),
     "request_timeout": (lambda i: {"request_timeout": 5}, in_config("request_timeout_s", 5.0)),
 }  # fmt: skip
 

@@ -174,7 +174,7 @@ FREE = {"output_dir", "batch_size", "engine", "use_sglang_server", "device", "at
 OTHER = {
     "split": "test", "max_problems": 5, "num_roll_ins": 4, "prefixes_per_roll_in": 3, "cut_weight": "uniform",
     "rollouts_per_prefix": 1, "keep_unsolved": False, "shard_size": 5, "max_length": 61, "temperature": 0.8, "top_p": 0.7,
-    "prompt_format": "chat", "seed": 4, "deterministic": True, "engine": "sglang", "use_sglang_server": True,
+    "prompt_format": "chat", "seed": 4, "deterministic": True, "seeded": True, "engine": "sglang", "use_sglang_server": True,
     "device": "cuda:1", "attention_impl": "eager", "piref_gpu_util": 0.2, "sglang_port": 4000, "sglang_url": "http://a:1",
     "sglang_args": ["tp_size=2"], "request_timeout": 9, "batch_size": 1, "output_dir": None,
 }  # fmt: skip
@@ -217,6 +217,17 @@ def test_going_on_with_another_argument(name, inputs, base, begun, monkeypatch):
     assert [pq.read_table(path).to_pylist() for path in sorted(begun.glob("data/*"))] == [
         pq.read_table(path).to_pylist() for path in sorted(base.folder.glob("data/*"))
     ]
+
+
+def test_a_collection_from_before_a_flag_goes_on_without_it(inputs, base, begun, monkeypatch):
+    """Its settings do not name the flag."""
+    (path,) = begun.rglob("settings.json")
+    settings = json.loads(path.read_text())
+    assert settings.pop("seeded") is False
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"begun with other settings: seeded was False, is True"):
+        collect(monkeypatch.setattr, inputs, begun, keep_unsolved=True, seeded=True)
+    assert collect(monkeypatch.setattr, inputs, begun, keep_unsolved=True).rows == base.rows
 
 
 def test_other_problems_or_weights_under_the_same_names_are_refused(tmp_path, monkeypatch):

@@ -92,6 +92,7 @@ TABLE = {
     "sglang_args": (["tp_size=2", "dp_size=4", "--engine", "sglang"], lambda seen: seen.config.sglang_args,
                     ("tp_size=2", "dp_size=4")),
     "deterministic": ([], lambda seen: seen.config.deterministic, True),
+    "seeded": ([], lambda seen: seen.config.seeded, True),
     "request_timeout": (["5"], lambda seen: seen.config.request_timeout_s, 5.0),
     "classifier_ckpt_path": (["FOLDER/other_value"], lambda seen: Path(seen.loaded[0][0]).name, "other_value"),
     "value_device": (["cuda:1"], lambda seen: (seen.config.device, seen.moved, seen.scorers[0].budget.limit),

@@ -119,6 +119,7 @@ CHANGES = {
     "sglang_url": [("http://one:1 --engine sglang-server", ENGINE)],
     "sglang_args": [("tp_size=2 --engine sglang", ENGINE)],
     "deterministic": [("", "--deterministic was False and is True")],
+    "seeded": [("", "--seeded was False and is True")],
     "request_timeout": [("5", None)],
     "classifier_ckpt_path": [("FOLDER/value_copy", None), ("FOLDER/other_value", "the value model's weights differ")],
     "value_device": [("cuda:1 --value_dtype fp32", None), ("cuda:1", f"{ENGINE}.*value_dtype.*fp32.*bf16")],
@@ -152,6 +153,19 @@ def test_what_changes_no_result_may_change_and_the_run_goes_on(flag, words, agai
     assert flag == "output_path" or len(seen.requests) + len(half_done.requests) < 1.5 * len(whole.requests) * (
         1.5 if flag == "num_repetitions" else 1
     )
+
+
+def test_a_run_from_before_a_flag_goes_on_without_it(again, tmp_path, whole):
+    """Its meta does not name the flag."""
+    path = tmp_path / "out.meta.json"
+    meta = json.loads(path.read_text())
+    assert meta["arguments"].pop("seeded") is False
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="holds another configuration: --seeded was False and is True"):
+        again("--seeded")
+    seen = again()
+    assert seen.status == 0
+    assert_same_lines(seen, whole)
 
 
 def test_engines_of_one_kind_may_take_over_from_each_other(folder, tmp_path, whole):

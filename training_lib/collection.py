@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from common_lib.cli import UserError
 from common_lib.files import LineFile, lock, read_rows, write_text, write_whole
 from data_utils import FILE_KINDS, open_dataset, read_file
+from engine_lib.arguments import LATER_ARGUMENTS
 
 WORK = ".collect"  # unfinished rows and settings; hidden, so that a data loader does not take them for data
 IDS = pa.list_(pa.list_(pa.int32()))
@@ -133,7 +134,7 @@ class CollectionFolder:
         if not path.exists():
             write_text(path, json.dumps(settings, indent=1))
             return
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = LATER_ARGUMENTS | json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name in settings if old.get(name) != settings[name]]:
             shown = "; ".join(f"{name} was {old.get(name)}, is {settings[name]}" for name in changed)
             raise UserError(f"{self.folder} was begun with other settings: {shown}; give another --output_dir")

@@ -43,6 +43,7 @@ def test_defaults():
     assert (args.engine, args.device, args.attention_impl, args.piref_gpu_util) == ("auto", "auto", "sdpa", 0.3)
     assert (args.temperature, args.top_p, args.prompt_format) == (0.6, 0.95, "r1")
     assert (args.sglang_url, args.sglang_args, args.deterministic, args.request_timeout) == ([], [], False, 3600.0)
+    assert args.seeded is False
     assert set(vars(args)) >= FREE_ARGUMENTS
 
 
@@ -73,6 +74,7 @@ def test_defaults():
         ("--use_sglang_server --engine sglang --sglang_url http://a:1", "not sglang"),
         ("--engine sglang-server --sglang_args tp_size=2", "give them to the servers where those are started"),
         ("--sglang_url http://a:1 --sglang_args tp_size=2", "give them to the servers where those are started"),
+        ("--seeded --deterministic", "--seeded and --deterministic both make SGLang keep to the seeds"),
         ("--engine transformers --sglang_args tp_size=2", "--sglang_args need --engine sglang, not transformers"),
         *(
             (f"--sglang_url {url}", f"--sglang_url {url!r} is no URL of a server; give http://HOST:PORT")
@@ -122,6 +124,13 @@ def test_what_an_engine_is_given():
     )  # fmt: skip
     few = engine_config(args, generator, "cuda:1", groups=3, requests_each=8)
     assert (few.groups_at_once, few.requests_at_once) == (3, 24), "there is no more to do"
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeded"), [([], False), (["--seeded"], True), (["--seeded", "--temperature=0"], False)]
+)
+def test_an_engine_is_asked_to_draw_by_seeds_where_something_is_drawn(flags, seeded):
+    assert engine_config(parse(*flags), SimpleNamespace(path="folder", vocab_size=9), "cpu").seeded is seeded
 
 
 def test_flags_are_read_without_a_model_library():

@@ -36,17 +36,20 @@ def test_auto_is_transformers_elsewhere_and_this_is_said(monkeypatch, caplog):
         ("sglang", {}, True),
         ("sglang-server", {}, True),
         ("sglang", {"deterministic": True}, False),
+        ("sglang", {"seeded": True}, False),
+        ("sglang-server", {"seeded": True}, False),
         ("sglang", {"samples": False}, False),
         ("transformers", {}, False),
     ],
 )
-def test_sglang_ignores_seeds_unless_it_is_deterministic(name, settings, warned, monkeypatch, caplog):
+def test_sglang_ignores_seeds_unless_it_is_told_to_keep_to_them(name, settings, warned, monkeypatch, caplog):
     made = []
     monkeypatch.setitem(ENGINES, name, made.append)
     config = EngineConfig(model_path="folder", vocab_size=9, **settings)
     make_engine(name, config)
     assert made == [config]
-    assert ("SGLang ignores seeds without --deterministic" in caplog.text) is warned
+    said = "SGLang ignores seeds without --seeded: a second run will sample other tokens"
+    assert (said in caplog.text) is warned
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,13 @@ def test_a_share_of_the_gpu_that_nobody_takes_is_said(name, given, said, monkeyp
     monkeypatch.setitem(ENGINES, name, lambda config: None)
     make_engine(name, EngineConfig("folder", 9, deterministic=True, gpu_share=0.5, gpu_share_given=given))
     assert (f"--piref_gpu_util 0.5 {said}" in caplog.text) if said else not caplog.text
+
+
+def test_transformers_keeps_to_seeds_with_and_without_the_flag(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setitem(ENGINES, "transformers", lambda config: None)
+    for seeded in (False, True):
+        make_engine("transformers", EngineConfig(model_path="folder", vocab_size=9, seeded=seeded))
+    assert [record.getMessage().startswith("engine: --seeded changes nothing here") for record in caplog.records] == [
+        True
+    ]

@@ -146,12 +146,13 @@ LOCAL = {  # field -> value, the setting of sgl.Engine that it becomes
     "gpu_share": (0.77, {"mem_fraction_static": 0.77}),
     "seed": (42, {"random_seed": 42}),
     "deterministic": (True, {"enable_deterministic_inference": True}),
+    "seeded": (True, {"enable_custom_logit_processor": True}),
     "sglang_args": (("tp_size=2",), {"tp_size": 2}),
 }
 ELSEWHERE = {  # what sgl.Engine is not made with -> the test that sees it act
     "vocab_size": "test_requests_are_checked_against_the_vocabulary_and_the_context",
     "attention": "test_the_transformers_engine_loads_what_it_is_told",
-    "samples": "test_sglang_ignores_seeds_unless_it_is_deterministic",
+    "samples": "test_sglang_ignores_seeds_unless_it_is_told_to_keep_to_them",
     "request_timeout_s": "test_the_time_limit_of_a_request",
     "groups_at_once": "test_few_searches_for_many_servers_are_said",
     "requests_at_once": "test_decode_graphs_reach_as_far_as_requests_are_asked_at_once",

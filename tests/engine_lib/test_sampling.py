@@ -5,6 +5,7 @@ import pytest
 import torch
 from plain_sampling import draw, nucleus, probabilities, uniform
 
+from engine_lib import sampling
 from engine_lib.sampling import row_uniforms, sample_rows
 
 
@@ -58,7 +59,7 @@ def test_near_equal_logits_may_swap_without_moving_a_draw():
 def test_samples_have_the_stated_distribution(temperature, top_p):
     rows, logits = 40_000, np.array([1.0, 3.0, 3.0, -2.0, 0.5, 2.0, -30.0])
     expected = nucleus(probabilities(logits, temperature), top_p)
-    drawn = sample(logits, temperature, top_p, row_uniforms(np.arange(rows), step=5))
+    drawn = sample(logits, temperature, top_p, row_uniforms(np.arange(rows), steps=5))
     shares = np.bincount(drawn, minlength=7) / rows
     assert np.abs(shares - expected).max() < 4 * np.sqrt(0.25 / rows)
     assert not shares[expected == 0].any()
@@ -69,6 +70,90 @@ def test_extreme_draws_stay_in_the_nucleus():
     assert set(sample([0.0, 50.0, 0.0, -1e9], 1.0, 1.0, extreme)) <= {0, 1, 2}
     assert sample([0.0, 50.0, 0.0, -1e9], 1.0, 0.9, extreme) == [1, 1, 1]
     assert sample([0.0, 0.0, 0.0, -9.0], 1.0, 0.9, extreme) == [0, 2, 1]  # the last one of the nucleus is not the last
+
+
+# The shortlist: the draws of a whole sort
+
+VOCABULARY, SHORT = 300, 40
+
+
+def adversarial_rows() -> dict[str, np.ndarray]:
+    """Logits whose nuclei end within the shortlist, at its border, or beyond."""
+    rng = np.random.default_rng(3)
+    border = np.full(VOCABULARY, -5.0)
+    border[rng.permutation(VOCABULARY)[:60]] = 1.0  # more equal ones than the shortlist holds
+    head = border.copy()
+    head[rng.permutation(VOCABULARY)[:30]] = 3.0
+    exact = np.full(VOCABULARY, -30.0)
+    exact[rng.permutation(VOCABULARY)[:SHORT]] = 2.0  # the shortlist is the nucleus
+    return {
+        "random": rng.normal(size=VOCABULARY) * 3,
+        "peaked": np.where(np.arange(VOCABULARY) == 77, 20.0, rng.normal(size=VOCABULARY)),
+        "flat": np.zeros(VOCABULARY),
+        "nearly flat": rng.normal(size=VOCABULARY) * 1e-7,
+        "equal at the border": border,
+        "equal after a head": head,
+        "the shortlist and nothing else": exact,
+        "rounded as in bf16": np.asarray(torch.tensor(rng.normal(size=VOCABULARY) * 3).bfloat16().double()),
+        "a few are possible": np.where(np.arange(VOCABULARY) % 100 == 7, 0.0, -np.inf),
+        "of few kinds": rng.choice([0.0, 1.0, 2.0, 3.0], VOCABULARY),
+    }
+
+
+@pytest.mark.parametrize("name", adversarial_rows())
+def test_a_shortlist_draws_what_a_whole_sort_draws(name, monkeypatch):
+    """At every temperature and top_p, and those at which the nucleus ends with the last of the shortlist."""
+    logits = torch.tensor(adversarial_rows()[name], dtype=torch.float32)
+    mass = torch.softmax(logits.double(), 0).sort(descending=True).values.cumsum(0)[[SHORT - 2, SHORT - 1, SHORT]]
+    top_ps = [0.01, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-12, 1.0, *mass.clamp(max=1).tolist(), *(mass / 2).tolist()]
+    uniforms = [0.0, 1e-9, 0.1, 0.35, 0.5, 0.77, 0.9, 0.999, 1 - 2.0**-53]
+    cases = [(t, p, u) for t in (0, 0.3, 0.6, 1.0, 2.5, 100.0) for p in top_ps for u in uniforms]
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True)]
+    rows = logits.expand(len(cases), -1)
+    drawn = {}
+    for size in (SHORT, VOCABULARY):
+        monkeypatch.setattr(sampling, "SHORTLIST", size)
+        drawn[size] = sample_rows(rows, *columns)
+    assert torch.equal(drawn[SHORT], drawn[VOCABULARY])
+
+
+def test_shortlists_are_drawn_from_as_the_plain_reference_draws(monkeypatch):
+    monkeypatch.setattr(sampling, "SHORTLIST", 5)
+    rng = np.random.default_rng(5)
+    logits = np.round(rng.normal(size=(300, 23)) * 2, 1).astype(np.float32)
+    temperatures, top_ps, uniforms = rng.choice([0.3, 1, 2.5], 300), rng.choice([0.3, 0.7, 0.95], 300), rng.random(300)
+    drawn = sample_rows(*map(torch.as_tensor, (logits, temperatures, top_ps, uniforms))).tolist()
+    assert drawn == [draw(*row) for row in zip(logits, temperatures, top_ps, uniforms, strict=True)]
+
+
+def test_only_rows_whose_nucleus_is_larger_are_sorted_whole(monkeypatch):
+    """And none of those that keep every token, or are greedy."""
+    monkeypatch.setattr(sampling, "SHORTLIST", SHORT)
+    given, kept_of = [], sampling._kept_of
+    monkeypatch.setattr(sampling, "_kept_of", lambda ids, *more: given.append(ids.shape) or kept_of(ids, *more))
+    rows = adversarial_rows()
+    names = ["peaked", "flat", "random", "flat", "flat", "nearly flat"]
+    logits = torch.tensor(np.stack([rows[name] for name in names]), dtype=torch.float32)
+    temperatures = torch.tensor([1, 1, 0.6, 0, 1, 1], dtype=torch.float64)
+    top_ps = torch.tensor([0.95, 0.95, 0.9, 0.95, 1.0, 0.95], dtype=torch.float64)
+    sample_rows(logits, temperatures, top_ps, torch.full((6,), 0.5, dtype=torch.float64))
+    assert given == [(6, SHORT), (2, VOCABULARY)]
+
+
+def test_the_rows_of_a_large_batch_are_drawn_some_at_a_time(monkeypatch):
+    rng = np.random.default_rng(6)
+    logits = torch.tensor(rng.normal(size=(50, 30)))
+    columns = [torch.tensor(rng.uniform(0.2, 0.9, 50)) for _ in range(3)]
+    whole, seen, draw_rows = sample_rows(logits, *columns), [], sampling._draw
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(sampling, "_draw", lambda some, *more: seen.append(len(some)) or draw_rows(some, *more))
+    assert torch.equal(sample_rows(logits, *columns), whole)
+    assert seen == [16, 16, 16, 2]
+
+
+def test_each_row_may_be_at_a_step_of_its_own():
+    seeds, steps = np.array([3, 3, 9]), np.array([0, 7, 7])
+    assert row_uniforms(seeds, steps).tolist() == [uniform(3, 0), uniform(3, 7), uniform(9, 7)]
 
 
 def test_uniforms_are_those_of_the_stated_generator():

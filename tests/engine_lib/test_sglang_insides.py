@@ -18,7 +18,9 @@ import pytest
 from common_lib.cli import UserError
 from engine_lib import sglang_local
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
+from engine_lib.seeded import logit_processor
 from engine_lib.sglang_local import DESCRIBED_SETTINGS, TESTED_VERSION, SGLangEngine, import_sglang, warn_of_version
+from engine_lib.sglang_wire import sampling_params
 
 CONFIG = EngineConfig(model_path="folder", vocab_size=100, samples=False)
 REQUEST = Request([1, 2, 3], 2, temperature=0)
@@ -66,8 +68,9 @@ class FakeEngine:
     def shutdown(self) -> None:
         pass
 
-    async def async_generate(self, input_ids, sampling_params, routed_dp_rank=None):
+    async def async_generate(self, input_ids, sampling_params, custom_logit_processor=None, routed_dp_rank=None):
         self.asked.set()
+        self.processor = custom_logit_processor
         self.routed += [(routed_dp_rank, ids[0]) for ids in input_ids]
         if self.answer is not None:
             return [self.answer(ids, params) for ids, params in zip(input_ids, sampling_params, strict=True)]
@@ -299,6 +302,15 @@ def test_a_cancelled_call_is_aborted_on_every_rank(package, flags_of_sglang):
 def test_few_searches_for_many_ranks_are_said(package, flags_of_sglang, caplog):
     with_engine(lambda engine: asyncio.sleep(0), replace(CONFIG, sglang_args=("dp_size=2",), groups_at_once=15))
     assert "15 at once for 2 data-parallel ranks" in caplog.text
+
+
+def test_seeds_go_with_the_sampler_that_draws_by_them(package):
+    asked = []
+    package.Engine.answer = staticmethod(lambda ids, params: asked.append(params) or written(ids, params))
+    for seeded in (False, True):
+        with_engine(lambda engine: engine.generate([REQUEST]), replace(CONFIG, seeded=seeded))
+    assert [engine.processor for engine in package.Engine.made] == [None, logit_processor()]
+    assert asked == [sampling_params(REQUEST, False, seeded) for seeded in (False, True)]
 
 
 def test_a_request_that_takes_too_long(package):

@@ -14,7 +14,9 @@ from fake_sglang import FakeServer, block
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 from engine_lib.retry import RetryPolicy
+from engine_lib.seeded import logit_processor
 from engine_lib.sglang_remote import Patience, SGLangServerEngine
+from engine_lib.sglang_wire import sampling_params
 
 QUICK = Patience(
     retry=RetryPolicy(attempts=5, pause_s=0.0), look_again_s=0.02, look_again_most_s=0.05, probe_every_s=0.05
@@ -103,6 +105,17 @@ def test_a_request_says_all_it_means(model, servers, deterministic):
     }  # fmt: skip
     assert second["sampling_params"]["ignore_eos"] is True  # no stop ids: nothing may stop it
     assert server.keys == ["3/1", None]
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_seeds_go_with_the_sampler_that_draws_by_them(seeded, model, servers):
+    server = servers(enable_custom_logit_processor=True)
+    request = Request([1, 2], 7, temperature=0.6, seed=11)
+    with_engine(model, [server], lambda engine: engine.generate([request]), seeded=seeded)
+    *asked_at_the_start, body = server.bodies
+    assert len(asked_at_the_start) == 2 * seeded
+    assert body["sampling_params"] == sampling_params(request, False, seeded)
+    assert body.get("custom_logit_processor") == (logit_processor() if seeded else None)
 
 
 def test_bad_requests_are_never_sent(model, servers):

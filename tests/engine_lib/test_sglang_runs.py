@@ -145,7 +145,7 @@ def test_greedy_runs_are_the_same_everywhere(host, inputs, greedy, servers, rout
 def test_a_sampled_run_replayed_through_a_plain_forward_pass(host, inputs, tmp_path):
     output = tmp_path / "out.jsonl"
     said = finish(run(host, inputs, output, "--temperature", "0.6", "--num_blocks", "4", *SGLANG_ARGS))
-    assert "SGLang ignores seeds without --deterministic" in said
+    assert "SGLang ignores seeds without --seeded: a second run will sample other tokens" in said
     model, trees = tiny.tiny_value_model(), {}
     for row in journal(output):
         nodes = trees.setdefault((row["data_idx"], row["repeat_idx"]), [row.get("prompt_ids")])

@@ -19,6 +19,8 @@ def command_line(*more: str) -> argparse.ArgumentParser:
     parser.add_argument("--schedule-policy", choices=["fcfs", "lpm"])
     parser.add_argument("--disable-radix-cache", action="store_true")
     parser.add_argument("--enable-deterministic-inference", action="store_true")
+    parser.add_argument("--enable-custom-logit-processor", action="store_true")
+    parser.add_argument("--speculative-algorithm")
     parser.add_argument("--cuda-graph-bs", type=int, nargs="+")
     parser.add_argument("--config-value", nargs="?")
     parser.add_argument("--odd", type=odd)
