@@ -7,6 +7,7 @@ tokens, one run of each after a warm-up. "overlap" is the time in which engine a
 import asyncio
 import contextlib
 import dataclasses
+import os
 import random
 import socket
 import subprocess
@@ -41,6 +42,8 @@ CPU_FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "to
 
 
 def run(report: Report) -> None:
+    if report.device == "cpu":  # half of the cores for each model, also in SGLang's processes
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = ("tiny", "full") if report.size == "full" else ("tiny",)
@@ -148,7 +151,8 @@ def server(report: Report, generator: str, patience_s: float = 180.0) -> Iterato
         port = probe.getsockname()[1]
     flags = CPU_FLAGS if report.device == "cpu" else ("--mem-fraction-static", str(GPU_SHARE))
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", generator, "--port", str(port)]
-    process = subprocess.Popen([*command, *SERVER_FLAGS, *flags])  # in this part's process group, as which it is ended
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen([*command, *SERVER_FLAGS, *flags], env=quiet)  # ended with this part's process group
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + patience_s
     try:
         while not answers(f"{url}/health"):
