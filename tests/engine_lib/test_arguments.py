@@ -130,7 +130,8 @@ def test_what_an_engine_is_given():
     ("flags", "seeded"), [([], False), (["--seeded"], True), (["--seeded", "--temperature=0"], False)]
 )
 def test_an_engine_is_asked_to_draw_by_seeds_where_something_is_drawn(flags, seeded):
-    assert engine_config(parse(*flags), SimpleNamespace(path="folder", vocab_size=9), "cpu").seeded is seeded
+    info = SimpleNamespace(path="folder", vocab_size=9)
+    assert engine_config(parse(*flags), info, "cpu", groups=1, requests_each=1).seeded is seeded
 
 
 def test_flags_are_read_without_a_model_library():
@@ -147,7 +148,7 @@ def test_a_given_share_of_the_gpu_can_be_told_from_the_default():
     info = SimpleNamespace(path="folder", vocab_size=9)
     for flags, given in (("", False), ("--piref_gpu_util 0.3", True)):
         args = parse(*flags.split())
-        config = engine_config(args, info, "cpu")
+        config = engine_config(args, info, "cpu", groups=1, requests_each=1)
         assert (config.gpu_share, type(config.gpu_share), config.gpu_share_given) == (0.3, float, given)
         assert json.dumps(args.piref_gpu_util) == repr(args.piref_gpu_util) == "0.3"  # in meta and in messages
     with pytest.raises(UserError, match="--piref_gpu_util: invalid float value: 'half'"):

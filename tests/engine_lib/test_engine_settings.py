@@ -152,6 +152,7 @@ LOCAL = {  # field -> value, the setting of sgl.Engine that it becomes
 ELSEWHERE = {  # what sgl.Engine is not made with -> the test that sees it act
     "vocab_size": "test_requests_are_checked_against_the_vocabulary_and_the_context",
     "attention": "test_the_transformers_engine_loads_what_it_is_told",
+    "gpu_share_given": "test_a_share_of_the_gpu_that_nobody_takes_is_said",
     "samples": "test_sglang_ignores_seeds_unless_it_is_told_to_keep_to_them",
     "request_timeout_s": "test_the_time_limit_of_a_request",
     "groups_at_once": "test_few_searches_for_many_servers_are_said",

@@ -129,13 +129,15 @@ def test_what_a_server_says_of_itself():
         "version": "0.5.23",
         "dtype": "bfloat16",
         "dp_size": 4,
+        "enable_custom_logit_processor": True,
+        "speculative_algorithm": "EAGLE",
     }
     assert read_info(model, server) == ServerInfo(
-        "m", ("Qwen2ForCausalLM",), 2046, 8192, False, "0.5.23", "bfloat16", 4
+        "m", ("Qwen2ForCausalLM",), 2046, 8192, False, "0.5.23", "bfloat16", 4, True, "EAGLE"
     )
     assert read_info(model, server | {"dp_size": 1, "attn_dp_size": 8}).ranks == 8
     assert read_info(model, {"max_req_input_len": 2042}) == ServerInfo(
-        "m", ("Qwen2ForCausalLM",), 2046, None, False, None, None, 1
+        "m", ("Qwen2ForCausalLM",), 2046, None, False, None, None, 1, False, None
     )
 
 
