@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from train_spy import command, spied_run
 
 from common_lib.cli import UserError
 from training_lib import arguments, loop, ranks
+from training_lib.launch import RankError
 from training_lib.ranks import PATIENT, STEPPING, World, check_host_address
 
 CPU = torch.device("cpu")
@@ -141,10 +143,14 @@ def test_an_error_of_nccl_is_a_lost_rank():
         ({"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node0", "GLOO_SOCKET_IFNAME": "eth0"}, "127.0.1.1", False),
         ({"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node0"}, "10.0.0.7", False),
         ({"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "node0"}, "127.0.1.1", False),
-        ({"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "127.0.1.1", False),  # a trial on one machine
+        (
+            {"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node7"},
+            "127.0.1.1",
+            None,
+        ),  # the first node, or a trial on one machine
     ],
 )
-def test_a_node_that_others_cannot_reach_is_told(monkeypatch, environment, address, refused):
+def test_a_node_that_others_cannot_reach_is_told(monkeypatch, caplog, environment, address, refused):
     def getaddrinfo(name, *_, **__):
         found = {"node7": address, "node0": "10.0.0.1"}.get(name, name)
         return [(2, 1, 6, "", (found, 0))]
@@ -155,8 +161,9 @@ def test_a_node_that_others_cannot_reach_is_told(monkeypatch, environment, addre
     monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node7")
     monkeypatch.setattr(ranks.socket, "getaddrinfo", getaddrinfo)
     told = r"node's name node7 leads to itself .* set GLOO_SOCKET_IFNAME \(and NCCL_SOCKET_IFNAME\)"
-    with pytest.raises(UserError, match=told) if refused else contextlib.nullcontext():
+    with pytest.raises(RankError, match=told) if refused else contextlib.nullcontext():
         check_host_address()
+    assert [bool(re.search(told, message)) for message in caplog.messages] == ([True] if refused is None else [])
 
 
 def test_the_flags_of_16_nodes_of_8_gpus_fit_together(monkeypatch):
