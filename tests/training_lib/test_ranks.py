@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rollouts import losses, random_rows, run_script, write_rows
 from tiny import save_generator
+from torch.distributed.run import get_args_parser
 from train_spy import command, spied_run
 
 from common_lib.cli import UserError
@@ -166,9 +167,21 @@ def test_a_node_that_others_cannot_reach_is_told(monkeypatch, caplog, environmen
     assert [bool(re.search(told, message)) for message in caplog.messages] == ([True] if refused is None else [])
 
 
-def test_the_flags_of_16_nodes_of_8_gpus_fit_together(monkeypatch):
-    """As the paper trained: 1,024 roll-outs a step, 8 a forward pass; README's multi-node command."""
-    monkeypatch.setenv("WORLD_SIZE", "128")
-    assert arguments.parse_args(["--total_batch_size", "1024", "--micro_batch_size", "8"]).world_size == 128
+# Five epochs of OpenR1-VM (44,509 rows of 56 roll-outs) at the paper's 1,024 roll-outs a step, 8 a forward pass.
+SIXTEEN_NODES = (
+    "--nnodes 16 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id paper --rdzv_endpoint HOST:29500 train_classifier.py "
+    "--eval_every -1 --save_every 486 --num_steps 12170 --max_lr 0.0001 --data_path VGS-AI/OpenR1-VM --data_num_response 56 "
+    "--model_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --total_batch_size 1024 --micro_batch_size 8 "
+    "--small_group_size 2 --compile --save_dir /shared/runs --run_name paper"
+)
+
+
+def test_the_command_of_16_nodes_of_8_gpus_fits_together(monkeypatch):
+    launch = get_args_parser().parse_args(SIXTEEN_NODES.split())
+    assert (launch.nnodes, launch.nproc_per_node, launch.training_script) == ("16", "8", "train_classifier.py")
+    monkeypatch.setenv("WORLD_SIZE", str(int(launch.nnodes) * int(launch.nproc_per_node)))
+    args = arguments.parse_args(launch.training_script_args)
+    assert args.total_batch_size == args.world_size * args.micro_batch_size  # no gradient accumulation
+    assert args.num_steps == 5 * (44_509 * 56 // args.total_batch_size)
     with pytest.raises(UserError, match="the nearest that work: 1024, 2048"):
-        arguments.parse_args(["--total_batch_size", "1500", "--micro_batch_size", "8"])
+        arguments.parse_args([*launch.training_script_args, "--total_batch_size", "1500"])
