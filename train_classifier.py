@@ -27,7 +27,7 @@ from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker, make_tracker
 from training_lib.arguments import parse_args
 from training_lib.hub_push import HubPusher
-from training_lib.launch import RankLostError, follow_parent, leave_ranks
+from training_lib.launch import RankError, follow_parent, leave_ranks
 
 logger = logging.getLogger("train_classifier")
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if rank:  # rank 0 tells it; the first to exit would make torchrun end the others before they spoke
             time.sleep(10)
-            if isinstance(error, RankLostError):  # it may be rank 0 that hangs
+            if isinstance(error, RankError):  # it may be rank 0 that hangs, or that knows nothing of it
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
         raise

@@ -9,8 +9,8 @@ import sys
 from common_lib.cli import UserError
 
 
-class RankLostError(UserError):
-    """Another rank does not answer."""
+class RankError(UserError):
+    """What this rank alone may be able to tell: another does not answer, or others cannot reach it."""
 
 
 def follow_parent() -> None:

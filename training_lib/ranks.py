@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import ipaddress
+import logging
 import os
 import socket
 import warnings
@@ -18,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from common_lib.cli import UserError
 from common_lib.devices import resolve_device
 from common_lib.files import OutputError
-from training_lib.launch import RankLostError
+from training_lib.launch import RankError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -127,7 +130,7 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
         message = str(error).splitlines()[0].partition(". ")[0]
         if not isinstance(error, dist.DistError) and not any(words in message for words in LOST):
             raise
-        raise RankLostError(
+        raise RankError(
             f"rank {rank} lost the others: one of them hangs or has ended ({message}); what each rank said last tells which; "
             "the same command goes on from the last checkpoint"
         ) from error
@@ -141,15 +144,19 @@ LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by p
 
 
 def check_host_address() -> None:
-    """Of several nodes each listens where its own name leads. Raises UserError where that is this machine's inside, as on
+    """Of several nodes each listens where its own name leads. Raises RankError where that is this machine's inside, as on
     a Debian or Ubuntu whose /etc/hosts names it 127.0.1.1: the others would call in vain."""
-    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not _is_inside(os.environ.get("MASTER_ADDR", ""))
-    if several and "GLOO_SOCKET_IFNAME" not in os.environ and _is_inside(socket.gethostname()):
-        raise UserError(
-            f"this node's name {socket.gethostname()} leads to itself (/etc/hosts), where the ranks of other nodes cannot "
-            "reach it; set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface between the nodes, such as "
-            "eth0: `ip -brief address` lists them"
-        )
+    several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    if not several or "GLOO_SOCKET_IFNAME" in os.environ or not _is_inside(socket.gethostname()):
+        return
+    told = (
+        f"this node's name {socket.gethostname()} leads to itself (/etc/hosts), where the ranks of other nodes cannot reach "
+        "it; set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface between the nodes, such as eth0: "
+        "`ip -brief address` lists them"
+    )
+    if not _is_inside(os.environ.get("MASTER_ADDR", "")):
+        raise RankError(told)
+    logger.warning("%s", told)  # this is the first node, which sees itself like this, or all are on one machine
 
 
 def _is_inside(name: str) -> bool:

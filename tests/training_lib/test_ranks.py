@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ import torch
 import torch.distributed as dist
 from rollouts import losses, random_rows, run_script, write_rows
 from tiny import save_generator
+from torch.distributed.run import get_args_parser
 from train_spy import command, spied_run
 
 from common_lib.cli import UserError
 from training_lib import arguments, loop, ranks
+from training_lib.launch import RankError
 from training_lib.ranks import PATIENT, STEPPING, World, check_host_address
 
 CPU = torch.device("cpu")
@@ -141,10 +144,14 @@ def test_an_error_of_nccl_is_a_lost_rank():
         ({"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node0", "GLOO_SOCKET_IFNAME": "eth0"}, "127.0.1.1", False),
         ({"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node0"}, "10.0.0.7", False),
         ({"GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "node0"}, "127.0.1.1", False),
-        ({"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "127.0.1.1", False),  # a trial on one machine
+        (
+            {"GROUP_WORLD_SIZE": "16", "MASTER_ADDR": "node7"},
+            "127.0.1.1",
+            None,
+        ),  # the first node, or a trial on one machine
     ],
 )
-def test_a_node_that_others_cannot_reach_is_told(monkeypatch, environment, address, refused):
+def test_a_node_that_others_cannot_reach_is_told(monkeypatch, caplog, environment, address, refused):
     def getaddrinfo(name, *_, **__):
         found = {"node7": address, "node0": "10.0.0.1"}.get(name, name)
         return [(2, 1, 6, "", (found, 0))]
@@ -155,13 +162,26 @@ def test_a_node_that_others_cannot_reach_is_told(monkeypatch, environment, addre
     monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node7")
     monkeypatch.setattr(ranks.socket, "getaddrinfo", getaddrinfo)
     told = r"node's name node7 leads to itself .* set GLOO_SOCKET_IFNAME \(and NCCL_SOCKET_IFNAME\)"
-    with pytest.raises(UserError, match=told) if refused else contextlib.nullcontext():
+    with pytest.raises(RankError, match=told) if refused else contextlib.nullcontext():
         check_host_address()
+    assert [bool(re.search(told, message)) for message in caplog.messages] == ([True] if refused is None else [])
 
 
-def test_the_flags_of_16_nodes_of_8_gpus_fit_together(monkeypatch):
-    """As the paper trained: 1,024 roll-outs a step, 8 a forward pass; README's multi-node command."""
-    monkeypatch.setenv("WORLD_SIZE", "128")
-    assert arguments.parse_args(["--total_batch_size", "1024", "--micro_batch_size", "8"]).world_size == 128
+# Five epochs of OpenR1-VM (44,509 rows of 56 roll-outs) at the paper's 1,024 roll-outs a step, 8 a forward pass.
+SIXTEEN_NODES = (
+    "--nnodes 16 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id paper --rdzv_endpoint HOST:29500 train_classifier.py "
+    "--eval_every -1 --save_every 486 --num_steps 12170 --max_lr 0.0001 --data_path VGS-AI/OpenR1-VM --data_num_response 56 "
+    "--model_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --total_batch_size 1024 --micro_batch_size 8 "
+    "--small_group_size 2 --compile --save_dir /shared/runs --run_name paper"
+)
+
+
+def test_the_command_of_16_nodes_of_8_gpus_fits_together(monkeypatch):
+    launch = get_args_parser().parse_args(SIXTEEN_NODES.split())
+    assert (launch.nnodes, launch.nproc_per_node, launch.training_script) == ("16", "8", "train_classifier.py")
+    monkeypatch.setenv("WORLD_SIZE", str(int(launch.nnodes) * int(launch.nproc_per_node)))
+    args = arguments.parse_args(launch.training_script_args)
+    assert args.total_batch_size == args.world_size * args.micro_batch_size  # no gradient accumulation
+    assert args.num_steps == 5 * (44_509 * 56 // args.total_batch_size)
     with pytest.raises(UserError, match="the nearest that work: 1024, 2048"):
-        arguments.parse_args(["--total_batch_size", "1500", "--micro_batch_size", "8"])
+        arguments.parse_args([*launch.training_script_args, "--total_batch_size", "1500"])
