@@ -16,7 +16,7 @@ from engine_lib.sampling import only_drawn
 logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 1 << 15
-GPU_SHARE = 0.3  # the value model's cache takes 60 % where it is left to itself, and both need room to work
+GPU_SHARE = 0.3  # the value model, loaded later, takes half of it and more, and both need room to work
 
 
 class TransformersEngine:
