@@ -10,9 +10,7 @@ from common_lib.models import ModelInfo
 from search_lib.tree import SearchConfig
 
 GPU_RESERVE = 0.05  # of a card, left alone: SGLang's prefill of many prompts at once, kernels that load late, rounding
-RAM_SHARE = (
-    0.25  # of the free RAM, for the value model: the generator's caches, the page cache and others want some, too
-)
+RAM_SHARE = 0.25  # of the free RAM, for the value model: the generator's caches and the page cache want some, too
 LESS = "lower --piref_gpu_util (servers: --mem-fraction-static where they are started) or give another --value_device"
 
 
@@ -129,9 +127,11 @@ def shortage(limit: int, free: int, device: str, wanted: int, searches: int) -> 
         return f"--value_cache_gb {limit / 1e9:.3g} is more than the {free / 1e9:.3g} GB that are free on {device}"
     if limit >= wanted:
         return ""
-    fitting = max(1, int(searches * limit / wanted))
+    fewer = int(searches * limit / wanted)
+    options = [f"give --batch_size {fewer}"] if 0 < fewer < searches else []
+    options.append("give a larger --value_cache_gb" if 2 * limit <= free else LESS)
     return (
         f"the value model's caches of {limit / 1e9:.3g} GB are {limit / wanted:.0%} of the {wanted / 1e9:.3g} GB that "
-        f"{searches} searches want at once, so tokens will be read again; give --batch_size {fitting}, or leave it more: "
-        f"{LESS}"
+        f"{searches} searches want at once, so tokens will be read again ({free / 1e9:.3g} GB are free on {device}); "
+        f"{', or '.join(options)}"
     )

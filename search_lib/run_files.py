@@ -180,5 +180,5 @@ def warn_of_rounding(earlier: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         logger.warning(
             "going on with other settings (%s): in bf16 the last bits of values depend on them, so searches may keep other "
-            "candidates than in one go; runs with --value_dtype fp32 do not", "; ".join(changed),
+            "candidates than in one go; values of --value_dtype fp32 do not", "; ".join(changed),
         )  # fmt: skip

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-LESS_MEMORY = (
-    "give a smaller --value_cache_gb or --value_batch_tokens, --value_dtype bf16, or the generator less (--piref_gpu_util; "
-    "servers: --mem-fraction-static)"
+MORE_MEMORY = (
+    "leave the value model more: a lower --piref_gpu_util (servers: --mem-fraction-static), another --value_device, or, in a "
+    "new run, --value_dtype bf16 or a smaller --max_length"
 )
 Block = tuple[int, Sequence[int]]  # number of the parent node, tokens
 
@@ -69,6 +69,6 @@ class ScorerThread:
         try:
             values = self._scorer.score(tree_id, items, finished)
         except MemoryError as error:
-            raise MemoryError(f"{error}; {LESS_MEMORY}") from None
+            raise MemoryError(f"{error}; {MORE_MEMORY}") from None
         seconds = time.perf_counter() - begin
         return Scored(values, seconds, usage.tokens_scored - scored, usage.tokens_reread - reread)

@@ -142,7 +142,7 @@ class SpyTracker(tracking.Tracker):
         self.closed += 1
 
 
-def watch_value_model(seen: Seen, stack: ExitStack, scorer_settings: dict) -> None:
+def watch_value_model(seen: Seen, stack: ExitStack) -> None:
     model_class, scorer_class = classifier_lib.Qwen2ForClassifier, classifier_lib.ValueScorer
     load = model_class.from_pretrained
 
@@ -153,17 +153,15 @@ def watch_value_model(seen: Seen, stack: ExitStack, scorer_settings: dict) -> No
         return model
 
     def scorer(*arguments, **keywords):
-        seen.scorers.append(scorer_class(*arguments, **keywords, **scorer_settings))
+        seen.scorers.append(scorer_class(*arguments, **keywords))
         return seen.scorers[-1]
 
     stack.enter_context(mock.patch.object(model_class, "from_pretrained", from_pretrained))
     stack.enter_context(mock.patch.object(classifier_lib, "ValueScorer", scorer))
 
 
-def run(
-    argv: list[str], write: Callable = by_seed, fail_after: int | None = None, seen: Seen | None = None, **settings
-):
-    """`main(argv)`, and what was seen. settings: of ValueScorer. Two GPUs seem to be there, with 1 GB free."""
+def run(argv: list[str], write: Callable = by_seed, fail_after: int | None = None, seen: Seen | None = None):
+    """`main(argv)`, and what was seen. Two GPUs seem to be there, with 1 GB free."""
     seen = seen or Seen()
     seen.output = Path(argv[len(argv) - 1 - argv[::-1].index("--output_path") + 1])
     with ExitStack() as stack:
@@ -176,7 +174,7 @@ def run(
 
         stack.enter_context(mock.patch.dict(choose.ENGINES, engines))
         stack.enter_context(mock.patch.dict(tracking.TRACKERS, {kind: tracker(kind) for kind in tracking.TRACKERS}))
-        watch_value_model(seen, stack, settings)
+        watch_value_model(seen, stack)
         for name, value in {"device_count": 2, "is_available": False, "get_device_name": "a GPU"}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, value=value: value))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9)))

@@ -79,7 +79,7 @@ def test_a_device_that_takes_no_pass_at_all_ends_with_one_line_and_goes_on_later
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: round ")
     assert "it cannot be scored: out of memory on cpu for a single trace of " in line
-    assert "--value_cache_gb" in line and "--value_batch_tokens" in line and "--piref_gpu_util" in line
+    assert "--piref_gpu_util" in line and "--value_device" in line
     finished = len(output.read_text().splitlines()) if output.exists() else 0
     assert line.endswith(f"({finished} of 8 searches are finished; the same command goes on)")
     seen = start(output=output)
@@ -128,6 +128,15 @@ def test_who_gets_what_is_one_line(start, caplog):
     assert "generator weights " in caplog.text
 
 
+def test_auto_is_of_what_is_free_with_engine_and_value_model_loaded(start, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    free = iter([1_900_000_000, 1_500_000_000, 1_400_000_000])
+    monkeypatch.setattr(devices, "memory_of", lambda device: (next(free), 2 * 10**9))
+    flags = ["--value_device", "cuda:1", "--device", "cuda:1", "--engine", "sglang", "--max_problems", 1]
+    assert start(*flags).scorers[0].budget.limit == 1_300_000_000
+    assert "memory of cuda:1, 2 GB: generator weights 6.51e-05, graphs 0.4; value weights 5.04e-05, " in caplog.text
+
+
 def test_beside_the_transformers_engine_half_is_left(start):
     seen = start("--device", "cuda:1", "--max_problems", 1)
     assert seen.scorers[0].budget.limit == 450_000_000
@@ -138,7 +147,7 @@ def test_a_small_cache_is_said_with_what_to_change(start, caplog):
     start("--max_problems", 1)
     assert "want at once" not in caplog.text
     start("--value_cache_gb", 0.0001)
-    assert "so tokens will be read again; give --batch_size" in caplog.text
+    assert "so tokens will be read again (" in caplog.text
 
 
 def test_segments_grow_before_the_engine_starts_where_the_value_model_is_on_a_gpu(start, monkeypatch):

@@ -25,10 +25,10 @@ def start(folder, tmp_path):
     """Run with these flags beside the base ones, each time into a new file."""
     numbers = itertools.count()
 
-    def start(write=search_spy.by_seed, scorer=None, **flags):
+    def start(write=search_spy.by_seed, **flags):
         more = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         base = search_spy.base_flags(folder, tmp_path / f"{next(numbers)}.jsonl")
-        seen = search_spy.run([*base, *more], write, **scorer or {})
+        seen = search_spy.run([*base, *more], write)
         assert seen.status == 0
         return seen
 
@@ -231,7 +231,7 @@ def test_random_selection_is_random_and_differs_by_problem_repetition_round_and_
 def test_a_run_writes_the_lines_of_the_plain_loop(search_type, num_blocks, shape, start):
     """examples/search_loop.py on the same generator: blocks by prompt and how often it was asked. The run's scorer has to
     split, evict and read again."""
-    seen = start(search_spy.by_count, {"max_batch_tokens": 30}, search_type=search_type, num_blocks=num_blocks,
+    seen = start(search_spy.by_count, value_batch_tokens=30, search_type=search_type, num_blocks=num_blocks,
                  value_cache_gb=0.0002)  # fmt: skip
     assert search_type == "bon" or max(row["round"] for row in seen.rounds) == 3
     model = tiny.tiny_value_model()

@@ -133,6 +133,8 @@ def test_greedy_runs_are_the_same_everywhere(host, inputs, greedy, servers, rout
         said = finish(run(host, inputs, outputs[kind], "--temperature", "0", *flags))
         assert "pass@1" in said
         assert "Traceback" not in said
+        (memory,) = [line for line in said.splitlines() if line.startswith("memory of cpu, ")]
+        assert ("kv pool" in memory, "generator on its servers" in memory) == (kind == "engine", kind != "engine")
         kill_test.compare(outputs[kind], greedy, 1e-6)
         given, cached = generator_tokens(outputs[kind])
         assert cached > 0.6 * given, f"{kind}: {cached} of {given} prompt tokens came from the cache"

@@ -114,9 +114,12 @@ def test_the_released_command_is_warned_where_it_would_read_a_fifth_again(gb, wa
 
 
 def test_a_shortage_says_what_to_change():
-    text = shortage(15 * GB, 60 * GB, "cuda:0", 30 * GB, 32)
+    text = shortage(15 * GB, 20 * GB, "cuda:0", 30 * GB, 32)
     assert text.startswith("the value model's caches of 15 GB are 50% of the 30 GB that 32 searches want at once, ")
     assert "--batch_size 16" in text and "--piref_gpu_util" in text and "--mem-fraction-static" in text
+    free = "(60 GB are free on cpu); give "
+    assert f"{free}--batch_size 16, or give a larger --value_cache_gb" in shortage(15 * GB, 60 * GB, "cpu", 30 * GB, 32)
+    assert f"{free}a larger --value_cache_gb" in shortage(15 * GB, 60 * GB, "cpu", 30 * GB, 1)
     assert shortage(15 * GB, 10 * GB, "cuda:0", GB, 32) == (
         "--value_cache_gb 15 is more than the 10 GB that are free on cuda:0"
     )
