@@ -1,6 +1,6 @@
 r"""Search every problem of a benchmark with a generator and a value model, grade, write, and say how well it went.
 
-    # the released command, on a GPU
+    # on a GPU (the released command with all its flags: README)
     python inference_eval.py --benchmark aime-24 --piref_model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \
         --classifier_ckpt_path VGS-AI/DeepSeek-VM-1.5B --search_type beam2 --num_blocks 8 --output_path inference_outputs.jsonl
     # against running SGLang servers
