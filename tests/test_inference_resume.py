@@ -277,7 +277,7 @@ def test_a_signal_between_two_lines_ends_with_its_status(folder, tmp_path, monke
     seen = search_spy.run(flags)
     assert seen.status == 128 + signal.SIGTERM
     assert "of 8 searches are finished; the same command goes on" in capsys.readouterr().err
-    assert len(seen.rounds) == 12
+    assert len(seen.rounds) == count[0] >= 12  # another search may write before it is told
 
 
 # ------------------------------------------------------------------------------------------------------------- journal
