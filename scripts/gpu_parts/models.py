@@ -30,7 +30,7 @@ def value_model(
         exact = Qwen2ForClassifier._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
         for linear in (exact.score[0], exact.score[2]):
-            linear.weight.normal_(std=math.sqrt(3 / config.hidden_size))
+            linear.weight.normal_(std=1 / math.sqrt(config.hidden_size))
         for layer in exact.model.layers:  # attention that prefers some tokens to others
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 projection.weight.normal_(std=1.5 / math.sqrt(config.hidden_size))

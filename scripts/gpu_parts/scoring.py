@@ -174,6 +174,8 @@ def differences(report: Report) -> None:
             if attention not in (used := model.config._attn_implementation):
                 report.say(f"{name}: ValueScorer takes {used} instead")
             full = [full_value(model, ids) for ids, _ in scored]
+            spread = max(full) - min(full)
+            report.figure("largest difference of a value", "spread of values", spread, case=name, at_least=1e-3)
             worst = max(abs(value - other) for (_, value), other in zip(scored, full, strict=True))
             rounding = max(abs(full_value(exact, ids) - value) for (ids, _), value in zip(scored, full, strict=True))
             bound = 1e-5 if is_exact else max(2 * rounding, 1e-3)

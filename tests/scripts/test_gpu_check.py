@@ -35,7 +35,7 @@ COMPILED, FLEX_CASE = "tree, groups of 4, compiled", "tree, groups of 4, packed_
 FIGURES = {  # (table, case, figure) that --tiny must report
     "scoring": {
         *itertools.product(["largest difference of a value"], ["float32, sdpa", "bfloat16, sdpa"],
-                           ["scorer - full pass", "full pass - full pass in float32"]),
+                           ["scorer - full pass", "full pass - full pass in float32", "spread of values"]),
         *itertools.product(["growing trees"], ["1 tree", "8 trees"],
                            ["tokens scored", "seconds", "tokens/s", "MFU", "peak over the weights",
                             "re-reading / cached, tokens", "re-reading / cached, time"]),
