@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from classifier_lib import Qwen2ForClassifier, ValueScorer
+from classifier_lib.attention import flash_missing
 from classifier_lib.modeling import success_probs
 from common_lib.devices import memory_of, use_expandable_segments
 from gpu_parts.models import NOT_ON_CPU, allocated_gb, free_memory, peak_gb, timed, value_model
@@ -187,16 +188,12 @@ def differences(report: Report) -> None:
 
 def kernels(report: Report) -> list[tuple[torch.dtype, str]]:
     """(dtype, attention) of each way to compute that is installed; the others are told."""
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
-
     ways = [(torch.float32, "sdpa"), (torch.bfloat16, "sdpa")]
-    for name, available in (
-        ("flash_attention_2", is_flash_attn_2_available), ("flash_attention_4", is_flash_attn_4_available),
-    ):  # fmt: skip
-        if available():
-            ways.append((torch.bfloat16, name))
+    for name in ("flash_attention_2", "flash_attention_4"):
+        if why := flash_missing(name, torch.bfloat16, report.device):
+            report.leave_out(f"bfloat16, {name}", why)
         else:
-            report.leave_out(f"bfloat16, {name}", "not installed" if report.device == "cuda" else "needs a GPU")
+            ways.append((torch.bfloat16, name))
     return ways
 
 

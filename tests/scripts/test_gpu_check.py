@@ -150,7 +150,7 @@ def test_the_table_says_what_was_measured_on_what(tiny_run):
         assert f"\n## {part}: done, " in table
     assert "- not measured: MFU, peak over the weights" not in table.replace("\n", " ")  # each with its own reason
     for left_out in (
-        "bfloat16, flash_attention_2 (needs a GPU)",
+        "bfloat16, flash_attention_2 (it has no kernel for a CPU)",
         "compiled, but for one layout (--tiny",
         "sgl.Engine (--tiny",
     ):
