@@ -223,7 +223,7 @@ def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: memory_plan.
     wanted = tokens * plan.value_kv_bytes + activations
     if warning := memory_plan.shortage(limit, free, device, wanted, searches):
         logger.warning(warning)
-    return ScorerThread(scorer)
+    return ScorerThread(scorer, device)
 
 
 @dataclass(frozen=True)

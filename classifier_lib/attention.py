@@ -54,7 +54,7 @@ def resolve_attn_implementation(
     missing = flash_missing(wanted, dtype, device) if wanted in FLASH_KERNELS else None
     chosen, what = "sdpa" if missing else wanted, f"{model}: attention" if model else "attention"
     if missing and not is_auto:
-        _warn_once(f"{what}: {name} was asked for, but {missing}; using sdpa (same values, slower)")
+        _warn_once(f"{what}: {name} was asked for, but {missing}; using sdpa (slower; values equal to rounding)")
     elif missing and dtype in HALF and device != "cpu" and torch.cuda.is_available():
         _warn_once(f"{what}: sdpa, since for flash_attention_2 {missing}")
     elif is_auto:
@@ -78,7 +78,7 @@ def flash_missing(name: str, dtype: torch.dtype | None, device: str = "cuda") ->
         return "the installed transformers library does not know it"
     if not look_up():
         return f"the {kernel.package} package is not installed{_beside(kernel)}"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability[0] < kernel.least_capability:
         has = "{}.{}".format(*capability)
         return f"it needs a GPU of compute capability {kernel.least_capability}.0 or above, and this one has {has}"

@@ -48,7 +48,7 @@ def memory_of(device: str) -> tuple[int, int]:
 
 def use_expandable_segments() -> None:
     """Let torch's allocator grow its segments, so that passes of many sizes leave no holes. For this process only: a
-    variable of the environment would reach the processes of SGLang. Call it before CUDA is used; a setting of the user's
+    variable of the environment would reach the processes of SGLang. Call it before the first tensor is there; a setting of the user's
     in PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF stays as it is."""
     if os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
         return
@@ -60,6 +60,14 @@ def use_expandable_segments() -> None:
                        "PYTORCH_ALLOC_CONF=expandable_segments:True if memory runs out", torch.__version__)  # fmt: skip
         return
     setter("expandable_segments:True")
+
+
+def set_thread_device(device: str) -> None:
+    """Make a GPU the one that this thread stands on: some kernels (flash-attn 4's) launch there, wherever tensors are."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.set_device(device)
 
 
 def limit_cpu_threads() -> None:

@@ -39,7 +39,7 @@ def sample_rows(logits, temperatures, top_ps, uniforms):
     logits: float [rows, vocab]. temperatures (0: greedy), top_ps, uniforms: float64 [rows] on the logits' device.
     The nucleus is the smallest set of most probable tokens whose mass reaches top_p, of equal ones those of lower ids.
     It is drawn from in the order of ids, not of probabilities: near-equal logits, which rounding swaps from one batch
-    to another, do not move the draw. Returns int64 [rows].
+    to another, do not move the draw. Returns int64 [rows]. Raises ValueError for logits that are NaN.
     """
     most_probable, greedy = logits.argmax(dim=-1), temperatures == 0
     if bool(greedy.all()):
@@ -55,6 +55,8 @@ def _draw(logits, temperatures, top_ps, uniforms):
     cumulative = torch.where(kept, probs, 0.0).cumsum(dim=-1)
     # Scaled to the kept mass, and below it even after rounding, so that no token outside the nucleus is drawn.
     total = torch.where(kept, cumulative, 0.0).amax(dim=-1)
+    if not bool((total > 0).all()):  # NaN, or nothing that is possible: any token would be made up
+        raise ValueError("the model's logits are no numbers")
     drawn = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return (kept & (cumulative > drawn[:, None])).int().argmax(dim=-1)  # the first
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from classifier_lib import resolve_attn_implementation
+from common_lib.devices import set_thread_device
 from engine_lib.base import EngineConfig, EngineError, Reply, Request, check_requests
 from engine_lib.sampling import only_drawn
 
@@ -47,7 +48,7 @@ class TransformersEngine:
         self.max_batch_rows = max_batch_rows
         self._waiting: list[tuple[Request, asyncio.Future]] = []
         self._drain_task: asyncio.Task | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._thread = ThreadPoolExecutor(1, "generate", set_thread_device, (self.device,))
         self._closed = False
 
     def describe(self) -> dict[str, object]:
@@ -115,10 +116,11 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             if len(requests) == 1:
                 raise
-            torch.cuda.empty_cache()
-            half = (len(requests) + 1) // 2
-            self.max_batch_rows = half
-            logger.warning("out of GPU memory with %d rows in a batch: going on with %d", len(requests), half)
+        # Not above: the error holds the failed batch's tensors.
+        torch.cuda.empty_cache()
+        half = (len(requests) + 1) // 2
+        self.max_batch_rows = half
+        logger.warning("out of GPU memory with %d rows in a batch: going on with %d", len(requests), half)
         return self._run(requests[:half]) + self._run(requests[half:])
 
     def _run_batch(self, requests: list[Request]) -> list[Reply]:

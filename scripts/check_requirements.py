@@ -20,7 +20,17 @@ from common_lib.cli import ArgumentParser, run_script
 
 NODE = "x86_64-manylinux_2_34"
 PYTHONS = ("3.11", "3.12")
-SHOWN = ("torch", "transformers", "sglang", "flash-attn-4", "triton", "nvidia-nccl-cu13", "numpy", "datasets")
+SHOWN = (
+    "torch",
+    "transformers",
+    "sglang",
+    "flash-attn",
+    "flash-attn-4",
+    "triton",
+    "nvidia-nccl-cu13",
+    "numpy",
+    "datasets",
+)
 UNSOLVABLE, SKIPPED = 1, 77  # uv's exit status; automake's of a test that could not be run
 
 

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from common_lib.devices import set_thread_device
+
 MORE_MEMORY = (
     "leave the value model more: a lower --piref_gpu_util (servers: --mem-fraction-static), another --value_device, or, in a "
     "new run, --value_dtype bf16 or a smaller --max_length"
@@ -40,9 +42,10 @@ class Scorer(Protocol):
 class ScorerThread:
     """Runs a `classifier_lib.ValueScorer` in one worker thread, so that the event loop is never blocked."""
 
-    def __init__(self, scorer: Any):
+    def __init__(self, scorer: Any, device: str = "cpu"):
+        """`device`: where its model is."""
         self._scorer = scorer
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._pool = ThreadPoolExecutor(1, "score", set_thread_device, (device,))
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
         self._call(self._scorer.start, tree_id, prompt_ids, list(history))

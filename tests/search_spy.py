@@ -178,6 +178,7 @@ def run(argv: list[str], write: Callable = by_seed, fail_after: int | None = Non
         for name, value in {"device_count": 2, "is_available": False, "get_device_name": "a GPU"}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, value=value: value))
         stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9)))
+        stack.enter_context(mock.patch.object(torch.cuda, "set_device", lambda device: None))
         seen.status = inference_eval.main(argv)
     return seen
 

@@ -94,8 +94,10 @@ def test_a_value_model_that_does_not_fit_is_one_line(monkeypatch):
     model = SimpleNamespace(to=to)
     monkeypatch.setattr(classifier_lib.Qwen2ForClassifier, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
-    args = SimpleNamespace(attention_impl="sdpa")
-    plan = SimpleNamespace(value_model=SimpleNamespace(path=""), value_dtype="bf16", value_device="cuda:1")
+    args = SimpleNamespace()
+    plan = SimpleNamespace(
+        value_model=SimpleNamespace(path=""), value_dtype="bf16", value_device="cuda:1", value_attention="sdpa"
+    )
     with pytest.raises(
         UserError, match="the value model does not fit on cuda:1, where 1 GB are free; lower --piref_gpu"
     ):

@@ -1,6 +1,7 @@
 """README: its commands that need neither a GPU nor the hub, run as they are written."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -59,6 +60,14 @@ def test_the_readmes_commands_for_ones_own_generator(checkout):
     assert (checkout / "my_report" / "report.html").is_file()
     assert (checkout / "my_comparison" / "report.html").is_file()
     assert (checkout / "runs" / "mine" / "latest" / "model.safetensors").is_file()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    named = set(re.findall(r"[\w./-]+\.(?:py|sh|md|txt|png)\b", README)) - {"gpu_check.md"}
+    paths = {name for name in named if "/" in name and not name.startswith(("quickstart_out", "http", "/"))}
+    assert len(paths) > 10 and not [
+        path for path in paths if not any(ROOT.glob(path)) and not any(ROOT.glob(f"*/{path}"))
+    ]
 
 
 def test_the_papers_training_command_as_written_with_overriding_flags(checkout, monkeypatch):

@@ -27,7 +27,7 @@ from training_lib.evaluation import evaluate, format_evaluation
 from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
-from training_lib.ranks import STEPPING, World
+from training_lib.ranks import PATIENT, STEPPING, World
 from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
 
 
@@ -167,6 +167,8 @@ class TrainingRun:
         )
 
     def close(self) -> None:
+        """Every rank calls it: rank 0 may push for long, and then the ranks leave together."""
+        self.world.wait_at_most(PATIENT)
         if self.metrics:
             with contextlib.suppress(OutputError):  # told already, by the line or the checkpoint that did not fit
                 self.metrics.close()

@@ -127,7 +127,7 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
     try:
         yield World(rank, size, place)
     except RuntimeError as error:
-        message = str(error).splitlines()[0].partition(". ")[0]
+        message = (str(error) or "no message").splitlines()[0].partition(". ")[0]
         if not isinstance(error, dist.DistError) and not any(words in message for words in LOST):
             raise
         raise RankError(

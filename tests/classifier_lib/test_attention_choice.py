@@ -12,7 +12,7 @@ from classifier_lib.attention import FLASH_KERNELS, flash_missing, resolve_attn_
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_an_old_gpu_has_none(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention_module.importlib, "import_module", lambda name: None)
     for kernel in FLASH_KERNELS.values():
         monkeypatch.setattr(attention_module.import_utils, kernel.look_up, lambda: True)
@@ -27,7 +27,7 @@ def test_a_package_that_does_not_load_is_told(monkeypatch):
         raise ImportError("undefined symbol: _ZN3c104cuda9SetDeviceEa\nand more")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_module.import_utils, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(attention_module.importlib, "import_module", import_module)
     assert flash_missing("flash_attention_2", torch.bfloat16) == (
@@ -45,8 +45,9 @@ def test_the_choice_is_said_once_by_name_and_with_its_reason(caplog):
         assert resolve_attn_implementation("eager", torch.bfloat16, model="generator") == "eager"
         assert resolve_attn_implementation("sdpa") == "sdpa"
     assert [record.getMessage() for record in caplog.records] == [
-        "value model: attention: flash_attention_2 was asked for, but it has no kernel for a CPU; using sdpa (same values, slower)",
-        "attention: flash_attention_4 was asked for, but it has no float32 kernel; using sdpa (same values, slower)",
+        "value model: attention: flash_attention_2 was asked for, but it has no kernel for a CPU; using sdpa "
+        "(slower; values equal to rounding)",
+        "attention: flash_attention_4 was asked for, but it has no float32 kernel; using sdpa (slower; values equal to rounding)",
         "generator: attention: sdpa (the fastest that can run here: it has no kernel for a CPU)",
         "generator: attention: eager",
     ]

@@ -31,6 +31,14 @@ def test_each_draw_is_that_of_the_plain_reference():
     assert np.mean(np.array(drawn)[~greedy] == logits[~greedy].argmax(axis=1)) < 0.7
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_nothing_is_made_up_where_logits_are_no_numbers(top_p):
+    for broken in ([0.0, float("nan"), 1.0], [float("-inf")] * 3):
+        with pytest.raises(ValueError, match="logits are no numbers"):
+            sample(broken, 0.6, top_p, [0.5])
+    assert sample([0.0, float("-inf"), float("-inf")], 0.6, top_p, [0.5]) == [0]
+
+
 def test_tokens_are_drawn_in_the_order_of_ids_not_of_probabilities():
     logits = np.log([0.2, 0.5, 0.3])
     assert sample(logits, 1.0, 1.0, [0.1, 0.19, 0.21, 0.69, 0.71, 0.99]) == [0, 0, 1, 1, 2, 2]

@@ -182,12 +182,20 @@ def test_nothing_makes_it_raise(rows, logits, abort, caplog):
     assert SeededSampler()(logits, rows).shape == logits.shape
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_no_numbers_draw_some_token(value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_their_requests(value, abort):
     logits = torch.zeros(2, 9)
     logits[1, 3] = value
+    one = row(record(2, 3))
+    SeededSampler()(logits, [one, row(record(2, 3))])
+    assert "the model's logits are no numbers" in one["__req__"].to_finish[0]
+
+
+def test_a_token_that_is_impossible_is_not_drawn():
+    logits = torch.zeros(2, 9)
+    logits[:, 1:] = float("-inf")
     left = SeededSampler()(logits, [row(record(2, 3)), row(record(2, 3))])
-    assert left.isfinite().sum(dim=1).tolist() == [1, 1]
+    assert left.isfinite().nonzero().tolist() == [[0, 0], [1, 0]]
 
 
 # Where it cannot be

@@ -1,7 +1,10 @@
 """requirements.txt resolves for a GPU node, and a file that does not is told from a machine without a network."""
 
+import re
+
 import check_requirements
 import pytest
+from conftest import ROOT
 
 GPU_PYTHONS = ("3.11", "3.12")
 
@@ -14,13 +17,17 @@ def run(capfd, *flags: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-def test_the_gpu_nodes_requirements_resolve(capfd):
-    status, out, _ = run(capfd)
+def test_the_gpu_nodes_requirements_resolve_with_readmes_flash_attn_beside_them(capfd, tmp_path):
+    (flash_attn,) = re.findall(
+        r'pip install "(flash-attn[^"]+)" --no-build-isolation', (ROOT / "README.md").read_text()
+    )
+    (tmp_path / "all.txt").write_text((ROOT / "requirements.txt").read_text() + f"{flash_attn}\n")
+    status, out, _ = run(capfd, "--requirements", str(tmp_path / "all.txt"))
     lines = out.splitlines()
     assert status == 0 and [line.split(",")[0] for line in lines] == [f"Python {python}" for python in GPU_PYTHONS]
     for line in lines:
         assert "x86_64-manylinux_2_34" in line and "torch 2.14.1" in line and "sglang 0.5.23" in line
-        assert "transformers 5.19.0" in line and "nvidia-nccl-cu13" in line
+        assert "transformers 5.19.0" in line and "nvidia-nccl-cu13" in line and "flash-attn 2.8" in line
 
 
 def test_what_cannot_be_installed_is_named(capfd):

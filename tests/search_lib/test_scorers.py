@@ -5,6 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from search_lib.scorers import ScorerThread
 
@@ -33,6 +34,25 @@ class Recording:
 
     def release(self, tree_id):
         self.calls.append(("release", tree_id))
+
+
+def test_the_thread_stands_on_the_models_gpu(monkeypatch):
+    """Some kernels launch where the thread stands, which is the first GPU unless it is told."""
+    stood = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: stood.append((device, threading.current_thread().name))
+    )
+    for device in ("cuda:1", "cpu"):
+        recording = Recording()
+        scorer = ScorerThread(recording, device)
+
+        async def main(scorer=scorer):
+            scorer.start("a", (1, 2), [])
+
+        asyncio.run(main())
+        scorer.close()
+        assert recording.calls == [("start", "a", [1, 2], [])]
+    assert stood == [("cuda:1", "score_0")]
 
 
 def test_calls_take_effect_in_order_and_the_event_loop_goes_on():
