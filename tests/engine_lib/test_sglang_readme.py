@@ -16,6 +16,7 @@ if importlib.util.find_spec("sglang") is None:
 
 import tiny
 from sglang_host import CPU_FLAGS, Host, Server, free_port, wait_until
+from sglang_router import launch_router
 
 SERVER = "python -m sglang.launch_server "
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -25,6 +26,14 @@ LINES = [line for line in README.splitlines() if line.startswith(SERVER)]
 def test_the_readme_has_such_lines_and_each_bounds_its_memory():
     assert LINES
     assert all(" --mem-fraction-static " in line and " --skip-tokenizer-init" in line for line in LINES)
+
+
+def test_the_router_line_is_one_that_the_router_takes():
+    text = " ".join(README.split())
+    flags = shlex.split(text.split("`python -m sglang_router.launch_router ", 1)[1].split("`", 1)[0])
+    args = launch_router.parse_router_args(flags)
+    assert args.worker_urls == ["http://node1:30000", "http://node2:30000"]
+    assert (args.policy, args.port, args.request_timeout_secs) == ("manual", 30001, 3600)
 
 
 @pytest.mark.parametrize("line", LINES)
