@@ -237,7 +237,7 @@ def test_killed_itself_it_leaves_the_parts_that_had_ended_and_no_process(tmp_pat
     process.send_signal(number)
     process.wait(timeout=120)
     assert list(json.loads((tmp_path / "gpu_check.json").read_text())["parts"]) == ["one"]
-    wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists(), 120)
+    wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists(), 60)
 
 
 def wait_until(holds, seconds: float) -> None:
