@@ -28,20 +28,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from gpu_parts.needs import NEEDS
 
 from common_lib.cli import ArgumentParser, UserError, check_rules, run_script
 from common_lib.files import write_json, write_text
 from common_lib.progress import format_seconds
 
-PARTS = {  # a later one is a file and a line: its module, and its share of the time
-    "scoring": ("gpu_parts.scoring", 1.5),
-    "training": ("gpu_parts.training", 4.0),
-    "search": ("gpu_parts.search", 3.0),
-    "memory": ("gpu_parts.memory", 0.7),
-}
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton", "sglang", "flash-attn", "flash-attn-4")
-LEAVE_S = 10.0  # before a part's time is over it should stop by itself
+LEAVE_S = 8.0  # before a part's time is over it should stop by itself
+# Of each its module and its share of the time; a later one is a file and a row of NEEDS.
+PARTS = {name: (f"gpu_parts.{name}", sum(needs.values()) + LEAVE_S) for name, needs in NEEDS.items()}
 SAID_LINES = 20  # of what a part said that did not end well
 Part = dict[str, Any]  # status, seconds, figures and what else it told: docs/run_files.md
 
@@ -103,7 +101,8 @@ def read_part(lines: Path, status: int | None, seconds: float) -> Part:
     if "missing" in found:
         found["status"] = f"not run: {found['missing']}"
     elif found.pop("done", False):
-        found["status"] = "done"
+        measured = any(row["value"] is not None for row in found["figures"])
+        found["status"] = "done" if measured else "ran, but measured nothing"
     elif status is None:
         found["status"] = f"stopped: it had not ended after {seconds:.0f} s"
     else:

@@ -16,7 +16,8 @@ from common_lib.devices import memory_of, use_expandable_segments
 from common_lib.models import ModelInfo, inspect_model
 from engine_lib.base import EngineConfig
 from engine_lib.choose import make_engine
-from gpu_parts.models import NOT_ON_CPU, allocated_gb, free_memory, peak_gb, value_model
+from gpu_parts.models import NOT_ON_CPU, allocated_gb, free_memory, memory_given_back, peak_gb, value_model
+from gpu_parts.needs import need
 from gpu_parts.report import Report
 from gpu_parts.scoring import CHECK, MANY, SPEED, cached
 from gpu_parts.search import GPU_SHARE, save_generator
@@ -33,8 +34,8 @@ def run(report: Report) -> None:
         save_generator(report.size, report.device, Path(name))
         info = inspect_model(Path(name), "--piref_model")
         for kind in ("sglang", "transformers") if has_sglang else ("transformers",):
-            if report.has_time(30 if report.size == "full" else 0, kind):
-                with report.going_on(kind):
+            if report.has_time(need("memory", kind, report.size), kind):
+                with memory_given_back(report, kind), report.going_on(kind):
                     promise_and_use(report, kind, info)
 
 

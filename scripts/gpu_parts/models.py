@@ -1,8 +1,10 @@
 """Models of random weights, made on the device, and what is measured of a device."""
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from benchmark_search import SMALL
 from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier
+from common_lib.devices import memory_of
+from gpu_parts.report import Report
 
 TINY = SMALL | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=512)
 FULL = SMALL | dict(  # of DeepSeek-R1-Distill-Qwen-1.5B and of the value model
@@ -39,6 +43,8 @@ def value_model(
     with torch.device(device):
         model = Qwen2ForClassifier._from_config(config, dtype=dtype, attn_implementation=attention)
     model.load_state_dict(exact.state_dict())  # not `to`, which would round the rotary frequencies as well
+    del exact
+    free_memory(device)  # 6 GB at 1.5B, which torch would hold back from an engine that sizes its pool
     return model.eval()
 
 
@@ -70,6 +76,26 @@ def allocated_gb(device: str) -> float | None:
 def peak_gb(device: str) -> float | None:
     """Largest memory of tensors since `free_memory`, in GB; None on a CPU, which does not count it."""
     return torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else None
+
+
+@contextmanager
+def memory_given_back(report: Report, what: str, patience_s: float = 20.0) -> Iterator[None]:
+    """At the end wait until the GPU's memory is as free as before: processes that were ended let go of it a moment later,
+    and the next engine sizes its pool by what is free. Around `going_on`: an error keeps what its frames hold."""
+    device = report.device
+    free_memory(device)
+    before, total = memory_of(device)
+    try:
+        yield
+    finally:
+        gc.collect()
+        free_memory(device)
+        deadline = time.monotonic() + patience_s
+        while device.startswith("cuda") and (lost := before - memory_of(device)[0]) > total // 50:
+            if time.monotonic() > deadline:
+                report.say(f"{what} was ended, but {lost / 1e9:.3g} GB of the GPU are not free again")
+                break
+            time.sleep(0.2)
 
 
 NOT_ON_CPU = "has no meaning on a CPU"

@@ -38,9 +38,10 @@ class Report:
         """Nothing is left out without a word."""
         self._lines.append({"left_out": what, "why": why})
 
-    def has_time(self, seconds: float, what: str) -> bool:
-        """Whether about that many seconds are left; where not, it is said that `what` is left out."""
-        left = self._deadline - time.monotonic()
+    def has_time(self, seconds: float, what: str, keep: float = 0.0) -> bool:
+        """Whether about that many seconds are left; where not, it is said that `what` is left out. keep: seconds that
+        what comes later needs, and that matters more."""
+        left = self._deadline - time.monotonic() - keep
         if left < seconds:
             self.leave_out(what, f"no time: it takes about {seconds:.0f} s, and {max(left, 0):.0f} s are left")
         return left >= seconds

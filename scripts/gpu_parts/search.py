@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from common_lib.devices import use_expandable_segments
 from engine_lib.base import Engine, EngineConfig
 from engine_lib.choose import make_engine
-from gpu_parts.models import SHAPES, free_memory, value_model
+from gpu_parts.drawing import drawing
+from gpu_parts.models import SHAPES, memory_given_back, value_model
+from gpu_parts.needs import need
 from gpu_parts.report import Report
 from search_lib.tree import SearchConfig
 
@@ -36,6 +39,8 @@ TABLE = "searches"
 FULL_SEARCHES, BLOCKS, PROMPT, ROUNDS = 32, (256, 512, 1024), 500, 2
 NUM_BEAMS, BEAM_WIDTH = 4, 2
 GPU_SHARE = 0.5  # of the memory, for SGLang: the value model needs the rest
+WITH_PARENT = f"""import os, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from training_lib.launch import end_with_parent; end_with_parent("gpu_check.py is gone"); os.execv(sys.argv[1], sys.argv[1:])"""
 SERVER_FLAGS = ("--skip-tokenizer-init", "--host", "127.0.0.1", "--log-level", "error")
 CPU_FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
              "--disable-overlap-schedule", "--max-total-tokens", "65536")  # fmt: skip
@@ -52,19 +57,27 @@ def run(report: Report) -> None:
         tiny = Sizes("tiny", 2, (16,), 8)
         with report.going_on("transformers, tiny"):
             compare(report, "transformers", tiny, folder)
+        with report.going_on("drawing"):
+            drawing(report)
         real = Sizes("full", FULL_SEARCHES, BLOCKS, PROMPT) if report.size == "full" else Sizes("tiny", 16, (64,), 64)
         sglang = find_spec("sglang") is not None and report.size != "tiny"
         if not sglang:
             why = "--tiny: its start takes half a minute" if report.size == "tiny" else "sglang is not installed"
             for name in ("sgl.Engine", "SGLang server"):
                 report.leave_out(f"search through {name}", why)
-        for kind in ("sglang", "sglang-server") if sglang else ():
-            if report.has_time(60, kind):
-                with report.going_on(kind):
-                    compare(report, kind, real, folder)
-        if report.size == "full":
-            with report.going_on("transformers"):
-                compare(report, "transformers", real, folder)
+        kinds = ["sglang", "sglang-server"] * sglang + ["transformers"] * (report.size == "full")
+        seconds = [needed(report, kind) for kind in kinds]
+        for i, kind in enumerate(kinds):
+            if report.has_time(seconds[i], f"search through {kind}"):
+                with memory_given_back(report, kind), report.going_on(kind):
+                    compare(report, kind, real, folder, keep=sum(seconds[i + 1 :]))
+
+
+def needed(report: Report, kind: str) -> float:
+    """Seconds until an engine of this kind has its first figures; on a CPU, most of them for SGLang's start."""
+    if report.size != "full":
+        return 60.0
+    return need("search", kind, report.size) + need("search", f"{kind}, first block", report.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +99,8 @@ def save_generator(size: str, device: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def compare(report: Report, kind: str, sizes: Sizes, folder: Path) -> None:
-    """Both orders on one engine, at each length of blocks that there is time for."""
-    free_memory(report.device)
+def compare(report: Report, kind: str, sizes: Sizes, folder: Path, keep: float = 0.0) -> None:
+    """Both orders on one engine, at each length of blocks that there is time for. keep: seconds for the next engines."""
     generator, vocab = str(folder / sizes.model), SHAPES[sizes.model]["vocab_size"]
     model = value_model(sizes.model, report.device, torch.bfloat16 if report.device == "cuda" else torch.float32)
     config = EngineConfig(generator, vocab, report.device, samples=False, gpu_share=GPU_SHARE)
@@ -99,10 +111,11 @@ def compare(report: Report, kind: str, sizes: Sizes, folder: Path) -> None:
             url = at_end.enter_context(server(report, generator))
             config = dataclasses.replace(config, sglang_urls=(url,))
         engine = make_engine(kind, config)
-        asyncio.run(measure_blocks(report, kind, sizes, Bench(engine, model, SearchConfig(1, 1, 1, 1), []), vocab))
+        bench = Bench(engine, model, SearchConfig(1, 1, 1, 1), [])
+        asyncio.run(measure_blocks(report, kind, sizes, bench, vocab, keep))
 
 
-async def measure_blocks(report: Report, kind: str, sizes: Sizes, bench: Bench, vocab: int) -> None:
+async def measure_blocks(report: Report, kind: str, sizes: Sizes, bench: Bench, vocab: int, keep: float) -> None:
     rng = random.Random(0)
 
     def fresh(searches: int, block: int) -> Bench:
@@ -113,10 +126,12 @@ async def measure_blocks(report: Report, kind: str, sizes: Sizes, bench: Bench, 
     try:
         for order in (lock_step, this_search):
             await measure(order, fresh(1, min(sizes.blocks[0], 16)))  # warm-up
+        first = need("search", f"{kind}, first block", report.size) if sizes.model == "full" else 0.0
         a_token = 0.0  # seconds of both orders, by token of a block
         for block in sizes.blocks:
             name = f"{kind}, {sizes.model} model, {sizes.searches} searches, blocks of {block}"
-            if not report.has_time(block * a_token, name):
+            # Without a first block the engine was started for nothing; a longer one must not take the next engines' time.
+            if not report.has_time(block * a_token or first, name, keep=keep if a_token else 0.0):
                 break
             begin = time.monotonic()
             orders = [await measure(order, fresh(sizes.searches, block)) for order in (lock_step, this_search)]
@@ -152,7 +167,11 @@ def server(report: Report, generator: str, patience_s: float = 180.0) -> Iterato
     flags = CPU_FLAGS if report.device == "cpu" else ("--mem-fraction-static", str(GPU_SHARE))
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", generator, "--port", str(port)]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen([*command, *SERVER_FLAGS, *flags], env=quiet)  # ended with this part's process group
+    # A group of its own, so that all of it can be ended here; and where this part is killed, which takes its own group
+    # only, the server ends with its parent, and SGLang's other processes with the server.
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_PARENT, *command, *SERVER_FLAGS, *flags], env=quiet, process_group=0
+    )
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + patience_s
     try:
         while not answers(f"{url}/health"):
@@ -161,11 +180,17 @@ def server(report: Report, generator: str, patience_s: float = 180.0) -> Iterato
             time.sleep(1)
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen, patience_s: float = 10.0) -> None:
+    """End a process that leads its group, and whatever is in the group: it may be gone, and its children not."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=patience_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def answers(url: str) -> bool:

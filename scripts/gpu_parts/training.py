@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from classifier_lib import Qwen2ForClassifier
 from gpu_parts.models import NOT_ON_CPU, SHAPES, free_memory, peak_gb, timed, value_model
+from gpu_parts.needs import need
 from gpu_parts.report import Report
 from training_lib import attention as attention_module
 from training_lib.arguments import PACKINGS, parse_args
@@ -101,7 +102,7 @@ class Case:
 
 
 CASES = [  # the ones that matter most first: the time may end
-    Case("none"), Case("tree"), Case("tree", compiled=True), Case("none", compiled=True), Case("pack"),
+    Case("none"), Case("tree"), Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
     Case("pack", compiled=True), Case("tree", 1), Case("tree", 1, compiled=True),
 ]  # fmt: skip
 CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
@@ -229,8 +230,10 @@ def run(report: Report) -> None:
         report.leave_out("compiled, but for one layout", "--tiny: compiling takes seconds")
         cases = [case for case in cases if not case.compiled or case == CASES[2]]
     for case in cases:
-        guess = bench.seconds.get(case.compiled) or 2 * bench.seconds.get(False, 0.0) + 30 * (not on_cpu)
-        if report.has_time(guess if bench.seconds else 0.0, case.name):
+        stated = need("training", case.name, report.size)
+        if report.has_time(
+            bench.seconds.get(case.compiled) or max(stated, 2 * bench.seconds.get(False, 0.0)), case.name
+        ):
             begin = time.monotonic()
             with report.going_on(case.name), flex_on_cpu() if case.attention else nullcontext():
                 measure(bench, case)
