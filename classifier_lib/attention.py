@@ -58,7 +58,9 @@ def resolve_attn_implementation(
     elif missing and dtype in HALF and device != "cpu" and torch.cuda.is_available():
         _warn_once(f"{what}: sdpa, since for flash_attention_2 {missing}")
     elif is_auto:
-        logger.info("%s: %s (the fastest that can run here%s)", what, chosen, f": {missing}" if missing else "")
+        logger.info(
+            "%s: %s (the fastest that can run here%s)", what, chosen, f"; {wanted}: {missing}" if missing else ""
+        )
     elif model:
         logger.info("%s: %s", what, chosen)
     return chosen

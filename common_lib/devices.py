@@ -28,7 +28,7 @@ def resolve_device(name: str, flag: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} usable GPUs; give cpu or auto")
+        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} usable GPUs; give {flag} cpu")
     return name
 
 

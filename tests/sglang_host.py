@@ -20,6 +20,15 @@ CPU_FLAGS = {
 }  # fmt: skip
 # Data-parallel ranks on a CPU each want cores of their own.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}
+SGLANG_ARGS = [
+    "--engine",
+    "sglang",
+    "--device",
+    "cpu",
+    "--sglang_args",
+    "max_total_tokens=16384",
+    "max_running_requests=64",
+]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

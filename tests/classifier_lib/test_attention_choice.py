@@ -48,7 +48,7 @@ def test_the_choice_is_said_once_by_name_and_with_its_reason(caplog):
         "value model: attention: flash_attention_2 was asked for, but it has no kernel for a CPU; using sdpa "
         "(slower; values equal to rounding)",
         "attention: flash_attention_4 was asked for, but it has no float32 kernel; using sdpa (slower; values equal to rounding)",
-        "generator: attention: sdpa (the fastest that can run here: it has no kernel for a CPU)",
+        "generator: attention: sdpa (the fastest that can run here; flash_attention_2: it has no kernel for a CPU)",
         "generator: attention: eager",
     ]
 

@@ -16,7 +16,6 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("sglang is not installed; bash scripts/install_sglang_cpu.sh FOLDER does it", allow_module_level=True)
 
 import logging
-import multiprocessing
 import os
 
 import psutil
@@ -40,17 +39,6 @@ STOPS = (5, 77, 200, 256)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_generator(tmp_path_factory.mktemp("generator"))
-
-
-@pytest.fixture(scope="module")
-def fork():
-    """sglang's processes are forked, not spawned: 2 s instead of 25."""
-    set_start_method = multiprocessing.set_start_method
-    patch = pytest.MonkeyPatch()
-    patch.setattr(multiprocessing, "set_start_method", lambda method, force=False: set_start_method("fork", force=True))
-    yield
-    patch.undo()
-    set_start_method("spawn", force=True)
 
 
 def new_engine(folder, sglang_args=("max_total_tokens=16384", "max-running-requests=64"), **settings):

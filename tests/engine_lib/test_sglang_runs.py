@@ -21,7 +21,7 @@ import asyncio
 import kill_test
 import tiny
 import torch
-from sglang_host import Host, free_port, wait_until
+from sglang_host import SGLANG_ARGS, Host, free_port, wait_until
 
 from common_lib.cli import UserError
 from common_lib.models import inspect_model
@@ -31,15 +31,6 @@ from engine_lib.transformers_engine import TransformersEngine
 from search_lib.search import select
 from search_lib.tree import SearchConfig
 
-SGLANG_ARGS = [
-    "--engine",
-    "sglang",
-    "--device",
-    "cpu",
-    "--sglang_args",
-    "max_total_tokens=16384",
-    "max_running_requests=64",
-]
 PROBLEMS, REPETITIONS = 6, 3
 
 

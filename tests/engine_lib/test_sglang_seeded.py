@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -22,7 +21,7 @@ import kill_test
 import numpy as np
 import tiny
 import torch
-from sglang_host import CPU_FLAGS, ENVIRONMENT, Host, Server, free_port, wait_until
+from sglang_host import CPU_FLAGS, ENVIRONMENT, SGLANG_ARGS, Host, Server, free_port, wait_until
 
 from common_lib.cli import UserError
 from engine_lib import seeded, sglang_local
@@ -42,17 +41,6 @@ BATCHINGS = [(1, COUNT), (2, 16), (3, 5)]  # seed of the order, requests at once
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_generator(tmp_path_factory.mktemp("generator"))
-
-
-@pytest.fixture(scope="module")
-def fork():
-    """sglang's processes are forked, not spawned: 2 s instead of 25."""
-    set_start_method = multiprocessing.set_start_method
-    patch = pytest.MonkeyPatch()
-    patch.setattr(multiprocessing, "set_start_method", lambda method, force=False: set_start_method("fork", force=True))
-    yield
-    patch.undo()
-    set_start_method("spawn", force=True)
 
 
 @pytest.fixture(scope="module")
@@ -300,20 +288,11 @@ def answers(output) -> dict:
 
 def test_two_runs_of_one_seed_at_other_batch_sizes(host, tmp_path):
     inputs = kill_test.make_inputs(tmp_path, problems=6)
-    engine = [
-        "--engine",
-        "sglang",
-        "--device",
-        "cpu",
-        "--sglang_args",
-        "max_total_tokens=16384",
-        "max_running_requests=64",
-    ]
     outputs = []
     for batch_size in ("1", "18"):
         outputs.append(tmp_path / f"{batch_size}.jsonl")
         flags = ["--temperature", "0.8", "--seeded", "--batch_size", batch_size, "--output_path", outputs[-1]]
-        child = host.script("inference_eval.py", *inputs, *flags, *engine)
+        child = host.script("inference_eval.py", *inputs, *flags, *SGLANG_ARGS)
         assert child.wait(180) == 0, child.output
         assert "ignores seeds" not in child.output
     first, second = map(answers, outputs)

@@ -300,7 +300,7 @@ def test_a_machine_without_a_gpu_is_told_in_one_line(tmp_path):
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: --device cuda: this machine has 0 usable GPUs; give")
+    assert done.stderr.startswith("error: --device cuda: this machine has 0 usable GPUs; give --device cpu\n")
     assert not list(tmp_path.iterdir())
 
 
