@@ -65,7 +65,8 @@ def test_whichever_operation_fails_the_values_and_the_accounts_are_right():
     with FailingOperations() as all_operations:
         plain = grow(Checked(model))
     names = all_operations.names
-    chosen = set(range(5, len(names), len(names) // 25))
+    allocating = [at for at, name in enumerate(names) if name not in ("__getitem__", "__get__")]  # those make views
+    chosen = set(allocating[5 :: len(allocating) // 7])
     for name in ("empty", "tensor", "clone", "scaled_dot_product_attention", "softmax"):
         chosen.add([at for at, other in enumerate(names) if other == name][len(names) % 5])
     for at in sorted(chosen):

@@ -287,16 +287,15 @@ def answers(output) -> dict:
 
 
 def test_two_runs_of_one_seed_at_other_batch_sizes(host, tmp_path):
-    inputs = kill_test.make_inputs(tmp_path, problems=6)
+    inputs = kill_test.make_inputs(tmp_path, problems=3)
     outputs = []
-    for batch_size in ("1", "18"):
+    for batch_size in ("1", "9"):
         outputs.append(tmp_path / f"{batch_size}.jsonl")
         flags = ["--temperature", "0.8", "--seeded", "--batch_size", batch_size, "--output_path", outputs[-1]]
         child = host.script("inference_eval.py", *inputs, *flags, *SGLANG_ARGS)
         assert child.wait(180) == 0, child.output
         assert "ignores seeds" not in child.output
     first, second = map(answers, outputs)
-    assert len(first) == 18 and len({str(ids) for ids, _ in first.values()}) == 18
-    assert first.keys() == second.keys()
-    assert sum(first[key] != second[key] for key in first) <= 18 * (COUNT - EQUAL) // COUNT  # that is none
+    assert len(first) == 9 and len({str(ids) for ids, _ in first.values()}) == 9
+    assert first == second
     assert json.loads(outputs[0].with_name("1.meta.json").read_text())["engine"]["seeded"] is True
