@@ -13,12 +13,13 @@ bash scripts/install.sh "$VENV" requirements-dev.txt
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 
+TWO=(-n 2 --dist loadfile --no-loadscope-reorder)  # two workers, files in the order of tests/conftest.py
 if [ $# -gt 0 ]; then
   exec "$VENV/bin/python" -m pytest "$@"
 fi
-"$VENV/bin/python" -m pytest -n 2 --dist loadfile
+"$VENV/bin/python" -m pytest "${TWO[@]}"
 
 if [ -z "${NO_SGLANG:-}" ]; then
   bash scripts/install_sglang_cpu.sh "$SGLANG_VENV"
-  "$SGLANG_VENV/bin/python" -m pytest -n 2 --dist loadfile tests/engine_lib/test_sglang_{local,runs,readme,seeded}.py
+  "$SGLANG_VENV/bin/python" -m pytest "${TWO[@]}" tests/engine_lib/test_sglang_{local,runs,readme,seeded}.py
 fi

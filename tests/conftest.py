@@ -15,6 +15,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# Minutes each: they begin first, so that no worker is left with one at the end.
+LONG_FILES = ("test_quickstart.py", "test_readme.py", "test_ranks.py", "test_train.py", "test_sglang_seeded.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture
