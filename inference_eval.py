@@ -21,7 +21,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,18 +32,20 @@ from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers,
 from common_lib.files import OutputError
 from common_lib.signals import Stopped, run_until_signal
 from common_lib.tracking import Tracker, make_tracker
-from data_utils import Problem, benchmark_name, check_prompt_format, format_prompt, load_benchmark
+from data_utils import benchmark_name, check_prompt_format, format_prompt, load_benchmark
 from engine_lib.arguments import engine_config
 from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
 from eval_lib.summary import format_table, summarize
 from eval_utils import Grader, problem_classes
-from search_lib import memory_plan
+from search_lib import value_models
 from search_lib.arguments import parse_args
+from search_lib.memory_plan import EngineMemory, elsewhere
+from search_lib.plan import SearchPlan
 from search_lib.results import ResultRows
 from search_lib.run_files import FORMAT, RunFiles, check_output_path, reproducible
 from search_lib.runner import SearchRunner, generate_with
-from search_lib.scorers import ScorerThread
+from search_lib.scorers import LoadedScorer
 from search_lib.search import SearchError
 from search_lib.search_progress import SearchProgress
 from search_lib.tree import SearchConfig, parse_search_type
@@ -52,36 +54,6 @@ logger = logging.getLogger("inference_eval")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plan: everything that can be checked before a model is loaded
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """What is to be searched, and with what."""
-
-    problems: list[Problem]
-    prompts: list[list[int]]
-    generator: models.ModelInfo
-    value_model: models.ModelInfo
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-    config: SearchConfig
-    engine: str
-    device: str
-    value_device: str
-    value_dtype: str
-    value_attention: str
-
-    @property
-    def longest_trace(self) -> int:
-        """Tokens of prompt and response at most."""
-        return max(map(len, self.prompts)) + self.config.max_length
-
-    @property
-    def value_kv_bytes(self) -> int:
-        return self.value_model.kv_bytes(2 if self.value_dtype == "bf16" else 4)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], Any]) -> SearchPlan:
@@ -99,36 +71,24 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     models.check_value_model(value_model)
     # From here on with torch and transformers, whose import takes seconds
     device = devices.resolve_device(args.device, "--device")
-    value_device = (
-        device if args.value_device == "auto" else devices.resolve_device(args.value_device, "--value_device")
+    value_devices = value_models.resolve_value_devices(args, device)
+    value_dtype = value_models.resolve_value_dtype(args, device, value_devices)
+    is_local = args.value_engine == "local"
+    attention = value_models.attention_of_value_models(
+        args.attention_impl, value_devices if is_local else (), value_dtype
     )
-    fastest = "bf16" if value_device.startswith("cuda") else "fp32"
-    value_dtype = fastest if args.value_dtype == "auto" else args.value_dtype
     tokenizer = load_tokenizer(Path(generator.path), "--piref_model")
     check_prompt_format(args.prompt_format, tokenizer)
     prompts = [format_prompt(p.problem, args.prompt_format, tokenizer) for p in problems]
     stop_ids = models.stop_token_ids(Path(generator.path), tokenizer)
     models.check_token_ids(generator, value_model, tokenizer, max(*stop_ids, *map(max, prompts)), load_tokenizer)
     models.check_positions(generator, value_model, max(map(len, prompts)), args.max_length)
-    plan = SearchPlan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device, value_device,
-                      value_dtype, attention_of_value_model(args.attention_impl, value_device, value_dtype))  # fmt: skip
-    models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace)
+    plan = SearchPlan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device,
+                      args.value_engine, value_devices, value_dtype, attention)  # fmt: skip
+    if is_local:
+        most = max(map(value_devices.count, value_devices))
+        models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace, most)
     return plan
-
-
-def attention_of_value_model(name: str, device: str, dtype: str) -> str:
-    """Decided and said before a model is loaded: an engine takes minutes to start."""
-    if device == "cpu":  # without torch, whose import takes seconds
-        chosen = "eager" if name == "eager" else "sdpa"
-        logger.info("value model: attention: %s (on a CPU)", chosen)
-        return chosen
-    import torch
-
-    from classifier_lib import resolve_attn_implementation
-
-    return resolve_attn_implementation(
-        name, torch.bfloat16 if dtype == "bf16" else torch.float32, device, "value model"
-    )
 
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
@@ -137,6 +97,7 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
     for package in ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    value_dtype = plan.value_dtype if plan.value_devices else None  # None: the servers' own
     text = json.dumps([[p.problem, p.answer, ids] for p, ids in zip(plan.problems, plan.prompts, strict=True)])
     return {
         "format": FORMAT,
@@ -151,9 +112,10 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": generator_dtype(plan),
-            "value_dtype": plan.value_dtype,
+            "value_engine": plan.value_engine.removesuffix("-server"),
+            "value_dtype": value_dtype,
         },
-        "reproducible": reproducible(plan.value_dtype),
+        "reproducible": reproducible(value_dtype),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -172,58 +134,10 @@ def generator_dtype(plan: SearchPlan) -> str | None:
 def load_engine(args: argparse.Namespace, plan: SearchPlan) -> Engine:
     """The generator. Raises UserError for settings that cannot be, EngineError where it does not start."""
     quiet_transformers()
-    if plan.device == plan.value_device == "cpu":
+    if plan.device == "cpu" and "cpu" in plan.value_devices:
         devices.limit_cpu_threads()
     searches = len(plan.problems) * args.num_repetitions
     return make_engine(plan.engine, engine_config(args, plan.generator, plan.device, searches, args.num_blocks))
-
-
-def load_value_model(args: argparse.Namespace, plan: SearchPlan) -> Any:
-    """The value model on its device. Raises UserError where it does not fit."""
-    import torch
-
-    from classifier_lib import Qwen2ForClassifier
-
-    try:
-        return Qwen2ForClassifier.from_pretrained(
-            plan.value_model.path,
-            attn_implementation=plan.value_attention,
-            torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
-            use_cache=False,
-        ).to(plan.value_device)
-    except torch.OutOfMemoryError as error:
-        where = f"{plan.value_device}, where {devices.memory_of(plan.value_device)[0] / 1e9:.3g} GB are free"
-        raise UserError(f"the value model does not fit on {where}; {memory_plan.LESS}") from error
-
-
-def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: memory_plan.EngineMemory) -> ScorerThread:
-    """The value model in a scorer with a bounded cache, in a thread of its own. Says who has how much of the device's
-    memory, and where it is little. Raises UserError where it is too little."""
-    from classifier_lib import ValueScorer
-
-    model, device = load_value_model(args, plan), plan.value_device
-    free, total = devices.memory_of(device)
-    if args.value_cache_gb == "auto":
-        shared = plan.engine == "transformers" and not engine.elsewhere
-        limit = memory_plan.auto_limit(device, free, total, shared)
-    else:
-        limit = int(args.value_cache_gb * 1e9)
-    memory_plan.check_limit(limit, free, device, 2 * plan.longest_trace * plan.value_kv_bytes)
-    scorer = ValueScorer(model, limit, None if args.value_batch_tokens == "auto" else args.value_batch_tokens)
-    block, batch_tokens = plan.config.block_size, scorer.max_batch_tokens
-    activations = scorer.budget.activation_bytes(batch_tokens, plan.longest_trace - block, block)
-    weights = model.num_parameters() * model.dtype.itemsize
-    promise = memory_plan.plan_memory(device, free, total, engine, plan.generator, weights, limit, activations)
-    logger.info(
-        "value model: %s, %s on %s, up to %d new tokens a pass\n%s",
-        plan.value_model.path, plan.value_dtype, device, batch_tokens, promise.line(),
-    )  # fmt: skip
-    searches = min(args.batch_size, len(plan.prompts) * args.num_repetitions)
-    tokens = memory_plan.working_set(plan.config, plan.longest_trace - plan.config.max_length, searches)
-    wanted = tokens * plan.value_kv_bytes + activations
-    if warning := memory_plan.shortage(limit, free, device, wanted, searches):
-        logger.warning(warning)
-    return ScorerThread(scorer, device)
 
 
 @dataclass(frozen=True)
@@ -231,7 +145,9 @@ class Loaders:
     """Where what is loaded comes from; simulations and tests give others."""
 
     engine: Callable[[argparse.Namespace, SearchPlan], Engine] = load_engine
-    scorer: Callable[[argparse.Namespace, SearchPlan, memory_plan.EngineMemory], ScorerThread] = load_scorer
+    scorer: Callable[[argparse.Namespace, SearchPlan, Mapping[str, EngineMemory]], LoadedScorer] = (
+        value_models.load_scorer
+    )
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
 
@@ -244,17 +160,20 @@ def search_problems(
     args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
 ) -> None:
     """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
-    if plan.value_device.startswith("cuda"):
+    if any(device.startswith("cuda") for device in plan.value_devices):
         devices.use_expandable_segments()
-    free, _ = devices.memory_of(plan.value_device)
+    free = {device: devices.memory_of(device)[0] for device in plan.memory_devices}
     engine = loaders.engine(args, plan)
     try:
         check_context_length(args, plan, engine)
         files.meta["engine"] = described = engine.describe()
-        where = memory_plan.elsewhere(plan.engine, plan.device, plan.value_device, described)
-        scorer = loaders.scorer(
-            args, plan, memory_plan.EngineMemory(free, devices.memory_of(plan.value_device)[0], described, where)
-        )
+        memory = {
+            device: EngineMemory(before, devices.memory_of(device)[0], described,
+                                 elsewhere(plan.engine, plan.device, device, described))
+            for device, before in free.items()
+        }  # fmt: skip
+        scorer = loaders.scorer(args, plan, memory)
+        files.meta["value_engine"] = scorer.describe()
     except BaseException:
         asyncio.run(engine.close())
         raise
@@ -276,8 +195,10 @@ def search_problems(
         try:
             await runner.run(plan.prompts, args.num_repetitions, args.batch_size)
         finally:
-            await engine.close()
-            scorer.close()
+            try:
+                await engine.close()
+            finally:
+                await scorer.close()
 
     asyncio.run(run_until_signal(run()))
 

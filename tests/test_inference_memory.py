@@ -14,6 +14,7 @@ import classifier_lib
 import inference_eval
 from common_lib import devices
 from common_lib.cli import UserError
+from search_lib import value_models
 from search_lib.run_files import ROUNDING
 
 
@@ -51,14 +52,14 @@ class Full:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total of ...")
 
     def put_into(self, monkeypatch):
-        load = inference_eval.load_value_model
+        load = value_models.load_value_model
 
-        def load_and_hook(args, plan):
-            model = load(args, plan)
+        def load_and_hook(plan, device):
+            model = load(plan, device)
             model.model.layers[0].register_forward_pre_hook(self)
             return model
 
-        monkeypatch.setattr(inference_eval, "load_value_model", load_and_hook)
+        monkeypatch.setattr(value_models, "load_value_model", load_and_hook)
 
 
 def test_a_pass_that_is_too_large_changes_no_line(start, monkeypatch, caplog):
@@ -94,14 +95,11 @@ def test_a_value_model_that_does_not_fit_is_one_line(monkeypatch):
     model = SimpleNamespace(to=to)
     monkeypatch.setattr(classifier_lib.Qwen2ForClassifier, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
-    args = SimpleNamespace()
-    plan = SimpleNamespace(
-        value_model=SimpleNamespace(path=""), value_dtype="bf16", value_device="cuda:1", value_attention="sdpa"
-    )
+    plan = SimpleNamespace(value_model=SimpleNamespace(path=""), value_dtype="bf16", value_attention={"cuda:1": "sdpa"})
     with pytest.raises(
         UserError, match="the value model does not fit on cuda:1, where 1 GB are free; lower --piref_gpu"
     ):
-        inference_eval.load_value_model(args, plan)
+        value_models.load_value_model(plan, "cuda:1")
 
 
 def test_a_gpu_that_is_full_is_told_before_searching(start, monkeypatch):

@@ -150,7 +150,7 @@ def test_greedy_searches_equal_those_of_the_transformers_engine(engine, referenc
         try:
             return await asyncio.gather(*(search(task, generate, scorer, config) for task in tasks))
         finally:
-            scorer.close()
+            await scorer.close()
 
     for result, expected in zip(asyncio.run(run(engine)), asyncio.run(run(reference)), strict=True):
         tree, other = result.tree, expected.tree
