@@ -94,7 +94,7 @@ class ScorerThread:
 
 
 @dataclass
-class _Tree:
+class _HomedTree:
     """Which thread has a tree, and what it has been asked to hold of it: nodes by number, with parent and tokens."""
 
     home: int
@@ -135,11 +135,11 @@ class LocalScorers:
         """round_tokens: of all candidates of one round of one tree, at most. described: for `describe`."""
         self._threads, self._round_tokens = threads, round_tokens
         self._described = described or {}
-        self._trees: dict[str, _Tree] = {}
+        self._trees: dict[str, _HomedTree] = {}
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
         history = list(history)
-        tree = _Tree(self._least_loaded(), [-1], [len(prompt_ids)], {0})
+        tree = _HomedTree(self._least_loaded(), [-1], [len(prompt_ids)], {0})
         tree.add(history, [False] * len(history))  # which of them go on, the first round tells
         self._trees[tree_id] = tree
         self._threads[tree.home].start(tree_id, prompt_ids, history)

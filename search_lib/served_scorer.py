@@ -16,7 +16,7 @@ from search_lib.scorers import Block, Scored
 
 
 @dataclass
-class _Tree:
+class _SentTree:
     """traces: all tokens up to the end of each node, by its number. computed: nodes that the engine had in this process.
     first: the prompt's request, until a round has waited for it. unread: tokens of a prompt that was never read before."""
 
@@ -32,7 +32,7 @@ class ServedScorer:
 
     def __init__(self, engine: ValueEngine, vocab_size: int):
         self._engine, self._vocab_size = engine, vocab_size
-        self._trees: dict[str, _Tree] = {}
+        self._trees: dict[str, _SentTree] = {}
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
         """Sends the prompt. What becomes of it, an error too, the first `score` tells."""
@@ -45,7 +45,7 @@ class ServedScorer:
         first.add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )  # else asyncio logs what nobody waited for
-        self._trees[tree_id] = _Tree(traces, {0}, first, len(prompt_ids) if len(traces) == 1 else 0)
+        self._trees[tree_id] = _SentTree(traces, {0}, first, len(prompt_ids) if len(traces) == 1 else 0)
 
     async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
         """tokens_scored: that were computed for it, the first requests' too; tokens_reread: those beyond the new ones.
@@ -72,7 +72,7 @@ class ServedScorer:
         computed = sum(one.tokens_computed for one in [*before, *valued])
         return Scored([one.value for one in valued], time.perf_counter() - begin, computed, max(0, computed - new))
 
-    def _trace(self, tree_id: str, tree: _Tree, parent: int, tokens: Sequence[int]) -> list[int]:
+    def _trace(self, tree_id: str, tree: _SentTree, parent: int, tokens: Sequence[int]) -> list[int]:
         if not 0 <= parent < len(tree.traces):
             raise ValueError(f"tree {tree_id!r} has no node {parent} (it has 0 to {len(tree.traces) - 1})")
         if not tokens:

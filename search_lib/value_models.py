@@ -210,14 +210,15 @@ def say_served(
     """Where it is, who has how much memory, and where the pool is too small."""
     pool, searches = value_engine.pool_tokens, searches_at_once(args, plan)
     where = f"{plan.value_dtype} on {plan.value_devices[0]}" if plan.value_devices else "on its servers"
-    logger.info("value model: %s, %s, by SGLang, which holds %s tokens", plan.value_model.path, where, f"{pool:,}")
+    lines = [f"value model: {plan.value_model.path}, {where}, by SGLang, which holds {pool:,} tokens"]
     for device, generator in engine.items():
         free, total = devices.memory_of(device)
         words = "" if plan.value_devices else "value model on its servers"
         value = EngineMemory(generator.free_after, free, value_engine.describe(), words)
         itemsize = 2 if plan.value_dtype == "bf16" else 4
         parts = device, free, total, generator, plan.generator, value, plan.value_model, itemsize
-        logger.info(memory_plan.plan_served_memory(*parts).line())
+        lines.append(memory_plan.plan_served_memory(*parts).line())
+    logger.info("\n".join(lines))
     wanted = memory_plan.served_working_set(plan.config, plan.longest_prompt, searches)
     if warning := memory_plan.pool_shortage(pool, wanted, searches, f"give it {MORE_POOL[plan.value_engine]}"):
         logger.warning(warning)
