@@ -96,8 +96,8 @@ class ServerInfo:
     speculative: str | None
 
 
-def read_reply(request: Request, response: httpx.Response) -> Reply:
-    """The reply of one `/generate`. Raises ServerLost, TryFailed, or EngineError for what no second try can mend."""
+def check_status(response: httpx.Response) -> None:
+    """Raises ServerLost, TryFailed, or EngineError for what no second try can mend, where it is not 200."""
     status = response.status_code
     if status == 503:  # starting, ending, or a router without servers
         raise ServerLost(f"503: {message_of(response)}")
@@ -105,6 +105,11 @@ def read_reply(request: Request, response: httpx.Response) -> Reply:
         raise TryFailed(f"{status}: {message_of(response)}")
     if status != 200:
         raise EngineError(f"{response.url} refused a request ({status}): {message_of(response)}")
+
+
+def read_reply(request: Request, response: httpx.Response) -> Reply:
+    """The reply of one `/generate`. Raises as `check_status` does."""
+    check_status(response)
     try:
         return to_reply(request, response.json())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
