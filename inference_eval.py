@@ -97,7 +97,6 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
     for package in ("torch", "transformers", "sglang", "flash-attn", "math-verify", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    value_dtype = plan.value_dtype if plan.value_devices else None  # None: the servers' own
     text = json.dumps([[p.problem, p.answer, ids] for p, ids in zip(plan.problems, plan.prompts, strict=True)])
     return {
         "format": FORMAT,
@@ -113,9 +112,9 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": generator_dtype(plan),
             "value_engine": plan.value_engine.removesuffix("-server"),
-            "value_dtype": value_dtype,
+            "value_dtype": plan.value_dtype,
         },
-        "reproducible": reproducible(value_dtype),
+        "reproducible": reproducible(plan.value_dtype),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -156,10 +155,10 @@ class Loaders:
 # Search every problem
 
 
-def search_problems(
-    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
-) -> None:
-    """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
+def start_models(
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, loaders: Loaders
+) -> tuple[Engine, LoadedScorer]:
+    """The generator first: value models take what it leaves of a device. Where one does not start, neither is left."""
     if any(device.startswith("cuda") for device in plan.value_devices):
         devices.use_expandable_segments()
     free = {device: devices.memory_of(device)[0] for device in plan.memory_devices}
@@ -167,16 +166,23 @@ def search_problems(
     try:
         check_context_length(args, plan, engine)
         files.meta["engine"] = described = engine.describe()
-        memory = {
-            device: EngineMemory(before, devices.memory_of(device)[0], described,
-                                 elsewhere(plan.engine, plan.device, device, described))
-            for device, before in free.items()
-        }  # fmt: skip
+        memory = {}
+        for device, before in free.items():
+            where = elsewhere(plan.engine, plan.device, device, described)
+            memory[device] = EngineMemory(before, devices.memory_of(device)[0], described, where)
         scorer = loaders.scorer(args, plan, memory)
         files.meta["value_engine"] = scorer.describe()
     except BaseException:
         asyncio.run(engine.close())
         raise
+    return engine, scorer
+
+
+def search_problems(
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
+) -> None:
+    """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
+    engine, scorer = start_models(args, plan, files, loaders)
     total = len(plan.problems) * args.num_repetitions
     logger.info(
         "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
@@ -193,6 +199,7 @@ def search_problems(
 
     async def run() -> None:
         try:
+            await scorer.check()
             await runner.run(plan.prompts, args.num_repetitions, args.batch_size)
         finally:
             try:

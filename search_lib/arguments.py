@@ -111,9 +111,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--value_sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
          help="passed to the SGLang engine of the value model: mem_fraction_static=0.7 chunked_prefill_size=2048 ...")
     flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto",
-         help="auto: bf16 on a GPU, fp32 on a CPU. In bf16 a value's last bits depend on what it was batched with, so "
-              "--batch_size, --value_cache_gb, --value_batch_tokens and --attention_impl may change results; fp32 values do "
-              "not depend on it")
+         help="auto: bf16 on a GPU, fp32 on a CPU; servers must compute in it. In bf16 a value's last bits depend on what it was "
+              "batched with, so --batch_size, --value_cache_gb, --value_batch_tokens and --attention_impl may change results; "
+              "fp32 values do not depend on it")
     flag("--value_cache_gb", default="auto",
          help="bound on its caches and activations together, in GB a device; auto: the GPU memory that is free once the engine and "
               "the value model are loaded, less 5%% of the card (half of that beside --engine transformers on the same "

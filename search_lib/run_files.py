@@ -150,17 +150,13 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         for name, was in before.items()
         if name not in FREE_ARGUMENTS and after.get(name) != was
     ]
-    theirs = {
-        name
-        for name, engine in (("generator_dtype", "engine"), ("value_dtype", "value_engine"))
-        if any(meta["arguments"].get(engine) == "sglang-server" for meta in (earlier, now))
-    }
+    by_servers = any(meta["arguments"].get("engine") == "sglang-server" for meta in (earlier, now))
     numerics = f"engine and dtypes differ ({earlier.get('numerics')} -> {now.get('numerics')})"
     compared = {
         "the benchmark's problems differ": lambda meta: meta.get("problems_sha256"),
         "the generator's weights differ": lambda meta: meta.get("generator", {}).get("fingerprint"),
         "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
-        numerics: lambda meta: _numerics(meta, theirs),
+        numerics: lambda meta: _numerics(meta, by_servers),
     }
     differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
     had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
@@ -173,11 +169,11 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         )
 
 
-def _numerics(meta: dict[str, Any], theirs: set[str]) -> dict[str, Any]:
-    """Engines and dtypes. theirs: dtypes that are those of servers, which wrote or are to write; old meta files say them of
-    the client's device. Before there were value engines all values were local."""
+def _numerics(meta: dict[str, Any], by_servers: bool) -> dict[str, Any]:
+    """Engines and dtypes. Where servers wrote or are to write, the generator's is theirs: old meta files say that of the
+    client's device. Before there were value engines all values were local."""
     numerics = {"value_engine": "local"} | (meta.get("numerics") or {})
-    return {name: value for name, value in numerics.items() if name not in theirs}
+    return {name: value for name, value in numerics.items() if name != "generator_dtype" or not by_servers}
 
 
 def reproducible(value_dtype: str) -> dict[str, Any]:

@@ -41,7 +41,10 @@ class Scorer(Protocol):
 
 
 class LoadedScorer(Scorer, Protocol):
-    """A scorer of a run, which ends it and writes down what it was."""
+    """A scorer of a run, which checks it, writes down what it is, and ends it."""
+
+    async def check(self) -> None:
+        """Raises UserError where another value model is served than was asked for. Before the first search."""
 
     async def close(self) -> None:
         """End its threads or its engine. Can be called twice."""
@@ -159,6 +162,9 @@ class LocalScorers:
     def release(self, tree_id: str) -> None:
         if tree := self._trees.pop(tree_id, None):
             self._threads[tree.home].release(tree_id)
+
+    async def check(self) -> None:
+        """Nothing: it was loaded from where it was asked for."""
 
     async def close(self) -> None:
         for thread in self._threads:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common_lib.concurrency import cancel_all
-from engine_lib.value_base import Valued, ValueEngine, check_traces
+from engine_lib.value_base import ValueConfig, Valued, ValueEngine, check_traces
+from engine_lib.value_check import check_values
 from search_lib.scorers import Block, Scored
 
 
@@ -30,8 +31,9 @@ class ServedScorer:
     """Keeps whole traces, and sends a round as one batch. It has nothing to `keep`: SGLang gives up what was least
     recently used, of all searches together."""
 
-    def __init__(self, engine: ValueEngine, vocab_size: int):
-        self._engine, self._vocab_size = engine, vocab_size
+    def __init__(self, engine: ValueEngine, config: ValueConfig):
+        """config: that the engine was made with."""
+        self._engine, self._config = engine, config
         self._trees: dict[str, _SentTree] = {}
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
@@ -54,7 +56,7 @@ class ServedScorer:
             return Scored([])
         tree, begin = self._trees[tree_id], time.perf_counter()
         traces = [self._trace(tree_id, tree, parent, tokens) for parent, tokens in items]
-        check_traces(traces, self._engine.context_length, self._vocab_size)
+        check_traces(traces, self._engine.context_length, self._config.vocab_size)
         before: list[Valued] = []
         if tree.first is not None:
             before += await tree.first
@@ -87,6 +89,9 @@ class ServedScorer:
         tree = self._trees.pop(tree_id, None)
         if tree is not None and tree.first is not None:
             tree.first.cancel()
+
+    async def check(self) -> None:
+        await check_values(self._engine, self._config)
 
     async def close(self) -> None:
         await cancel_all([tree.first for tree in self._trees.values() if tree.first is not None])

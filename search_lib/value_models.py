@@ -158,7 +158,8 @@ def load_threads(
 def load_served(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory]) -> ServedScorer:
     """In this process it starts after the generator: it sizes its pool by what is free."""
     warn_of_no_effect(args)
-    value_engine = make_value_engine(plan.value_engine, value_config(args, plan))
+    config = value_config(args, plan)
+    value_engine = make_value_engine(plan.value_engine, config)
     try:
         if plan.longest_trace > value_engine.context_length:
             raise UserError(
@@ -170,7 +171,7 @@ def load_served(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str,
     except BaseException:
         asyncio.run(value_engine.close())
         raise
-    return ServedScorer(value_engine, plan.value_model.vocab_size)
+    return ServedScorer(value_engine, config)
 
 
 def value_config(args: argparse.Namespace, plan: SearchPlan) -> ValueConfig:

@@ -23,6 +23,7 @@ import inference_eval
 from common_lib import tracking
 from engine_lib import choose
 from engine_lib.base import Reply, Request
+from search_lib import served_scorer
 
 STOP = 256
 TOKENIZER = tiny.tiny_tokenizer()
@@ -61,6 +62,7 @@ class Seen:
     moved: list[str] = field(default_factory=list)  # devices that a value model was sent to
     scorers: list[classifier_lib.ValueScorer] = field(default_factory=list)
     value_engines: list[tuple[str, FakeValueEngine]] = field(default_factory=list)
+    checked: list[object] = field(default_factory=list)  # ValueConfig of served value models
     trackers: list["SpyTracker"] = field(default_factory=list)
     output: Path = Path()
     status: int | None = None
@@ -192,6 +194,10 @@ def run(
 
             return make
 
+        async def check(engine, config):
+            seen.checked.append(config)
+
+        stack.enter_context(mock.patch.object(served_scorer, "check_values", check))
         stack.enter_context(mock.patch.dict(choose.ENGINES, engines))
         stack.enter_context(mock.patch.dict(choose.VALUE_ENGINES, {kind: value(kind) for kind in choose.VALUE_ENGINES}))
         stack.enter_context(mock.patch.dict(tracking.TRACKERS, {kind: tracker(kind) for kind in tracking.TRACKERS}))

@@ -49,6 +49,9 @@ class SimScorer:
     def release(self, tree_id):
         self.trees.pop(tree_id, None)
 
+    async def check(self):
+        pass
+
     async def close(self):
         assert not self.trees
 

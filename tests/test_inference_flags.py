@@ -220,18 +220,10 @@ def test_a_served_value_model_is_told_all_that_it_needs(folder, tmp_path):
     assert seen.value_engines[0][1].closed == 1
     assert seen.meta["value_engine"] == {"name": "fake"}
     assert seen.meta["numerics"]["value_engine"] == "sglang"
+    assert seen.checked == [seen.value_config]
     assert all(row["tokens_scored"] == row["prompt_tokens"] + row["tokens_generated"] for row in seen.rows[:1])
     asked = {group for _, group in seen.value_engines[0][1].asked}
     assert asked == {f"{d}/{r}" for d in range(4) for r in range(2)}  # a search is a group, as the generator's
-
-
-def test_servers_have_a_dtype_of_their_own(folder, tmp_path):
-    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--value_engine", "sglang-server"]
-    seen = search_spy.run([*flags, "--value_url", URLS[0]])
-    assert seen.meta["numerics"] == {
-        "engine": "transformers", "generator_dtype": "fp32", "value_engine": "sglang", "value_dtype": None,
-    }  # fmt: skip
-    assert seen.meta["reproducible"]["values"] == "to rounding"
 
 
 def test_two_devices_give_the_lines_of_one(folder, tmp_path):

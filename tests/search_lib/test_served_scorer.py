@@ -27,7 +27,7 @@ def run(served: FakeValueEngine, work):
     """`work(scorer)` on an event loop; the scorer is closed."""
 
     async def main():
-        scorer = ServedScorer(served, 100)
+        scorer = ServedScorer(served, served.config)
         try:
             return await work(scorer)
         finally:
@@ -148,7 +148,7 @@ def test_a_prompt_that_nobody_waits_for_is_cancelled(end):
 
     async def main():
         served.gate.clear()
-        scorer = ServedScorer(served, 100)
+        scorer = ServedScorer(served, served.config)
         scorer.start("0/0", PROMPT, [])
         await asyncio.sleep(0)
         scorer.release("no such tree")
