@@ -86,10 +86,12 @@ class SGLangValueServers(ServerPool):
         return await self._answer(Batch(traces, group), group, f"valued {len(traces)} traces")
 
     async def _post(self, server: Server, rank: int | None, batch: Batch) -> list[Valued]:
-        rids = [uuid.uuid4().hex for _ in batch.traces]
         page, body = request_of(batch.traces, server.is_router)
-        response = await self._send(server, page, body | {"rid": rids}, batch.group, rids)
-        return read_values(response, len(rids), self.config.num_labels)
+        rids: list[str] = []
+        if not server.is_router:  # which takes no list of them: what is cancelled there, the router may end
+            body["rid"] = rids = [uuid.uuid4().hex for _ in batch.traces]
+        response = await self._send(server, page, body, batch.group, rids)
+        return read_values(response, len(batch.traces), self.config.num_labels)
 
     def _places_of(self, server: Server) -> list[Place]:
         return [(server, None)]  # a request for values cannot name a data-parallel rank (0.5.23)

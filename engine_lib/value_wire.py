@@ -8,13 +8,21 @@ A reply is one row of float32 numbers, L = num_labels:
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engine_lib.base import EngineError
 from engine_lib.value_base import Valued
 
 ARCHITECTURES = ("Qwen2ForClassifier",)  # config.json's of the value models that the package has
 LABEL_CORRECT = 1  # classifier_lib's, which imports torch
+
+
+def row_of(output: Mapping[str, Any]) -> list[float] | None:
+    """The row of one of SGLang's outputs, as `/encode` and the engine give them; None where the request was aborted: a row
+    that comes then is of the chunk before."""
+    aborted = output["meta_info"]["finish_reason"]["type"] == "abort"
+    return None if aborted else output.get("embedding")
 
 
 def read_row(floats: Sequence[float], num_labels: int) -> Valued:

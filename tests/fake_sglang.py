@@ -155,6 +155,7 @@ class FakeValueServer(FakeServer):
         if path != ("/encode" if self.workers is None else "/v1/embeddings"):
             assert path not in ("/encode", "/v1/embeddings", "/generate")
             return super().answer(method, path, body, headers)
+        assert self.workers is None or "rid" not in body, "the router answers 422 to a list"
         traces = body["input_ids" if self.workers is None else "input"]
         if traces == known_traces(VALUE_VOCABULARY):
             self.known += 1

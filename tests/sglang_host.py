@@ -18,6 +18,8 @@ CPU_FLAGS = {
     "device": "cpu", "dtype": "float32", "attention_backend": "torch_native", "sampling_backend": "pytorch",
     "max_total_tokens": 16384, "max_running_requests": 64, "disable_overlap_schedule": True,
 }  # fmt: skip
+VALUE_FLAGS = {"is_embedding": True, "skip_tokenizer_init": True, "page_size": 1}
+VALUE_ENVIRONMENT = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "engine_lib.sglang_value_model"}
 # Data-parallel ranks on a CPU each want cores of their own.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}
 SGLANG_ARGS = [
@@ -132,14 +134,18 @@ class Host:
     def script(self, name: str, *flags) -> Child:
         return self._add(Child(*self._order([str(ROOT / name), *map(str, flags)])))
 
-    def server(self, model: Path, port: int | None = None, **settings) -> Server:
+    def server(self, model: Path, port: int | None = None, environment: dict | None = None, **settings) -> Server:
         """Started, not yet up."""
         port = port or free_port()
         flags = ["--model-path", str(model), "--port", str(port), "--log-level", "error"]
         for name, value in (CPU_FLAGS | settings).items():
             flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        environment = TWO_RANKS if settings.get("dp_size") == 2 else {}
+        environment = (environment or {}) | (TWO_RANKS if settings.get("dp_size") == 2 else {})
         return self._add(Server(*self._order(["server", *flags], **environment), port))
+
+    def value_server(self, model: Path, port: int | None = None, environment: dict | None = None, **settings) -> Server:
+        """Of a value model, with all that engine_lib.value_server sets. Started, not yet up."""
+        return self.server(model, port, VALUE_ENVIRONMENT | (environment or {}), **(VALUE_FLAGS | settings))
 
     def router(self, servers: list[Server], policy: str = "manual") -> Server:
         """sglang-router, a program of its own, in front of servers."""
