@@ -60,6 +60,7 @@ def folder(model, tmp_path_factory):
 def servers(host, folder):
     """Two, up."""
     two = [host.value_server(folder, chunked_prefill_size=CHUNK) for _ in range(2)]
+    host.router(two)  # it starts beside them
     for server in two:
         wait_until(server.is_up, 120, server)
     return two
@@ -67,7 +68,7 @@ def servers(host, folder):
 
 @pytest.fixture(scope="module")
 def router(host, servers):
-    router = host.router(servers)
+    router = host.children[2]
     wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
     return router
 
@@ -269,4 +270,4 @@ def test_a_generators_checkpoint_and_packages_that_are_not_ours_are_refused(host
             SGLangValueServers(config_of(folder, server.url))
         server.kill()
     wait_until(lambda: not broken.running, 60, broken)
-    assert "Qwen2ForClassifier has no SGlang implementation" in broken.output
+    assert "'Qwen2ForClassifier' is not a registered model" in broken.output
