@@ -37,7 +37,7 @@ async def check_values(engine: ValueEngine, config: ValueConfig) -> None:
     traces = known_traces(config.vocab_size)
     valued = await engine.values(traces, "")
     for trace, one in zip(traces, valued, strict=True):
-        if not (0 <= one.value <= 1 and 1 <= one.tokens_computed <= len(trace)):
+        if not (0 <= one.value <= 1 and one.tokens_computed >= 1):
             raise UserError(
                 f"the value engine answers {one.value} and {one.tokens_computed} tokens computed for a trace of {len(trace)}: "
                 "it serves no value model of this project, or engine_lib.sglang_value_model failed to load there"
