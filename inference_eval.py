@@ -30,6 +30,7 @@ from typing import Any
 from common_lib import devices, models
 from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from common_lib.files import OutputError
+from common_lib.shards import WHOLE, Shard
 from common_lib.signals import Stopped, run_until_signal
 from common_lib.tracking import Tracker, make_tracker
 from data_utils import benchmark_name, check_prompt_format, format_prompt, load_benchmark
@@ -43,7 +44,8 @@ from search_lib.arguments import parse_args
 from search_lib.memory_plan import EngineMemory, elsewhere
 from search_lib.plan import SearchPlan
 from search_lib.results import ResultRows
-from search_lib.run_files import FORMAT, RunFiles, check_output_path, reproducible
+from search_lib.run_files import FORMAT, RunFiles, check_output_path, check_same_shards, reproducible
+from search_lib.run_shards import check_beside
 from search_lib.runner import SearchRunner, generate_with
 from search_lib.scorers import LoadedScorer
 from search_lib.search import SearchError
@@ -64,6 +66,9 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
         args.max_length, args.selection, args.seed,
     )  # fmt: skip
     problems = load_benchmark(args.benchmark, args.max_problems)
+    shard = shard_of(args) or WHOLE
+    if shard.count > len(problems):
+        raise UserError(f"--shard {shard}: there are only {len(problems)} problems; give an N of at most that many")
     generator = models.inspect_model(models.resolve_model(args.piref_model, "--piref_model"), "--piref_model")
     flag = "--classifier_ckpt_path"
     value_model = models.inspect_model(models.resolve_model(args.classifier_ckpt_path, flag), flag)
@@ -83,12 +88,16 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     stop_ids = models.stop_token_ids(Path(generator.path), tokenizer)
     models.check_token_ids(generator, value_model, tokenizer, max(*stop_ids, *map(max, prompts)), load_tokenizer)
     models.check_positions(generator, value_model, max(map(len, prompts)), args.max_length)
-    plan = SearchPlan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device,
+    plan = SearchPlan(problems, prompts, shard, generator, value_model, tokenizer, stop_ids, config, engine, device,
                       args.value_engine, value_devices, value_dtype, attention)  # fmt: skip
     if is_local:
         most = max(map(value_devices.count, value_devices))
         models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace, most)
     return plan
+
+
+def shard_of(args: argparse.Namespace) -> Shard | None:
+    return None if args.shard is None else Shard.parse(args.shard, "--shard")
 
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def load_engine(args: argparse.Namespace, plan: SearchPlan) -> Engine:
     quiet_transformers()
     if plan.device == "cpu" and "cpu" in plan.value_devices:
         devices.limit_cpu_threads()
-    searches = len(plan.problems) * args.num_repetitions
+    searches = len(plan.own_prompts) * args.num_repetitions
     return make_engine(plan.engine, engine_config(args, plan.generator, plan.device, searches, args.num_blocks))
 
 
@@ -183,10 +192,11 @@ def search_problems(
 ) -> None:
     """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
     engine, scorer = start_models(args, plan, files, loaders)
-    total = len(plan.problems) * args.num_repetitions
+    total = len(plan.own_prompts) * args.num_repetitions
     logger.info(
         "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
-        benchmark_name(args.benchmark), len(plan.problems), args.num_repetitions, args.search_type, plan.config.num_beams,
+        benchmark_name(args.benchmark) + (f", shard {args.shard}" if args.shard else ""), len(plan.own_prompts),
+        args.num_repetitions, args.search_type, plan.config.num_beams,
         plan.config.beam_width, plan.config.block_size, plan.config.max_length, plan.engine,
     )  # fmt: skip
     if files.finished or files.rounds:
@@ -200,7 +210,7 @@ def search_problems(
     async def run() -> None:
         try:
             await scorer.check()
-            await runner.run(plan.prompts, args.num_repetitions, args.batch_size)
+            await runner.run(plan.own_prompts, args.num_repetitions, args.batch_size)
         finally:
             try:
                 await engine.close()
@@ -237,18 +247,21 @@ def start_tracker(args: argparse.Namespace, files: RunFiles, loaders: Loaders) -
 
 def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
     """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
-    lines = list(files.finished.values())
-    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
+    lines, shard = list(files.finished.values()), shard_of(args)
+    problems = (shard or WHOLE).count_of(files.meta["num_problems"])
+    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), problems)
     sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
     seconds = sum(session["seconds"] for session in files.meta["sessions"])
+    part = f"shard {shard}, {problems} of {files.meta['num_problems']} problems:\n" if shard else ""
     print(
-        f"{format_table(rows)}\n\n"
+        f"{part}{format_table(rows)}\n\n"
         f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
         f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
-        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}",
+        f"written to {files.paths.results}; tables{' of all shards' if shard else ''}, plots and a page to look inside: "
+        f"python report.py {args.output_path}",
         flush=True,
     )
-    name = benchmark_name(args.benchmark)
+    name = (f"shard_{shard.index}/" if shard else "") + benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
         known = {key: value for key, value in row.items() if value is not None}
@@ -260,12 +273,14 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
     set_up_logging()
     enable_fast_transfers()
     args = parse_args(argv, __doc__)
-    paths = check_output_path(args.output_path)
+    paths = check_output_path(args.output_path, shard_of(args))
+    others = check_beside(args.output_path, shard_of(args))
     plan = make_plan(args, loaders.tokenizer)
-    begin, total = time.perf_counter(), len(plan.problems) * args.num_repetitions
+    begin, total, meta = time.perf_counter(), len(plan.own_prompts) * args.num_repetitions, make_meta(args, plan)
+    check_same_shards(others, meta)
     finished: Sized = ()
     try:
-        with RunFiles(paths, make_meta(args, plan)) as files, Grader() as grader:
+        with RunFiles(paths, meta) as files, Grader() as grader:
             finished = files.finished
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:

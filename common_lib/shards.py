@@ -30,5 +30,12 @@ class Shard:
         """Of the names of files that hold this part alone."""
         return f".shard-{self.index}-of-{self.count}"
 
+    def count_of(self, pieces: int) -> int:
+        """How many of so many pieces are of this part."""
+        return len(range(self.index, pieces, self.count))
+
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard(0, 1)

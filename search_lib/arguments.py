@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from common_lib import tracking
 from common_lib.cli import ArgumentParser, UserError, check_rules
 from common_lib.devices import check_device_name
+from common_lib.shards import Shard
 from engine_lib.arguments import add_engine_flags, add_sampling_flags, check_url, engine_rules, resolve_engine
 from engine_lib.choose import VALUE_ENGINES
 from search_lib.tree import SELECTIONS, parse_search_type
@@ -23,6 +24,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
     read_auto(args, "value_cache_gb", float, "a number of GB")
     read_auto(args, "value_batch_tokens", int, "a whole number of tokens")
+    if args.shard is not None:
+        args.shard = str(Shard.parse(args.shard, "--shard"))
     resolve_engine(args)
     resolve_value_engine(args)
     args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
@@ -80,6 +83,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--max_problems", type=int, help="only the first that many problems (default: all)")
     flag("--output_path", default="inference_outputs.jsonl", help="results; .meta.json and .tree.jsonl lie beside it")
     flag("--num_repetitions", type=int, default=1, help="independent searches of each problem, any number; may grow later")
+    flag("--shard", metavar="I/N",
+         help="search only the problems with data_idx %% N == I (I from 0), all their repetitions, and write X.shard-I-of-N.jsonl; "
+              "report.py X.jsonl reads all of them as one run")
     flag("--seed", type=int, default=1337, help="decides every sampled token, as far as the engine is deterministic")
 
     flag = parser.add_argument_group("search").add_argument

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common_lib.models import ModelInfo
+from common_lib.shards import Shard
 from data_utils import Problem
 from search_lib.tree import SearchConfig
 
@@ -13,12 +14,14 @@ from search_lib.tree import SearchConfig
 class SearchPlan:
     """Problems, models and settings of a run, checked against each other.
 
+    problems, prompts: of the whole benchmark, of which this process searches those whose number `shard` holds.
     value_devices: of each local value model (two may be on one), or of SGLang's engine; none where servers have it.
     value_attention: by device, of local ones.
     """
 
     problems: list[Problem]
     prompts: list[list[int]]
+    shard: Shard
     generator: ModelInfo
     value_model: ModelInfo
     tokenizer: Any
@@ -30,6 +33,11 @@ class SearchPlan:
     value_devices: tuple[str, ...]
     value_dtype: str
     value_attention: Mapping[str, str]
+
+    @property
+    def own_prompts(self) -> dict[int, list[int]]:
+        """Of the problems that this process searches, by data_idx."""
+        return {data_idx: prompt for data_idx, prompt in enumerate(self.prompts) if self.shard.holds(data_idx)}
 
     @property
     def longest_prompt(self) -> int:

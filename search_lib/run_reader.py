@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from common_lib.cli import UserError
 from common_lib.files import read_lines
+from common_lib.shards import Shard
 from search_lib.tree import Round, Tree
 
 FORMAT = 1  # of X.meta.json
@@ -32,8 +33,11 @@ class RunPaths:
     lock: Path
 
     @classmethod
-    def of(cls, output_path: str | Path) -> "RunPaths":
+    def of(cls, output_path: str | Path, shard: Shard | None = None) -> "RunPaths":
+        """shard: that the files are to hold alone."""
         results = Path(output_path)
+        if shard is not None:
+            results = results.with_name(f"{results.name.removesuffix('.jsonl')}{shard.suffix}.jsonl")
         stem = results.name.removesuffix(".jsonl")
         names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f".{stem}.lock")
         return cls(results, *map(results.with_name, names))

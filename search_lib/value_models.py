@@ -84,7 +84,7 @@ def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str,
 
 
 def searches_at_once(args: argparse.Namespace, plan: SearchPlan) -> int:
-    return min(args.batch_size, len(plan.prompts) * args.num_repetitions)
+    return min(args.batch_size, len(plan.own_prompts) * args.num_repetitions)
 
 
 def load_local(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory]) -> LocalScorers:
