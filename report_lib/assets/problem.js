@@ -13,7 +13,7 @@ VGS.voteTable = function (data, at) {
   const part = (wins, shown, share) => bar(wins, share, shown, ` (${VGS.percent(share)})`);
   const rest = vote ? vote.rows.length - VGS.MOST_ANSWERS : 0;
   const body = (vote ? vote.rows : []).slice(0, VGS.MOST_ANSWERS).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
-    VGS.el("td", { class: "words" }, VGS.verdict(row.right), " ", row.answers.map((answer, i) => [i ? "  =  " : "", VGS.answer(answer, 60)])),
+    VGS.el("td", { class: "words" }, VGS.verdict(row.right), " ", row.answers.map((answer, i) => [i ? " = " : "", VGS.answer(answer, 60)])),
     part(row.wins.maj, row.count, row.count / (vote.beams - vote.empty)),
     part(row.wins.wmaj, row.weight.toFixed(2), vote.weight ? row.weight / vote.weight : 0),
     bar(row.wins.bon, row.best, row.best.toFixed(3))));
