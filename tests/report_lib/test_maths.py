@@ -43,7 +43,7 @@ HOSTILE = {
     "groups": "{" * 1900 + "x" + "}" * 1900,
     "roots": r"\sqrt" * 600 + "x",
     "fractions": r"\frac{1}{" * 350 + "x" + "}" * 350,
-    "cells": r"\begin{matrix}" + "x&" * 1900 + r"\end{matrix}",
+    "cells": r"\begin{matrix}" + "&" * 3900 + r"\end{matrix}",
     "huge": r"\rule{9999em}{9999em}\raisebox{9999em}{x}\kern9999em",
     "bidi": "\u202eabc",
     "long": "x+" * 3000,
@@ -185,7 +185,7 @@ def test_hostile_formulas_are_harmless_and_cost_little(page, run):
         )
         assert time.monotonic() - begin < 5, name
         assert (drawn, links) == (name in DRAWN_HOSTILE, 0), name
-        assert height < 2500, name
+        assert not drawn or height < 1000, name
         assert drawn or text == source.replace("\u202e", "U+202E"), name
     assert page.run("document.title") == "Search report: run"
     assert page.run("document.querySelector('main').id") == "main"
