@@ -98,8 +98,10 @@ VGS.mathNodes = function (text, formulas, from, to, landmarks = false) {
   for (const formula of VGS.sourceShown() ? [] : formulas) {
     if (formula.start < at || formula.end > to) continue;
     words(formula.start, display, formula.display);
-    nodes.push(VGS.formula(formula, text.slice(formula.start, formula.end)));
-    at = formula.end;
+    const drawn = VGS.formula(formula, text.slice(formula.start, formula.end));
+    const [stop] = formula.display ? [""] : text.slice(formula.end, Math.min(formula.end + 3, to)).match(/^[.,;:!?)\]]*/);
+    nodes.push(stop ? VGS.el("span", { class: "joined" }, drawn, stop) : drawn); // no line begins with a full stop
+    at = formula.end + stop.length;
     display = formula.display;
   }
   words(to, display, false);

@@ -153,9 +153,10 @@ def test_the_page_is_whole_at_every_moment(run, tmp_path, monkeypatch):
             check_whole(out)
 
     monkeypatch.setattr(os, "replace", replace_and_look)
-    run.begin(1)
+    run.begin(4)
     run.finish(0, 2)
-    watch_through(run, out, monkeypatch, lambda: run.finish(1, begun=[1]), lambda: run.finish(5, 4))
+    steps = [lambda: run.finish(1), lambda: run.finish(4, begun=[4]), lambda: run.finish(5)]
+    watch_through(run, out, monkeypatch, *steps)
     assert len(moments) > 20
     check_whole(out)
     assert searches_shown(out) == [1, 2, 2]
