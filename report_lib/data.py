@@ -11,6 +11,10 @@ from common_lib.cli import UserError
 from search_lib.run_reader import RunPaths, read_meta, read_results
 
 
+class NothingYet(UserError):
+    """A run has begun, and no search of it is finished."""
+
+
 @dataclass
 class RunRecord:
     """One run. `lines` (of `read_results`) are ordered by problem, then repetition.
@@ -70,8 +74,9 @@ def read_run(path: Path, name: str, num_blocks: int | None = None) -> RunRecord:
     meta = read_meta(paths.meta)
     lines, notes = read_results(path, meta["num_problems"] if meta else None)
     if not lines:
-        running = " yet: the run is in progress" if paths.tree.exists() else ""
-        raise UserError(f"{path}: no finished search in it{running}; nothing to report")
+        if paths.tree.exists():
+            raise NothingYet(f"{path}: no finished search in it yet: the run is in progress; nothing to report")
+        raise UserError(f"{path}: no finished search in it; nothing to report")
     lines.sort(key=lambda line: (line["data_idx"], line["repeat_idx"]))
     counts = Counter(line["data_idx"] for line in lines)
     if meta:
