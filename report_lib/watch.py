@@ -13,6 +13,7 @@ from report_lib.analysis import Analysis
 from report_lib.data import NothingYet, RunRecord
 from report_lib.page import end_live
 from search_lib.run_reader import RunPaths
+from search_lib.run_shards import find_shards
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def states(paths: Sequence[Path]) -> Files:
     """What changes when a run's files do."""
     found: Files = []
     for path in paths:
-        parts = RunPaths.of(path)
-        for file in (parts.results, parts.tree, parts.meta):
+        parts = [*find_shards(path).values()] or [RunPaths.of(path)]
+        for file in (file for part in parts for file in (part.results, part.tree, part.meta)):
             try:
                 stat = file.stat()
                 found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))

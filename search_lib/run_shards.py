@@ -41,11 +41,6 @@ def _listed(found: dict[Shard, RunPaths]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def missing_shards(found: dict[Shard, RunPaths]) -> list[Shard]:
-    count = next(iter(found)).count
-    return [shard for shard in (Shard(index, count) for index in range(count)) if shard not in found]
-
-
 def check_beside(output_path: str, shard: Shard | None) -> dict[RunPaths, dict[str, Any]]:
     """Before a start: what is there under this name must be shards of the same N, or no shards. Returns the settings of
     the other shards, as far as they have begun. Raises UserError."""
