@@ -78,6 +78,7 @@ TABLE = {
                     ["other.jsonl", "other.meta.json", "other.tree.jsonl"]),
     "num_repetitions": (["3"], lambda seen: {request.group for request in seen.requests},
                         {f"{d}/{r}" for d in range(4) for r in range(3)}),
+    "shard": (["1/2"], lambda seen: {request.group for request in seen.requests}, {"1/0", "1/1", "3/0", "3/1"}),
     "seed": (["7"], lambda seen: (seen.config.seed, seen.seeds[:4]),
              (7, [request_seed(7, 0, 0, 0, beam, candidate) for beam in range(2) for candidate in range(2)])),
     "search_type": (["beam1"], beams_and_candidates, ({(4, 4)}, True)),
