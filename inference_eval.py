@@ -21,7 +21,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,20 +30,24 @@ from typing import Any
 from common_lib import devices, models
 from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from common_lib.files import OutputError
+from common_lib.shards import WHOLE, Shard
 from common_lib.signals import Stopped, run_until_signal
 from common_lib.tracking import Tracker, make_tracker
-from data_utils import Problem, benchmark_name, check_prompt_format, format_prompt, load_benchmark
+from data_utils import benchmark_name, check_prompt_format, format_prompt, load_benchmark
 from engine_lib.arguments import engine_config
 from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
 from eval_lib.summary import format_table, summarize
 from eval_utils import Grader, problem_classes
-from search_lib import memory_plan
+from search_lib import value_models
 from search_lib.arguments import parse_args
+from search_lib.memory_plan import EngineMemory, elsewhere
+from search_lib.plan import SearchPlan
 from search_lib.results import ResultRows
-from search_lib.run_files import FORMAT, RunFiles, check_output_path, reproducible
+from search_lib.run_files import FORMAT, RunFiles, check_output_path, check_same_shards, reproducible
+from search_lib.run_shards import check_beside
 from search_lib.runner import SearchRunner, generate_with
-from search_lib.scorers import ScorerThread
+from search_lib.scorers import LoadedScorer
 from search_lib.search import SearchError
 from search_lib.search_progress import SearchProgress
 from search_lib.tree import SearchConfig, parse_search_type
@@ -54,36 +58,6 @@ logger = logging.getLogger("inference_eval")
 # Plan: everything that can be checked before a model is loaded
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """What is to be searched, and with what."""
-
-    problems: list[Problem]
-    prompts: list[list[int]]
-    generator: models.ModelInfo
-    value_model: models.ModelInfo
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-    config: SearchConfig
-    engine: str
-    device: str
-    value_device: str
-    value_dtype: str
-    value_attention: str
-
-    @property
-    def longest_trace(self) -> int:
-        """Tokens of prompt and response at most."""
-        return max(map(len, self.prompts)) + self.config.max_length
-
-    @property
-    def value_kv_bytes(self) -> int:
-        return self.value_model.kv_bytes(2 if self.value_dtype == "bf16" else 4)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], Any]) -> SearchPlan:
     """Read the benchmark, configs and tokenizers, and check that all fits. Raises UserError."""
     engine = choose_engine(args.engine)
@@ -92,6 +66,9 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
         args.max_length, args.selection, args.seed,
     )  # fmt: skip
     problems = load_benchmark(args.benchmark, args.max_problems)
+    shard = shard_of(args) or WHOLE
+    if shard.count > len(problems):
+        raise UserError(f"--shard {shard}: there are only {len(problems)} problems; give an N of at most that many")
     generator = models.inspect_model(models.resolve_model(args.piref_model, "--piref_model"), "--piref_model")
     flag = "--classifier_ckpt_path"
     value_model = models.inspect_model(models.resolve_model(args.classifier_ckpt_path, flag), flag)
@@ -99,36 +76,28 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
     models.check_value_model(value_model)
     # From here on with torch and transformers, whose import takes seconds
     device = devices.resolve_device(args.device, "--device")
-    value_device = (
-        device if args.value_device == "auto" else devices.resolve_device(args.value_device, "--value_device")
+    value_devices = value_models.resolve_value_devices(args, device)
+    value_dtype = value_models.resolve_value_dtype(args, device, value_devices)
+    is_local = args.value_engine == "local"
+    attention = value_models.attention_of_value_models(
+        args.attention_impl, value_devices if is_local else (), value_dtype
     )
-    fastest = "bf16" if value_device.startswith("cuda") else "fp32"
-    value_dtype = fastest if args.value_dtype == "auto" else args.value_dtype
     tokenizer = load_tokenizer(Path(generator.path), "--piref_model")
     check_prompt_format(args.prompt_format, tokenizer)
     prompts = [format_prompt(p.problem, args.prompt_format, tokenizer) for p in problems]
     stop_ids = models.stop_token_ids(Path(generator.path), tokenizer)
     models.check_token_ids(generator, value_model, tokenizer, max(*stop_ids, *map(max, prompts)), load_tokenizer)
     models.check_positions(generator, value_model, max(map(len, prompts)), args.max_length)
-    plan = SearchPlan(problems, prompts, generator, value_model, tokenizer, stop_ids, config, engine, device, value_device,
-                      value_dtype, attention_of_value_model(args.attention_impl, value_device, value_dtype))  # fmt: skip
-    models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace)
+    plan = SearchPlan(problems, prompts, shard, generator, value_model, tokenizer, stop_ids, config, engine, device,
+                      args.value_engine, value_devices, value_dtype, attention)  # fmt: skip
+    if is_local:
+        most = max(map(value_devices.count, value_devices))
+        models.check_value_cache(args.value_cache_gb, value_model, value_dtype, plan.longest_trace, most)
     return plan
 
 
-def attention_of_value_model(name: str, device: str, dtype: str) -> str:
-    """Decided and said before a model is loaded: an engine takes minutes to start."""
-    if device == "cpu":  # without torch, whose import takes seconds
-        chosen = "eager" if name == "eager" else "sdpa"
-        logger.info("value model: attention: %s (on a CPU)", chosen)
-        return chosen
-    import torch
-
-    from classifier_lib import resolve_attn_implementation
-
-    return resolve_attn_implementation(
-        name, torch.bfloat16 if dtype == "bf16" else torch.float32, device, "value model"
-    )
+def shard_of(args: argparse.Namespace) -> Shard | None:
+    return None if args.shard is None else Shard.parse(args.shard, "--shard")
 
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
@@ -151,6 +120,7 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": generator_dtype(plan),
+            "value_engine": plan.value_engine.removesuffix("-server"),
             "value_dtype": plan.value_dtype,
         },
         "reproducible": reproducible(plan.value_dtype),
@@ -172,58 +142,10 @@ def generator_dtype(plan: SearchPlan) -> str | None:
 def load_engine(args: argparse.Namespace, plan: SearchPlan) -> Engine:
     """The generator. Raises UserError for settings that cannot be, EngineError where it does not start."""
     quiet_transformers()
-    if plan.device == plan.value_device == "cpu":
+    if plan.device == "cpu" and "cpu" in plan.value_devices:
         devices.limit_cpu_threads()
-    searches = len(plan.problems) * args.num_repetitions
+    searches = len(plan.own_prompts) * args.num_repetitions
     return make_engine(plan.engine, engine_config(args, plan.generator, plan.device, searches, args.num_blocks))
-
-
-def load_value_model(args: argparse.Namespace, plan: SearchPlan) -> Any:
-    """The value model on its device. Raises UserError where it does not fit."""
-    import torch
-
-    from classifier_lib import Qwen2ForClassifier
-
-    try:
-        return Qwen2ForClassifier.from_pretrained(
-            plan.value_model.path,
-            attn_implementation=plan.value_attention,
-            torch_dtype=torch.bfloat16 if plan.value_dtype == "bf16" else torch.float32,
-            use_cache=False,
-        ).to(plan.value_device)
-    except torch.OutOfMemoryError as error:
-        where = f"{plan.value_device}, where {devices.memory_of(plan.value_device)[0] / 1e9:.3g} GB are free"
-        raise UserError(f"the value model does not fit on {where}; {memory_plan.LESS}") from error
-
-
-def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: memory_plan.EngineMemory) -> ScorerThread:
-    """The value model in a scorer with a bounded cache, in a thread of its own. Says who has how much of the device's
-    memory, and where it is little. Raises UserError where it is too little."""
-    from classifier_lib import ValueScorer
-
-    model, device = load_value_model(args, plan), plan.value_device
-    free, total = devices.memory_of(device)
-    if args.value_cache_gb == "auto":
-        shared = plan.engine == "transformers" and not engine.elsewhere
-        limit = memory_plan.auto_limit(device, free, total, shared)
-    else:
-        limit = int(args.value_cache_gb * 1e9)
-    memory_plan.check_limit(limit, free, device, 2 * plan.longest_trace * plan.value_kv_bytes)
-    scorer = ValueScorer(model, limit, None if args.value_batch_tokens == "auto" else args.value_batch_tokens)
-    block, batch_tokens = plan.config.block_size, scorer.max_batch_tokens
-    activations = scorer.budget.activation_bytes(batch_tokens, plan.longest_trace - block, block)
-    weights = model.num_parameters() * model.dtype.itemsize
-    promise = memory_plan.plan_memory(device, free, total, engine, plan.generator, weights, limit, activations)
-    logger.info(
-        "value model: %s, %s on %s, up to %d new tokens a pass\n%s",
-        plan.value_model.path, plan.value_dtype, device, batch_tokens, promise.line(),
-    )  # fmt: skip
-    searches = min(args.batch_size, len(plan.prompts) * args.num_repetitions)
-    tokens = memory_plan.working_set(plan.config, plan.longest_trace - plan.config.max_length, searches)
-    wanted = tokens * plan.value_kv_bytes + activations
-    if warning := memory_plan.shortage(limit, free, device, wanted, searches):
-        logger.warning(warning)
-    return ScorerThread(scorer, device)
 
 
 @dataclass(frozen=True)
@@ -231,7 +153,9 @@ class Loaders:
     """Where what is loaded comes from; simulations and tests give others."""
 
     engine: Callable[[argparse.Namespace, SearchPlan], Engine] = load_engine
-    scorer: Callable[[argparse.Namespace, SearchPlan, memory_plan.EngineMemory], ScorerThread] = load_scorer
+    scorer: Callable[[argparse.Namespace, SearchPlan, Mapping[str, EngineMemory]], LoadedScorer] = (
+        value_models.load_scorer
+    )
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
 
@@ -240,28 +164,39 @@ class Loaders:
 # Search every problem
 
 
-def search_problems(
-    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
-) -> None:
-    """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
-    if plan.value_device.startswith("cuda"):
+def start_models(
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, loaders: Loaders
+) -> tuple[Engine, LoadedScorer]:
+    """The generator first: value models take what it leaves of a device. Where one does not start, neither is left."""
+    if any(device.startswith("cuda") for device in plan.value_devices):
         devices.use_expandable_segments()
-    free, _ = devices.memory_of(plan.value_device)
+    free = {device: devices.memory_of(device)[0] for device in plan.memory_devices}
     engine = loaders.engine(args, plan)
     try:
         check_context_length(args, plan, engine)
         files.meta["engine"] = described = engine.describe()
-        where = memory_plan.elsewhere(plan.engine, plan.device, plan.value_device, described)
-        scorer = loaders.scorer(
-            args, plan, memory_plan.EngineMemory(free, devices.memory_of(plan.value_device)[0], described, where)
-        )
+        memory = {}
+        for device, before in free.items():
+            where = elsewhere(plan.engine, plan.device, device, described)
+            memory[device] = EngineMemory(before, devices.memory_of(device)[0], described, where)
+        scorer = loaders.scorer(args, plan, memory)
+        files.meta["value_engine"] = scorer.describe()
     except BaseException:
         asyncio.run(engine.close())
         raise
-    total = len(plan.problems) * args.num_repetitions
+    return engine, scorer
+
+
+def search_problems(
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
+) -> None:
+    """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
+    engine, scorer = start_models(args, plan, files, loaders)
+    total = len(plan.own_prompts) * args.num_repetitions
     logger.info(
         "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
-        benchmark_name(args.benchmark), len(plan.problems), args.num_repetitions, args.search_type, plan.config.num_beams,
+        benchmark_name(args.benchmark) + (f", shard {args.shard}" if args.shard else ""), len(plan.own_prompts),
+        args.num_repetitions, args.search_type, plan.config.num_beams,
         plan.config.beam_width, plan.config.block_size, plan.config.max_length, plan.engine,
     )  # fmt: skip
     if files.finished or files.rounds:
@@ -274,10 +209,13 @@ def search_problems(
 
     async def run() -> None:
         try:
-            await runner.run(plan.prompts, args.num_repetitions, args.batch_size)
+            await scorer.check()
+            await runner.run(plan.own_prompts, args.num_repetitions, args.batch_size)
         finally:
-            await engine.close()
-            scorer.close()
+            try:
+                await engine.close()
+            finally:
+                await scorer.close()
 
     asyncio.run(run_until_signal(run()))
 
@@ -309,18 +247,21 @@ def start_tracker(args: argparse.Namespace, files: RunFiles, loaders: Loaders) -
 
 def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
     """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
-    lines = list(files.finished.values())
-    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), files.meta["num_problems"])
+    lines, shard = list(files.finished.values()), shard_of(args)
+    problems = (shard or WHOLE).count_of(files.meta["num_problems"])
+    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), problems)
     sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
     seconds = sum(session["seconds"] for session in files.meta["sessions"])
+    part = f"shard {shard}, {problems} of {files.meta['num_problems']} problems:\n" if shard else ""
     print(
-        f"{format_table(rows)}\n\n"
+        f"{part}{format_table(rows)}\n\n"
         f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
         f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
-        f"written to {files.paths.results}; tables, plots and a page to look inside: python report.py {files.paths.results}",
+        f"written to {files.paths.results}; tables{' of all shards' if shard else ''}, plots and a page to look inside: "
+        f"python report.py {args.output_path}",
         flush=True,
     )
-    name = benchmark_name(args.benchmark)
+    name = (f"shard_{shard.index}/" if shard else "") + benchmark_name(args.benchmark)
     tracker.log_configs(files.meta)
     for row in rows:
         known = {key: value for key, value in row.items() if value is not None}
@@ -332,12 +273,14 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
     set_up_logging()
     enable_fast_transfers()
     args = parse_args(argv, __doc__)
-    paths = check_output_path(args.output_path)
+    paths = check_output_path(args.output_path, shard_of(args))
+    others = check_beside(args.output_path, shard_of(args))
     plan = make_plan(args, loaders.tokenizer)
-    begin, total = time.perf_counter(), len(plan.problems) * args.num_repetitions
+    begin, total, meta = time.perf_counter(), len(plan.own_prompts) * args.num_repetitions, make_meta(args, plan)
+    check_same_shards(others, meta)
     finished: Sized = ()
     try:
-        with RunFiles(paths, make_meta(args, plan)) as files, Grader() as grader:
+        with RunFiles(paths, meta) as files, Grader() as grader:
             finished = files.finished
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:

@@ -6,6 +6,8 @@
     python report.py runs/vgs.jsonl --out report
     # several runs: each is compared with the first one, paired by problem
     python report.py runs/vgs.jsonl runs/bon.jsonl --out report
+    # the same, renewed while the run goes on; an open page stays where it is
+    python report.py runs/vgs.jsonl --out report --watch
     # a file of the released code
     python report.py inference_outputs.jsonl --num_blocks 8 --out report \\
         --tokenizer deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
@@ -18,7 +20,7 @@ network.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,7 @@ from report_lib.page import Decode, PageWriter
 from report_lib.problem import ProblemView
 from report_lib.regrade import regrade
 from report_lib.tables import all_tables, terminal_text, write_tables
-
-Draw = Callable[[Path, Sequence[Analysis]], list[dict[str, Any]]]  # `write_plots`
+from report_lib.watch import Draw, draw_aside, watch
 
 
 def parse_args(argv: Sequence[str] | None):
@@ -49,11 +50,14 @@ def parse_args(argv: Sequence[str] | None):
     )
     add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
     add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
+    add("--watch", action="store_true", help="renew the report in --out while the runs go on; Ctrl-C ends it")
     args = parser.parse_args(argv)
     if args.num_blocks is not None and args.num_blocks < 1:
         raise UserError(f"--num_blocks is {args.num_blocks}; it must be at least 1")
     if args.regrade and (len(args.runs) > 1 or args.out):
         raise UserError("--regrade takes one run and no --out; report the new file afterwards")
+    if args.watch and not args.out:
+        raise UserError("--watch renews a page; give its folder by --out")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; give a folder")
     return args
@@ -83,20 +87,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.regrade:
             show(regrade(args.runs[0], args.regrade))
             return 0
-        names = run_names(args.runs)
-        runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
-        for other in runs[1:]:
-            common_problems(runs[0], other)
+        runs = [] if args.watch else read_runs(args)
         decode = load_decoder(args.tokenizer)
         if args.out:
             from report_lib.plots import write_plots  # imports matplotlib, which takes a second
 
-            show(write_report(args.out, runs, decode, write_plots))
+            if args.watch:
+                write = partial(write_report, args.out, decode=decode, draw=draw_aside(write_plots))
+                show(watch(args.runs, args.out, partial(read_runs, args), write))
+            else:
+                show(write_report(args.out, runs, decode, write_plots))
         else:
             show(terminal_text(*analyse_all(runs)))
     except OSError as error:
         raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
     return 0
+
+
+def read_runs(args: Any) -> list[RunRecord]:
+    """All runs, each of which shares problems with the first."""
+    names = run_names(args.runs)
+    runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
+    for other in runs[1:]:
+        common_problems(runs[0], other)
+    return runs
 
 
 def analyse_all(
@@ -120,9 +134,12 @@ def analyse_all(
     return analyses, [compare(analyses[0], other) for other in analyses[1:]]
 
 
-def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw) -> str:
-    """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole."""
-    page = PageWriter(folder, decode)
+def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw, live: int = 0) -> str:
+    """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole.
+
+    live: version of a page that will be renewed.
+    """
+    page = PageWriter(folder, decode, live)
     try:
         analyses, comparisons = analyse_all(runs, page)
         write_tables(folder, analyses, comparisons)

@@ -211,9 +211,9 @@ def check_positions(generator: ModelInfo, value: ModelInfo, longest_prompt: int,
             )
 
 
-def check_value_cache(cache_gb: float | str, info: ModelInfo, dtype: str, trace: int) -> None:
-    """The cache must hold one whole trace and a working copy of it."""
-    needed = 2 * trace * info.kv_bytes(2 if dtype == "bf16" else 4) / 1e9
+def check_value_cache(cache_gb: float | str, info: ModelInfo, dtype: str, trace: int, models: int = 1) -> None:
+    """The cache must hold one whole trace and a working copy of it, for each of the `models` that share it."""
+    needed = models * 2 * trace * info.kv_bytes(2 if dtype == "bf16" else 4) / 1e9
     if cache_gb != "auto" and float(cache_gb) < needed:
         raise UserError(
             f"--value_cache_gb {cache_gb} cannot hold one trace of {trace} tokens and a working copy; give at least "

@@ -4,20 +4,27 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from engine_lib.base import Engine, EngineConfig
+from engine_lib.value_base import ValueConfig, ValueEngine
 
 logger = logging.getLogger(__name__)
 
 
-def _late(module: str, engine: str) -> Callable[[EngineConfig], Engine]:
+def _late(module: str, engine: str) -> Callable[[Any], Any]:
     return lambda config: getattr(importlib.import_module(module), engine)(config)
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "sglang": _late("engine_lib.sglang_local", "SGLangEngine"),
     "sglang-server": _late("engine_lib.sglang_remote", "SGLangServerEngine"),
     "transformers": _late("engine_lib.transformers_engine", "TransformersEngine"),
+}
+# Of value models that are not run in this process's own threads.
+VALUE_ENGINES: dict[str, Callable[[ValueConfig], ValueEngine]] = {
+    "sglang": _late("engine_lib.sglang_value_local", "SGLangValueEngine"),
+    "sglang-server": _late("engine_lib.sglang_value_remote", "SGLangValueServers"),
 }
 
 
@@ -45,3 +52,9 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
     if name != "transformers" and config.samples and not (config.deterministic or config.seeded):
         logger.warning("engine: SGLang ignores seeds without --seeded: a second run will sample other tokens")
     return ENGINES[name](config)
+
+
+def make_value_engine(name: str, config: ValueConfig) -> ValueEngine:
+    """The served value model of that name. Raises UserError for settings that cannot be and for another model,
+    EngineError where it does not start."""
+    return VALUE_ENGINES[name](config)

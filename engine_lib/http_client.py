@@ -25,11 +25,16 @@ def keep_alive_options() -> list[tuple[int, int, int]]:
     return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *times]
 
 
+def authorization() -> dict[str, str]:
+    """With the key that the servers were started with (`--api-key`), where they were."""
+    key = os.environ.get("SGLANG_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def make_client() -> httpx.AsyncClient:
     """With a connection for each request that runs, kept for the next one, whatever the number of servers."""
-    key = os.environ.get("SGLANG_API_KEY")  # that the servers were started with (`--api-key`), where they were
     return httpx.AsyncClient(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
+        headers=authorization(),
         trust_env=False,  # proxies are for the world outside; these are machines of ours
         timeout=httpx.Timeout(None, connect=10.0),
         transport=ManyPools(),

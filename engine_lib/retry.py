@@ -1,10 +1,13 @@
-"""What is done where a generator fails on a request: the same for a search and for the collection of roll-outs."""
+"""What is done where an engine fails on a request: the same for a search, for the collection of roll-outs, and for values."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from engine_lib.base import Reply
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,37 @@ async def ask_until_whole(
 ) -> list[Reply]:
     """Replies to requests 0 .. len(limits) - 1, of which `ask(numbers)` sends some; those that are not whole (aborted,
     or short) are sent again. limits: most new tokens of each. Raises RequestsFailed."""
-    replies: dict[int, Reply] = {}
-    missing, failures = list(range(len(limits))), 0
+
+    def fault(i: int, reply: Reply) -> str:
+        if is_whole(reply, limits[i]):
+            return ""
+        return f"asked for {limits[i]} tokens; got {reply.finish_reason} after {len(reply.token_ids)} tokens"
+
+    return await ask_again(ask, len(limits), fault, "the generator", policy, sleep)
+
+
+async def ask_again(
+    ask: Callable[[list[int]], Awaitable[Sequence[T]]],
+    count: int,
+    fault: Callable[[int, T], str],
+    who: str,
+    policy: RetryPolicy,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> list[T]:
+    """Replies to requests 0 .. count - 1, of which `ask(numbers)` sends some, again where `fault(number, reply)` says
+    what is wrong with a reply. Raises RequestsFailed, which says that `who` failed."""
+    replies: dict[int, T] = {}
+    missing, failures = list(range(count)), 0
     while missing:
         if failures:
             await sleep(policy.pause(failures))
         replies |= zip(missing, await ask(missing), strict=True)
-        missing = [i for i in missing if not is_whole(replies[i], limits[i])]
+        how = {i: said for i in missing if (said := fault(i, replies[i]))}
+        missing = list(how)
         failures += 1
         if missing and failures == policy.attempts:
-            how = {
-                f"asked for {limits[i]} tokens; got {replies[i].finish_reason} after {len(replies[i].token_ids)} tokens"
-                for i in missing
-            }
-            raise RequestsFailed(f"the generator failed {failures} times ({'; '.join(sorted(how)[:3])})")
-    return [replies[i] for i in range(len(limits))]
+            raise RequestsFailed(f"{who} failed {failures} times ({'; '.join(sorted(set(how.values()))[:3])})")
+    return [replies[i] for i in range(count)]
 
 
 def is_whole(reply: Reply, limit: int) -> bool:

@@ -96,8 +96,8 @@ class ServerInfo:
     speculative: str | None
 
 
-def read_reply(request: Request, response: httpx.Response) -> Reply:
-    """The reply of one `/generate`. Raises ServerLost, TryFailed, or EngineError for what no second try can mend."""
+def check_status(response: httpx.Response) -> None:
+    """Raises ServerLost, TryFailed, or EngineError for what no second try can mend, where it is not 200."""
     status = response.status_code
     if status == 503:  # starting, ending, or a router without servers
         raise ServerLost(f"503: {message_of(response)}")
@@ -105,6 +105,11 @@ def read_reply(request: Request, response: httpx.Response) -> Reply:
         raise TryFailed(f"{status}: {message_of(response)}")
     if status != 200:
         raise EngineError(f"{response.url} refused a request ({status}): {message_of(response)}")
+
+
+def read_reply(request: Request, response: httpx.Response) -> Reply:
+    """The reply of one `/generate`. Raises as `check_status` does."""
+    check_status(response)
     try:
         return to_reply(request, response.json())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -143,26 +148,31 @@ def same_model(served: str, path: Path) -> bool:
     return f"models--{served.replace('/', '--')}" in path.resolve().parts  # the hub's cache
 
 
-def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:
-    """Keyword arguments of `sgl.Engine`: ours, then those of --sglang_args, which may change any. `command_line` makes
-    the parser of sglang's own flags. Raises UserError."""
-    on_gpu = config.device.startswith("cuda")
-    settings: dict[str, Any] = {
-        "model_path": config.model_path,
+def base_settings(model_path: str, device: str, dtype: str) -> dict[str, Any]:
+    """Keyword arguments of `sgl.Engine` for any model, on cpu or cuda:N, in "bf16" or "fp32"."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "model_path": model_path,
         "skip_tokenizer_init": True,
         "device": "cuda" if on_gpu else "cpu",
-        "base_gpu_id": int(config.device.partition(":")[2] or 0),
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "base_gpu_id": int(device.partition(":")[2] or 0),
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        "log_level": "error",
+    } | ({} if on_gpu else CPU_SETTINGS)
+
+
+def engine_settings(config: EngineConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:
+    """Keyword arguments of `sgl.Engine` for a generator: ours, then those of --sglang_args, which may change any.
+    `command_line` makes the parser of sglang's own flags. Raises UserError."""
+    on_gpu = config.device.startswith("cuda")
+    settings = base_settings(config.model_path, config.device, "bf16" if on_gpu else "fp32") | {
         "mem_fraction_static": config.gpu_share,
         "random_seed": config.seed % (1 << 31),
-        "log_level": "error",
         "enable_deterministic_inference": config.deterministic,
         "enable_custom_logit_processor": config.seeded,
     }
-    if not on_gpu:
-        settings |= CPU_SETTINGS
-        if config.deterministic:
-            raise UserError("--deterministic needs a GPU: SGLang's deterministic inference has no attention for a CPU")
+    if config.deterministic and not on_gpu:
+        raise UserError("--deterministic needs a GPU: SGLang's deterministic inference has no attention for a CPU")
     graphs = on_gpu and config.requests_at_once > 0
     parser = command_line() if config.sglang_args or graphs else argparse.ArgumentParser()
     given = parse_sglang_args(config.sglang_args, parser)
@@ -197,21 +207,23 @@ def data_parallel_ranks(settings: Mapping[str, Any]) -> int:
     return int(settings.get("dp_size") or 1) * int(settings.get("attn_dp_size") or 1)
 
 
-def parse_sglang_args(items: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """`KEY=VALUE` strings as keyword arguments, each read as the parser would. Raises UserError."""
+def parse_sglang_args(
+    items: Sequence[str], parser: argparse.ArgumentParser, flag: str = "--sglang_args"
+) -> dict[str, Any]:
+    """`KEY=VALUE` strings of `flag` as keyword arguments, each read as the parser would. Raises UserError."""
     actions, settings = {action.dest: action for action in parser._actions}, {}
     for item in items:
         key, equals, text = item.partition("=")
         key = key.removeprefix("--").replace("-", "_")
         if not equals:
-            raise UserError(f"--sglang_args {item!r} has no '='; give KEY=VALUE, tp_size=2 say")
+            raise UserError(f"{flag} {item!r} has no '='; give KEY=VALUE, tp_size=2 say")
         if key not in actions:
             nearest = difflib.get_close_matches(key, actions, n=1, cutoff=0)
-            raise UserError(f"--sglang_args {key!r} is no setting of SGLang's server; the nearest is {nearest[0]!r}")
+            raise UserError(f"{flag} {key!r} is no setting of SGLang's server; the nearest is {nearest[0]!r}")
         try:
             settings[key] = _read_value(parser, actions[key], text)
         except Exception as error:  # a type function may raise anything; argparse expects ValueError and its own
-            raise UserError(f"--sglang_args {key}={text!r} cannot be read: {error}") from error
+            raise UserError(f"{flag} {key}={text!r} cannot be read: {error}") from error
     return settings
 
 

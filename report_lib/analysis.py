@@ -17,7 +17,7 @@ from search_lib.run_reader import Journal
 
 def analyse(run: RunRecord, grader: Grader, show: Callable[[ProblemView], None] = lambda view: None) -> "Analysis":
     """Read the run's journal once. `show` is called with every problem, and must not keep what it is given."""
-    journal = Journal(run.journal_path)
+    journal = Journal(*run.journal_paths)
     analysis = Analysis(run, journal)
     for data_idx in sorted(run.by_problem.keys() | journal.searches.keys()):
         view = problem_view(run, journal, data_idx, grader)
@@ -40,7 +40,7 @@ class Analysis:
         self.notes = [*run.notes, *journal.notes]
         if not self.has_journal:
             lost = "no trees, no rejected candidates, no values inside a trace"
-            self.notes.append(f"{run.name}: no journal ({journal.path.name}): {lost}")
+            self.notes.append(f"{run.name}: no journal ({run.journal_paths[0].name}): {lost}")
         self.problems: list[dict[str, Any]] = []
         self.tokens_generated = 0  # of all searches, unfinished ones too; without a journal not known
         self._sees_rejected = self.has_journal and run.prunes is not False
@@ -86,8 +86,7 @@ class Analysis:
         if run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"
             self.notes.append(f"{run.name}: no FLOPs ({needs})")
-        planned = run.meta["num_problems"] if run.meta else None
-        self.rows = summarize(run.lines, run.num_blocks, self._classes, planned)
+        self.rows = summarize(run.lines, run.num_blocks, self._classes, run.num_problems)
         for row in self.rows:
             for key in (*COST_KEYS, "flops"):
                 row[key] = self.flops[key] * row["pooled"] if self.flops else None

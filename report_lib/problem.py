@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,9 @@ def problem_view(run: RunRecord, journal: Journal, data_idx: int, grader: Grader
     searches = []
     for repeat_idx in sorted(lines.keys() | recorded.keys()):
         line, in_journal = lines.get(repeat_idx), repeat_idx in recorded
-        tree, text = journal.read(data_idx, repeat_idx) if in_journal else tree_of_line(run, lines[repeat_idx])
+        tree, text = journal.read(data_idx, repeat_idx) if in_journal else tree_of_line(lines[repeat_idx])
         if line and in_journal:
-            check_same_search(run, line, tree)
+            check_same_search(journal.path_of(data_idx), line, tree)
         grades = grade_finished(tree, text, line, gold, grader)
         searches.append(SearchView(repeat_idx, line, tree, text, in_journal, grades, []))
     beams = [[s.grades[node][0] if node in s.grades else "" for node in s.tree.beams] for s in searches]
@@ -68,24 +69,24 @@ def problem_view(run: RunRecord, journal: Journal, data_idx: int, grader: Grader
     return ProblemView(data_idx, searches)
 
 
-def tree_of_line(run: RunRecord, line: dict[str, Any]) -> tuple[Tree, list[str]]:
+def tree_of_line(line: dict[str, Any]) -> tuple[Tree, list[str]]:
     """A tree of one round for a search of which only the output line is known: the final beams, under the prompt."""
     beams = len(line["reward"])
     finish = line.get("finish_reasons") or ["end"] * beams
-    ids = read_token_ids(run.path, line)
+    ids = read_token_ids(line)
     tree = Tree([], beams)
     seconds = line.get("seconds_generate", 0.0), line.get("seconds_score", 0.0)
     tree.add(Round(0, [ROOT] * beams, ids, line["generated_scores"], [True] * beams, finish, *seconds))
     return tree, [""] * (beams + 1)
 
 
-def check_same_search(run: RunRecord, line: dict[str, Any], tree: Tree) -> None:
+def check_same_search(journal_path: Path, line: dict[str, Any], tree: Tree) -> None:
     """Raises UserError where a journal is not of the same run as the output file."""
     lengths = [tree.end(node) for node in tree.beams]
     if tree.open_slots or lengths != line["lengths"]:
         raise UserError(
-            f"{run.journal_path}: problem {line['data_idx']}, repetition {line['repeat_idx']} ends with beams of "
-            f"{lengths} tokens, in {run.path.name} with {line['lengths']}; the journal is of another run, or not whole: "
+            f"{journal_path}: problem {line['data_idx']}, repetition {line['repeat_idx']} ends with beams of "
+            f"{lengths} tokens, in {line['path'].name} with {line['lengths']}; the journal is of another run, or not whole: "
             "restore it or move it away"
         )
 

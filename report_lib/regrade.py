@@ -10,6 +10,7 @@ from eval_lib.grading import Grader
 from report_lib.data import read_run, run_names
 from report_lib.problem import trace_answer
 from search_lib.run_reader import Journal, RunPaths
+from search_lib.run_shards import find_shards
 
 MOST_TOLD = 20  # changes that are listed one by one
 
@@ -22,7 +23,7 @@ def regrade(source: Path, target: Path) -> str:
     """
     check_target(source, target)
     run = read_run(source, run_names([source])[0])
-    journal = Journal(run.journal_path)
+    journal = Journal(*run.journal_paths)
     changes: list[str] = []
     now_right = 0
 
@@ -43,7 +44,7 @@ def regrade(source: Path, target: Path) -> str:
                 text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
                 out.write(text.encode("utf-8", "surrogatepass") + b"\n")
         if run.meta is not None:  # before the run's own file, which without it would look like the released code's
-            meta = run.meta | {"regraded_from": source.name, "journal": run.journal_path.name}
+            meta = run.meta | {"regraded_from": source.name, "journal": run.journal_paths[0].name}
             write_json(RunPaths.of(target).meta, meta, ensure_ascii=True)
 
     write_whole(target, write)
@@ -56,6 +57,10 @@ def regrade(source: Path, target: Path) -> str:
 
 
 def check_target(source: Path, target: Path) -> None:
+    if shards := find_shards(source):
+        shard, paths = next(iter(shards.items()))
+        new = RunPaths.of(target, shard).results.name
+        raise UserError(f"--regrade takes shards one by one: {paths.results} into {new}, and so on")
     if target.exists() or RunPaths.of(target).meta.exists():
         raise UserError(f"--regrade {target} exists; samples and earlier grades are never overwritten, give a new name")
     if not target.name.endswith(".jsonl") or target.name.endswith(".tree.jsonl"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common_lib.files import write_text
 from eval_lib.summary import METRICS, budget_table, run_tables
 from eval_lib.tables import Table, as_csv, as_markdown, as_text, number, percent, printable, short
 from report_lib.analysis import Analysis
@@ -162,4 +163,4 @@ def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: list[d
         "table.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
     }
     for name, text in written.items():
-        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(folder / name, text)

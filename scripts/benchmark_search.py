@@ -118,7 +118,7 @@ async def this_search(bench: Bench) -> None:
         tasks = [SearchTask(i, 0, prompt) for i, prompt in enumerate(bench.prompts)]
         await run_bounded(tasks, one, len(tasks))
     finally:
-        scorer.close()
+        await scorer.close()
 
 
 async def lock_step(bench: Bench) -> None:

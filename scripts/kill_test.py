@@ -2,6 +2,7 @@
 
     python scripts/kill_test.py --times 100                      # search, simulated generator and scorer: byte-identical
     python scripts/kill_test.py --times 20 --engine transformers # search, tiny real models: scores within 1e-6
+    python scripts/kill_test.py --shards 4 --times 10            # four shards, two killed: lines and report of one run
     python scripts/kill_test.py --train --times 20               # training: losses bit-identical
 
 A search is killed one to three times a trial. A training run is stopped `--times` times in every way in turn: SIGKILL and
@@ -87,6 +88,11 @@ def command(engine: str, flags: Sequence[str], output: Path) -> list[str]:
     return [sys.executable, str(script), *flags, *more, "--output_path", str(output)]
 
 
+def tolerance(engine: str) -> float:
+    """Of values after a kill: a real model reads what it had read in other batches."""
+    return 0.0 if engine == "simulated" else 1e-6
+
+
 def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path) -> int:
     """Number of trials that failed."""
     flags, rng = make_inputs(folder, problems), random.Random(seed)
@@ -103,7 +109,7 @@ def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path)
             for _ in range(rng.randint(1, 3)):
                 kills += stop_when(after_growth(journal, rng.uniform(0, 0.6) * searching), cmd)
             run_to_end(cmd)
-            compare(output, reference, 0.0 if engine == "simulated" else 1e-6)
+            compare(output, reference, tolerance(engine))
             result = "equal"
         except ValueError as error:
             failed += 1
@@ -155,6 +161,66 @@ def compare(output: Path, reference: Path, tolerance: float) -> None:
     worst = max(abs(a - b) for a, b in zip(scores, expected_scores, strict=True))
     if worst > tolerance:
         raise ValueError(f"scores differ by {worst:.2e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search in shards
+
+# What of a report's numbers depends on time or on what had to be read again.
+FREE_NUMBERS = FREE_KEYS | {"run", "path", "notes", "seconds", "wall_clock_seconds", "tokens_per_second", "flops_score",
+                            "flops_prefill", "flops"}  # fmt: skip
+
+
+def shard_trials(times: int, engine: str, problems: int, shards: int, seed: int, folder: Path) -> int:
+    """Number of trials that failed: all shards of a run, two of which are killed and go on, against one process."""
+    flags, rng = make_inputs(folder, problems), random.Random(seed)
+    reference = folder / "reference.jsonl"
+    run_to_end(command(engine, flags, reference))
+    searching = json.loads((folder / "reference.meta.json").read_text())["sessions"][0]["seconds"]
+    expected, failed, kills = report_numbers(reference), 0, 0
+    for trial in range(times):
+        output, killed = folder / f"trial{trial}.jsonl", rng.sample(range(shards), min(2, shards))
+        try:
+            for index in range(shards):
+                part = output.with_name(f"trial{trial}.shard-{index}-of-{shards}.tree.jsonl")
+                cmd = [*command(engine, flags, output), "--shard", f"{index}/{shards}"]
+                if index in killed:
+                    kills += stop_when(after_growth(part, rng.uniform(0, 0.6) * searching / shards), cmd)
+                run_to_end(cmd)
+            compare(joined(output, shards), reference, tolerance(engine))
+            if report_numbers(output) != expected:
+                raise ValueError("the report differs")
+            result = "equal"
+        except ValueError as error:
+            result, failed = f"DIFFERENT: {error}", failed + 1
+        print(f"trial {trial + 1}/{times}: shards {' and '.join(map(str, killed))} killed, {result}", flush=True)
+    print(f"{times} trials of {shards} shards, {kills} kills, {failed} failed (seed {seed}, {engine} engine)")
+    return failed
+
+
+def joined(output: Path, shards: int) -> Path:
+    """The files of all shards as those of one run."""
+    whole = output.with_name(f"joined-{output.name}")
+    for ending in (".jsonl", ".tree.jsonl"):
+        parts = [output.with_name(f"{output.stem}.shard-{index}-of-{shards}{ending}") for index in range(shards)]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        if ending == ".jsonl":
+            lines.sort(key=lambda line: json.loads(line)["global_idx"])
+        whole.with_name(whole.stem + ending).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return whole
+
+
+def report_numbers(output: Path) -> object:
+    """table.json of the run's report, without what may differ."""
+    folder = output.with_suffix(".report")
+    run_to_end([sys.executable, str(ROOT / "report.py"), str(output), "--out", str(folder)])
+
+    def fixed(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: fixed(item) for key, item in value.items() if key not in FREE_NUMBERS}
+        return [fixed(item) for item in value] if isinstance(value, list) else value
+
+    return fixed(json.loads((folder / "table.json").read_text(encoding="utf-8")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,11 +312,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=10, help="trials, or stops of training")
     parser.add_argument("--engine", choices=("simulated", "transformers"), default="simulated")
     parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="search in N shards, two of which are killed once"
+    )
     parser.add_argument("--train", action="store_true", help="training in the place of a search")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
+        if args.shards > 1:
+            return (
+                1 if shard_trials(args.times, args.engine, args.problems, args.shards, args.seed, Path(folder)) else 0
+            )
         if not args.train:
             return 1 if kill_trials(args.times, args.engine, args.problems, args.seed, Path(folder)) else 0
         try:

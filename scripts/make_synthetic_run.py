@@ -97,7 +97,7 @@ def make_synthetic_run(path: Path, options: Options) -> None:
         progress = SearchProgress(files.finished, len(prompts) * options.repetitions, options.config())
         runner = SearchRunner(models.generate, models, options.config(), files, rows, progress)
         # A few at once: lines of different searches interleave. In virtual time: it takes as long as the work.
-        run_virtual(runner.run(prompts, options.repetitions, batch_size=4))
+        run_virtual(runner.run(dict(enumerate(prompts)), options.repetitions, batch_size=4))
         files.sort_results()
         files.note_session(14_400.0, "none (synthetic)")
     if options.released:

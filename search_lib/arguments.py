@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from common_lib import tracking
 from common_lib.cli import ArgumentParser, UserError, check_rules
 from common_lib.devices import check_device_name
-from engine_lib.arguments import add_engine_flags, add_sampling_flags, engine_rules, resolve_engine
+from common_lib.shards import Shard
+from engine_lib.arguments import add_engine_flags, add_sampling_flags, check_url, engine_rules, resolve_engine
+from engine_lib.choose import VALUE_ENGINES
 from search_lib.tree import SELECTIONS, parse_search_type
 
 
@@ -22,10 +24,38 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     parse_search_type(args.search_type, args.num_blocks, args.block_size, args.max_length)
     read_auto(args, "value_cache_gb", float, "a number of GB")
     read_auto(args, "value_batch_tokens", int, "a whole number of tokens")
+    if args.shard is not None:
+        args.shard = str(Shard.parse(args.shard, "--shard"))
     resolve_engine(args)
-    check_device_name(args.value_device, "--value_device")
+    resolve_value_engine(args)
     args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
     return args
+
+
+def resolve_value_engine(args: argparse.Namespace) -> None:
+    """Checks the flags of value models against each other. Raises UserError."""
+    for name in args.value_device:
+        check_device_name(name, "--value_device")
+    for url in args.value_url:
+        check_url(url, "--value_url")
+    kind = args.value_engine
+    if args.value_url and kind != "sglang-server":
+        raise UserError(f"--value_url needs --value_engine sglang-server, not {kind}")
+    if kind == "sglang-server" and not args.value_url:
+        raise UserError(
+            "--value_engine sglang-server needs --value_url http://HOST:PORT of a server of the value model"
+        )
+    if args.value_sglang_args and kind == "sglang-server":
+        raise UserError(
+            "--value_sglang_args are for --value_engine sglang; give them to the servers where those are started"
+        )
+    if args.value_sglang_args and kind == "local":
+        raise UserError("--value_sglang_args need --value_engine sglang, not local")
+    if len(args.value_device) > 1 and kind != "local":
+        raise UserError(
+            f"--value_device {' '.join(args.value_device)}: --value_engine {kind} takes one device; for several give "
+            "--value_sglang_args tp_size=2 (one model on two), or a server each and --value_engine sglang-server"
+        )
 
 
 def read_auto(args: argparse.Namespace, name: str, kind: Callable[[str], float], words: str) -> None:
@@ -53,6 +83,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag("--max_problems", type=int, help="only the first that many problems (default: all)")
     flag("--output_path", default="inference_outputs.jsonl", help="results; .meta.json and .tree.jsonl lie beside it")
     flag("--num_repetitions", type=int, default=1, help="independent searches of each problem, any number; may grow later")
+    flag("--shard", metavar="I/N",
+         help="search only the problems with data_idx %% N == I (I from 0), all their repetitions, and write X.shard-I-of-N.jsonl; "
+              "report.py X.jsonl reads all of them as one run")
     flag("--seed", type=int, default=1337, help="decides every sampled token, as far as the engine is deterministic")
 
     flag = parser.add_argument_group("search").add_argument
@@ -73,13 +106,22 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("value model").add_argument
     flag("--classifier_ckpt_path", default="VGS-AI/DeepSeek-VM-1.5B", help="folder or hub name")
-    flag("--value_device", default="auto", help="auto: the same as --device")
+    flag("--value_engine", choices=("local", *VALUE_ENGINES), default="local",
+         help="local: in threads of this process; sglang: SGLang in this process, beside the generator; sglang-server: servers "
+              "started by python -m engine_lib.value_server. A run that was begun with local values goes on with local ones")
+    flag("--value_device", nargs="+", default=["auto"], metavar="DEVICE",
+         help="one, or of local value models several, each with a model and a cache of its own: cuda:1 cuda:2, say; auto: the "
+              "same as --device (default: auto)")
+    flag("--value_url", action="append", default=[], metavar="URL",
+         help="a server of the value model, or a router; repeat for several")
+    flag("--value_sglang_args", nargs="+", default=[], metavar="KEY=VALUE",
+         help="passed to the SGLang engine of the value model: mem_fraction_static=0.7 chunked_prefill_size=2048 ...")
     flag("--value_dtype", choices=("auto", "bf16", "fp32"), default="auto",
-         help="auto: bf16 on a GPU, fp32 on a CPU. In bf16 a value's last bits depend on what it was batched with, so "
-              "--batch_size, --value_cache_gb, --value_batch_tokens and --attention_impl may change results; fp32 values do "
-              "not depend on it")
+         help="auto: bf16 on a GPU, fp32 on a CPU; servers must compute in it. In bf16 a value's last bits depend on what it was "
+              "batched with, so --batch_size, --value_cache_gb, --value_batch_tokens and --attention_impl may change results; "
+              "fp32 values do not depend on it")
     flag("--value_cache_gb", default="auto",
-         help="bound on its caches and activations together, in GB; auto: the GPU memory that is free once the engine and "
+         help="bound on its caches and activations together, in GB a device; auto: the GPU memory that is free once the engine and "
               "the value model are loaded, less 5%% of the card (half of that beside --engine transformers on the same "
               "GPU); 25%% of the free RAM on a CPU. In bf16 it may change results")
     flag("--value_batch_tokens", default="auto",

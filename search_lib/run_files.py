@@ -12,15 +12,18 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common_lib.cli import UserError
 from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
+from common_lib.shards import Shard
 from engine_lib.arguments import FREE_ARGUMENTS as ENGINE_ARGUMENTS
 from engine_lib.arguments import LATER_ARGUMENTS
 from search_lib.run_reader import FORMAT as FORMAT
 from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
+from search_lib.run_shards import whole_run
 from search_lib.tree import Round, SearchTask
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,8 @@ logger = logging.getLogger(__name__)
 # Flags that change where and how fast a run goes, not what comes out; every other one must stay as it was.
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
     "batch_size", "value_device", "value_cache_gb", "value_batch_tokens", "tracker", "neptune_project", "num_repetitions",
-    "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "value_dtype",
+    "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "value_dtype", "value_engine", "value_url",
+    "value_sglang_args",
 }  # fmt: skip
 
 # In bf16 the last bits of a value depend on what it was batched with and how, so with such values these of the free ones can
@@ -36,11 +40,12 @@ FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
 ROUNDING = ("batch_size", "value_cache_gb", "value_batch_tokens", "attention_impl")
 
 
-def check_output_path(output_path: str) -> RunPaths:
-    """Raises UserError for a path that cannot be written, before anything is loaded."""
+def check_output_path(output_path: str, shard: Shard | None = None) -> RunPaths:
+    """Of this shard of the run, if it is one. Raises UserError for a path that cannot be written, before anything is
+    loaded."""
     if not output_path.endswith(".jsonl") or Path(output_path).name == ".jsonl":
         raise UserError(f"--output_path {output_path!r} must be a file name that ends in .jsonl")
-    paths = RunPaths.of(output_path)
+    paths = RunPaths.of(output_path, shard)
     folder = paths.results.parent
     if not folder.is_dir():
         raise UserError(f"--output_path {output_path}: the folder {folder} does not exist; make it first")
@@ -143,7 +148,30 @@ def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
 
 def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths) -> None:
     """Raises UserError naming what differs between an earlier start and this one, if it changes results."""
-    before, after = (LATER_ARGUMENTS | meta["arguments"] for meta in (earlier, now))
+    differences = run_differences(earlier, now)
+    had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
+    if has < had:
+        differences.append(f"--num_repetitions was {had} and is {has} (it may only grow)")
+    if differences:
+        raise UserError(
+            f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
+            "earlier settings to go on"
+        )
+
+
+def check_same_shards(others: Mapping[RunPaths, dict[str, Any]], now: dict[str, Any]) -> None:
+    """Raises UserError where other shards of this run (their settings by their files) have other settings."""
+    for paths, meta in others.items():
+        if differences := run_differences(whole_run(meta), whole_run(now)):
+            raise UserError(
+                f"{paths.results} is a shard of another configuration: {'; '.join(differences)}. Give all shards the same "
+                "settings, or another --output_path"
+            )
+
+
+def run_differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what differs between the settings of two starts and changes results."""
+    before, after = ({**LATER_ARGUMENTS, "shard": None} | meta["arguments"] for meta in (earlier, now))
     differences = [
         f"--{name} was {was!r} and is {after.get(name)!r}"
         for name, was in before.items()
@@ -157,21 +185,13 @@ def check_same_run(earlier: dict[str, Any], now: dict[str, Any], paths: RunPaths
         "the value model's weights differ": lambda meta: meta.get("value_model", {}).get("fingerprint"),
         numerics: lambda meta: _numerics(meta, by_servers),
     }
-    differences += [words for words, pick in compared.items() if pick(earlier) != pick(now)]
-    had, has = earlier["arguments"]["num_repetitions"], now["arguments"]["num_repetitions"]
-    if has < had:
-        differences.append(f"--num_repetitions was {had} and is {has} (it may only grow)")
-    if differences:
-        raise UserError(
-            f"{paths.results} holds another configuration: {'; '.join(differences)}. Give another --output_path, or the "
-            "earlier settings to go on"
-        )
+    return differences + [words for words, pick in compared.items() if pick(earlier) != pick(now)]
 
 
 def _numerics(meta: dict[str, Any], by_servers: bool) -> dict[str, Any]:
-    """Engine and dtypes. Where servers wrote or are to write, the generator's is theirs: old meta files say that of the
-    client's device."""
-    numerics = meta.get("numerics") or {}
+    """Engines and dtypes. Where servers wrote or are to write, the generator's is theirs: old meta files say that of the
+    client's device. Before there were value engines all values were local."""
+    numerics = {"value_engine": "local"} | (meta.get("numerics") or {})
     return {name: value for name, value in numerics.items() if name != "generator_dtype" or not by_servers}
 
 

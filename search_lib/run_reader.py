@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from common_lib.cli import UserError
 from common_lib.files import read_lines
+from common_lib.shards import Shard
 from search_lib.tree import Round, Tree
 
 FORMAT = 1  # of X.meta.json
@@ -32,8 +33,11 @@ class RunPaths:
     lock: Path
 
     @classmethod
-    def of(cls, output_path: str | Path) -> "RunPaths":
+    def of(cls, output_path: str | Path, shard: Shard | None = None) -> "RunPaths":
+        """shard: that the files are to hold alone."""
         results = Path(output_path)
+        if shard is not None:
+            results = results.with_name(f"{results.name.removesuffix('.jsonl')}{shard.suffix}.jsonl")
         stem = results.name.removesuffix(".jsonl")
         names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f".{stem}.lock")
         return cls(results, *map(results.with_name, names))
@@ -84,7 +88,7 @@ def _parse_lines(path: Path, form: "LineFormat", notes: list[str]) -> Iterator[t
 def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, Any]], list[str]]:
     """All lines of X.jsonl with the keys that are known, checked; and notes on what was left out.
 
-    In place of `generated_ids` a line has `lengths` (tokens, by beam), `offset` (bytes, for `read_token_ids`) and `line`.
+    In place of `generated_ids` a line has `lengths` (tokens, by beam), and where it stands: `path`, `offset` (bytes), `line`.
     num_problems: of the run, None where nothing tells it. Raises UserError, also for lines of several runs.
     """
     lines: list[dict[str, Any]] = []
@@ -95,16 +99,16 @@ def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, A
         unknown |= row.keys() - RESULT.keys
         kept = {key: value for key, value in row.items() if key in RESULT.keys}
         kept |= {"gt_answer": str(row["gt_answer"]), "reward": list(map(bool, row["reward"]))}
-        lines.append(kept | {"lengths": lengths, "offset": offset, "line": number})
+        lines.append(kept | {"lengths": lengths, "path": path, "offset": offset, "line": number})
     if unknown:
         notes.append(f"{path.name}: keys that are not known here were ignored: {', '.join(sorted(unknown)[:8])}")
     _check_one_run(path, lines, num_problems)
     return lines, notes
 
 
-def read_token_ids(path: Path, line: dict[str, Any]) -> list[Sequence[int]]:
-    """The responses of a line of `read_results`, read again from the file: [beams][tokens]."""
-    with path.open("rb") as stream:
+def read_token_ids(line: dict[str, Any]) -> list[Sequence[int]]:
+    """The responses of a line of `read_results`, read again from its file: [beams][tokens]."""
+    with line["path"].open("rb") as stream:
         stream.seek(line["offset"])
         return _compact(json.loads(stream.readline())["generated_ids"])
 
@@ -141,17 +145,28 @@ def _check_one_run(path: Path, lines: list[dict[str, Any]], num_problems: int | 
 
 
 class Journal:
-    """Where the rounds of each search lie in X.tree.jsonl, whose lines interleave: 8 bytes a round are held.
+    """Where the rounds of each search lie in X.tree.jsonl, whose lines interleave: 8 bytes a round are held. Of a run in
+    shards, in those of all of them; a problem is in one.
 
     searches: data_idx -> repeat_idx -> byte offsets of its rounds; empty also where there is no file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, *paths: Path):
         """Read and check every line once. Raises UserError: a broken line, a round that is missing or there twice."""
-        self.path = path
+        self.paths = paths
         self.notes: list[str] = []
         self.searches: dict[int, dict[int, array[int]]] = {}
+        self._path_of: dict[int, Path] = {}
+        for path in paths:
+            self._index(path)
+
+    def path_of(self, data_idx: int) -> Path:
+        return self._path_of[data_idx]
+
+    def _index(self, path: Path) -> None:
         for number, offset, row in _parse_lines(path, ROUND, self.notes) if path.is_file() else ():
+            if self._path_of.setdefault(row["data_idx"], path) != path:
+                raise self._damage(row, f"is in {path.name} too (line {number}); shards of two runs?")
             offsets = self.searches.setdefault(row["data_idx"], {}).setdefault(row["repeat_idx"], array("Q"))
             if row["round"] < len(offsets):
                 raise self._damage(row, f"is there twice (line {number}); journals of two runs in one file?")
@@ -162,7 +177,7 @@ class Journal:
     def read(self, data_idx: int, repeat_idx: int) -> tuple[Tree, list[str]]:
         """The tree as far as it was grown, its ids in 4 bytes each, and the text of each node ('' for the prompt)."""
         tree, text = Tree([], 0), [""]
-        with self.path.open("rb") as stream:
+        with self._path_of[data_idx].open("rb") as stream:
             for offset in self.searches[data_idx][repeat_idx]:
                 stream.seek(offset)
                 row = json.loads(stream.readline())
@@ -178,7 +193,7 @@ class Journal:
 
     def _damage(self, row: dict[str, Any], what: str) -> UserError:
         place = f"round {row['round']} of problem {row['data_idx']}, repetition {row['repeat_idx']}"
-        return UserError(f"{self.path}: {place} {what}; restore the journal, or move it away")
+        return UserError(f"{self._path_of[row['data_idx']]}: {place} {what}; restore the journal, or move it away")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The searches of a run, side by side: each goes on where its journal ends, and is written as it goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common_lib.concurrency import run_bounded
@@ -24,13 +24,13 @@ class SearchRunner:
     rows: ResultRows
     progress: SearchProgress
 
-    async def run(self, prompts: Sequence[Sequence[int]], num_repetitions: int, batch_size: int) -> None:
-        """Search every prompt `num_repetitions` times, at most `batch_size` at once. Raises what ends the run:
-        SearchError, EngineError, OutputError."""
+    async def run(self, prompts: Mapping[int, Sequence[int]], num_repetitions: int, batch_size: int) -> None:
+        """Search every prompt (by data_idx) `num_repetitions` times, at most `batch_size` at once. Raises what ends the
+        run: SearchError, EngineError, OutputError."""
         tasks = [
             SearchTask(data_idx, repeat_idx, tuple(prompt))
             for repeat_idx in range(num_repetitions)
-            for data_idx, prompt in enumerate(prompts)
+            for data_idx, prompt in prompts.items()
             if (data_idx, repeat_idx) not in self.files.finished
         ]
         try:

@@ -7,6 +7,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from engine_lib.value_check import known_traces
+
 INFO = {"model_path": "the-model", "architectures": ["Qwen2ForCausalLM"]}
 SERVER_INFO = {"max_req_input_len": 2042, "max_total_num_tokens": 8192, "version": "0.5.23"}
 
@@ -126,3 +128,52 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self):
         with contextlib.suppress(OSError):
             super().handle()
+
+
+# A server of a value model
+
+VALUE_INFO = {"model_path": "the-value-model", "architectures": ["Qwen2ForClassifier"], "is_generation": False}
+VALUE_VOCABULARY = 264
+
+
+def value_logits(ids: list[int]) -> list[float]:
+    """What the fake value model thinks: a function of the trace."""
+    return [0.0, (sum(ids) % 97) / 40, 0.5]
+
+
+class FakeValueServer(FakeServer):
+    """Answers `/encode`, and `/v1/embeddings` where it has `workers`. `row(ids)` is what it writes for a trace; `script` is
+    not asked about the known sequence. The first `cached` tokens of every trace count as cached."""
+
+    def __init__(self, *args, row=lambda ids: [*value_logits(ids), float(len(ids))], cached: int = 0, **info):
+        self.row, self.cached, self.known = row, cached, 0
+        super().__init__(*args, **({"dtype": "float32"} | info))
+
+    def answer(self, method: str, path: str, body: dict, headers) -> tuple[int, object]:
+        if path == "/model_info" and self.pages == 200 and self.workers is None:
+            return 200, VALUE_INFO | {key: value for key, value in self.info.items() if key in VALUE_INFO}
+        if path != ("/encode" if self.workers is None else "/v1/embeddings"):
+            assert path not in ("/encode", "/v1/embeddings", "/generate")
+            return super().answer(method, path, body, headers)
+        assert self.workers is None or "rid" not in body, "the router answers 422 to a list"
+        traces = body["input_ids" if self.workers is None else "input"]
+        if traces == known_traces(VALUE_VOCABULARY):
+            self.known += 1
+        else:
+            self.bodies.append(body)
+            self.keys.append(headers.get("x-smg-routing-key"))
+            if (answer := self.script(body)) is not None:
+                return answer
+            time.sleep(self.seconds)
+        if not isinstance(traces[0], list):
+            return 200, reply_of(self.row_at(traces, body["token_indices_to_pool"]))
+        replies = [reply_of(self.row(ids)) | {"index": i} for i, ids in enumerate(traces)]
+        return 200, replies if self.workers is None else {"data": replies[::-1]}
+
+    def row_at(self, ids: list[int], positions: list[int]) -> list[float]:
+        rows = [[0.0] * 4 if p < self.cached else [*value_logits(ids[: p + 1]), 1.0] for p in positions]
+        return [*(x for row in rows for x in row), float(len(ids) - self.cached)]
+
+
+def reply_of(row: list[float]) -> dict:
+    return {"embedding": row, "meta_info": {"finish_reason": {"type": "length", "length": 0}}}

@@ -16,12 +16,14 @@ from unittest import mock
 
 import tiny
 import torch
+from fake_value import FakeValueEngine
 
 import classifier_lib
 import inference_eval
 from common_lib import tracking
 from engine_lib import choose
 from engine_lib.base import Reply, Request
+from search_lib import served_scorer
 
 STOP = 256
 TOKENIZER = tiny.tiny_tokenizer()
@@ -59,6 +61,8 @@ class Seen:
     loaded: list[tuple[str, dict]] = field(default_factory=list)  # value models: path, keywords
     moved: list[str] = field(default_factory=list)  # devices that a value model was sent to
     scorers: list[classifier_lib.ValueScorer] = field(default_factory=list)
+    value_engines: list[tuple[str, FakeValueEngine]] = field(default_factory=list)
+    checked: list[object] = field(default_factory=list)  # ValueConfig of served value models
     trackers: list["SpyTracker"] = field(default_factory=list)
     output: Path = Path()
     status: int | None = None
@@ -66,6 +70,10 @@ class Seen:
     @property
     def config(self):
         return self.engines[-1][1]
+
+    @property
+    def value_config(self):
+        return self.value_engines[-1][1].config
 
     @property
     def seeds(self) -> list[int]:
@@ -160,8 +168,15 @@ def watch_value_model(seen: Seen, stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(classifier_lib, "ValueScorer", scorer))
 
 
-def run(argv: list[str], write: Callable = by_seed, fail_after: int | None = None, seen: Seen | None = None):
-    """`main(argv)`, and what was seen. Two GPUs seem to be there, with 1 GB free."""
+def run(
+    argv: list[str],
+    write: Callable = by_seed,
+    fail_after: int | None = None,
+    seen: Seen | None = None,
+    value_engine: dict | None = None,
+):
+    """`main(argv)`, and what was seen. Two GPUs seem to be there, with 1 GB free. value_engine: settings of a
+    FakeValueEngine."""
     seen = seen or Seen()
     seen.output = Path(argv[len(argv) - 1 - argv[::-1].index("--output_path") + 1])
     with ExitStack() as stack:
@@ -172,7 +187,19 @@ def run(argv: list[str], write: Callable = by_seed, fail_after: int | None = Non
         def tracker(kind):
             return lambda *arguments: seen.trackers.append(SpyTracker(kind, *arguments)) or seen.trackers[-1]
 
+        def value(kind):
+            def make(config):
+                seen.value_engines.append((kind, FakeValueEngine(config, **value_engine or {})))
+                return seen.value_engines[-1][1]
+
+            return make
+
+        async def check(engine, config):
+            seen.checked.append(config)
+
+        stack.enter_context(mock.patch.object(served_scorer, "check_values", check))
         stack.enter_context(mock.patch.dict(choose.ENGINES, engines))
+        stack.enter_context(mock.patch.dict(choose.VALUE_ENGINES, {kind: value(kind) for kind in choose.VALUE_ENGINES}))
         stack.enter_context(mock.patch.dict(tracking.TRACKERS, {kind: tracker(kind) for kind in tracking.TRACKERS}))
         watch_value_model(seen, stack)
         for name, value in {"device_count": 2, "is_available": False, "get_device_name": "a GPU"}.items():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from engine_lib.value_settings import PACKAGE, VALUE_SETTINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 # What an engine on a CPU needs, small and fast.
 CPU_FLAGS = {
@@ -132,14 +134,19 @@ class Host:
     def script(self, name: str, *flags) -> Child:
         return self._add(Child(*self._order([str(ROOT / name), *map(str, flags)])))
 
-    def server(self, model: Path, port: int | None = None, **settings) -> Server:
+    def server(self, model: Path, port: int | None = None, environment: dict | None = None, **settings) -> Server:
         """Started, not yet up."""
         port = port or free_port()
         flags = ["--model-path", str(model), "--port", str(port), "--log-level", "error"]
         for name, value in (CPU_FLAGS | settings).items():
             flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        environment = TWO_RANKS if settings.get("dp_size") == 2 else {}
+        environment = (environment or {}) | (TWO_RANKS if settings.get("dp_size") == 2 else {})
         return self._add(Server(*self._order(["server", *flags], **environment), port))
+
+    def value_server(self, model: Path, port: int | None = None, environment: dict | None = None, **settings) -> Server:
+        """Of a value model, with all that engine_lib.value_server sets. Started, not yet up."""
+        environment = {"SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE} | (environment or {})
+        return self.server(model, port, environment, **({"skip_tokenizer_init": True} | VALUE_SETTINGS | settings))
 
     def router(self, servers: list[Server], policy: str = "manual") -> Server:
         """sglang-router, a program of its own, in front of servers."""

@@ -49,8 +49,14 @@ class SimScorer:
     def release(self, tree_id):
         self.trees.pop(tree_id, None)
 
-    def close(self):
+    async def check(self):
+        pass
+
+    async def close(self):
         assert not self.trees
+
+    def describe(self):
+        return {"name": "simulated"}
 
     async def score(self, tree_id, items, finished):
         tokens = sum(len(new) for _, new in items)

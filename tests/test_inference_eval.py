@@ -51,8 +51,10 @@ def flags(inputs, output, **changes):
         "--engine": "transformers",
         "--output_path": str(output),
     }
-    pairs |= {f"--{name}": str(value) for name, value in changes.items()}
-    return [word for pair in pairs.items() for word in pair]
+    pairs |= {f"--{name}": value for name, value in changes.items()}
+    return [
+        str(word) for name, value in pairs.items() for word in (name, *(value if isinstance(value, list) else [value]))
+    ]
 
 
 def rows_of(path):
@@ -221,6 +223,15 @@ BAD_FLAGS = [
     ({"output_path": "no/such/folder/out.jsonl"}, "the folder no/such/folder does not exist"),
     ({"piref_model": "./nowhere"}, "--piref_model ./nowhere is no folder"),
     ({"classifier_ckpt_path": "VGS-AI/not-downloaded"}, "--classifier_ckpt_path VGS-AI/not-downloaded is neither a local"),
+    ({"value_device": "tpu"}, "--value_device 'tpu' is unknown; give auto, cpu, cuda"),
+    ({"value_engine": "vllm"}, "argument --value_engine: invalid choice: 'vllm'"),
+    ({"value_engine": "sglang-server"}, "--value_engine sglang-server needs --value_url http://HOST:PORT"),
+    ({"value_url": "http://one:1"}, "--value_url needs --value_engine sglang-server, not local"),
+    ({"value_url": "one:1", "value_engine": "sglang-server"}, "--value_url 'one:1' is no URL of a server"),
+    ({"value_sglang_args": "tp_size=2"}, "--value_sglang_args need --value_engine sglang, not local"),
+    ({"value_sglang_args": "tp_size=2", "value_engine": "sglang-server", "value_url": "http://one:1"},
+     "--value_sglang_args are for --value_engine sglang; give them to the servers"),
+    ({"value_device": ["cpu", "cpu"], "value_engine": "sglang"}, "--value_device cpu cpu: --value_engine sglang takes one device"),
     ({"device": "tpu"}, "--device 'tpu' is unknown; give auto, cpu, cuda"),
     ({"max_length": 2048, "block_size": 64}, r"--max_length 2048 make \d+ tokens, more than the 2048 positions of the generator"),
 ]  # fmt: skip

@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 from statistics import fmean as mean
 
+import kill_test
 import pytest
 import search_spy
 import tiny
 import torch
 
+from common_lib.cli import UserError
 from common_lib.models import stop_token_ids
 from data_utils import INSTRUCTION
+from engine_lib.value_base import ValueConfig
 from search_lib.arguments import build_parser
 from search_lib.tree import request_seed
 
@@ -54,6 +57,16 @@ def tracker(seen):
     return made.kind, made.project, bool(made.metrics), made.closed
 
 
+def configs(seen):
+    """The generator's, and the value engine's where there is one."""
+    return [seen.config, *(engine.config for _, engine in seen.value_engines)]
+
+
+def value_engine(seen):
+    """Which, and what it alone is given."""
+    return [word for kind, made in seen.value_engines for word in (kind, *made.config.sglang_args, *made.config.urls)]
+
+
 FIRST = "What is 0 + 0?"
 URLS = ("http://one:1", "http://two:2")
 # flag -> what to give (FOLDER/x: a file of the inputs), what to look at, and what must be seen there
@@ -65,6 +78,7 @@ TABLE = {
                     ["other.jsonl", "other.meta.json", "other.tree.jsonl"]),
     "num_repetitions": (["3"], lambda seen: {request.group for request in seen.requests},
                         {f"{d}/{r}" for d in range(4) for r in range(3)}),
+    "shard": (["1/2"], lambda seen: {request.group for request in seen.requests}, {"1/0", "1/1", "3/0", "3/1"}),
     "seed": (["7"], lambda seen: (seen.config.seed, seen.seeds[:4]),
              (7, [request_seed(7, 0, 0, 0, beam, candidate) for beam in range(2) for candidate in range(2)])),
     "search_type": (["beam1"], beams_and_candidates, ({(4, 4)}, True)),
@@ -93,10 +107,16 @@ TABLE = {
                     ("tp_size=2", "dp_size=4")),
     "deterministic": ([], lambda seen: seen.config.deterministic, True),
     "seeded": ([], lambda seen: seen.config.seeded, True),
-    "request_timeout": (["5"], lambda seen: seen.config.request_timeout_s, 5.0),
+    "request_timeout": (["5", "--value_engine", "sglang"],
+                        lambda seen: [config.request_timeout_s for config in configs(seen)], [5.0, 5.0]),
     "classifier_ckpt_path": (["FOLDER/other_value"], lambda seen: Path(seen.loaded[0][0]).name, "other_value"),
     "value_device": (["cuda:1"], lambda seen: (seen.config.device, seen.moved, seen.scorers[0].budget.limit),
                      ("cpu", ["cuda:1"], int(0.9e9))),
+    "value_engine": (["sglang"], value_engine, ["sglang"]),
+    "value_url": ([URLS[0] + "/", "--value_url", URLS[1], "--value_engine", "sglang-server"], value_engine,
+                  ["sglang-server", *URLS]),
+    "value_sglang_args": (["tp_size=2", "dp_size=4", "--value_engine", "sglang"], value_engine,
+                          ["sglang", "tp_size=2", "dp_size=4"]),
     "value_dtype": (["bf16"], lambda seen: seen.scorers[0].model.score[0].weight.dtype, torch.bfloat16),
     "value_cache_gb": (["0.02"], lambda seen: seen.scorers[0].budget.limit, 20_000_000),
     "value_batch_tokens": (["100"], lambda seen: seen.scorers[0].max_batch_tokens, 100),
@@ -186,7 +206,49 @@ def test_dtypes_follow_the_devices(folder, tmp_path):
 def test_the_servers_dtype_is_not_that_of_this_device(folder, tmp_path):
     flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--max_problems", "1", "--sglang_url", URLS[0]]
     seen = search_spy.run([*flags, "--engine", "sglang-server"])
-    assert seen.meta["numerics"] == {"engine": "sglang", "generator_dtype": None, "value_dtype": "fp32"}
+    assert seen.meta["numerics"] == {
+        "engine": "sglang", "generator_dtype": None, "value_engine": "local", "value_dtype": "fp32",
+    }  # fmt: skip
+
+
+def test_a_served_value_model_is_told_all_that_it_needs(folder, tmp_path):
+    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--value_engine", "sglang", "--batch_size", "5"]
+    seen = search_spy.run([*flags, "--value_device", "cuda:1"])
+    assert (seen.status, seen.loaded, seen.scorers) == (0, [], [])  # no value model in this process
+    assert seen.value_config == ValueConfig(
+        str(folder / "value"), 264, 3, "cuda:1", "bf16", 3600.0, groups_at_once=5, requests_at_once=5 * 4
+    )
+    assert seen.value_engines[0][1].closed == 1
+    assert seen.meta["value_engine"] == {"name": "fake"}
+    assert seen.meta["numerics"]["value_engine"] == "sglang"
+    assert seen.checked == [seen.value_config]
+    assert all(row["tokens_scored"] == row["prompt_tokens"] + row["tokens_generated"] for row in seen.rows[:1])
+    asked = {group for _, group in seen.value_engines[0][1].asked}
+    assert asked == {f"{d}/{r}" for d in range(4) for r in range(2)}  # a search is a group, as the generator's
+
+
+def test_two_devices_give_the_lines_of_one(folder, tmp_path):
+    """64 searches; byte for byte, but for times and what was read again."""
+    lines, seen = [], None
+    for devices in (["cpu"], ["cpu", "cpu"]):
+        flags = search_spy.base_flags(folder, tmp_path / f"{len(devices)}.jsonl")
+        seen = search_spy.run([*flags, "--num_repetitions", "16", "--value_device", *devices])
+        assert seen.status == 0
+        lines.append(kill_test.read_run(seen.output))
+    assert lines[0] == lines[1] and len(lines[0][0]) == 64
+    assert seen.meta["value_engine"] == {"name": "local", "devices": ["cpu", "cpu"]}
+    first, second = (scorer.usage.tokens_scored for scorer in seen.scorers)
+    assert first == pytest.approx(second, rel=0.5)
+
+
+def test_a_gpu_and_a_cpu_are_refused_unless_a_dtype_says_which_values(folder, tmp_path):
+    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--value_device", "cuda:1", "cpu"]
+    with pytest.raises(
+        UserError, match="--value_device cuda:1 cpu: --value_dtype auto is bf16 on a GPU and fp32 on a CPU"
+    ):
+        search_spy.run(flags)
+    seen = search_spy.run([*flags, "--value_dtype", "fp32"])
+    assert [str(scorer.model.dtype) for scorer in seen.scorers] == ["torch.float32"] * 2
 
 
 def test_no_more_searches_are_announced_to_the_engine_than_there_are(plain):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import classifier_lib
 import inference_eval
 from common_lib import devices
 from common_lib.cli import UserError
+from search_lib import value_models
 from search_lib.run_files import ROUNDING
 
 
@@ -51,14 +53,14 @@ class Full:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total of ...")
 
     def put_into(self, monkeypatch):
-        load = inference_eval.load_value_model
+        load = value_models.load_value_model
 
-        def load_and_hook(args, plan):
-            model = load(args, plan)
+        def load_and_hook(plan, device):
+            model = load(plan, device)
             model.model.layers[0].register_forward_pre_hook(self)
             return model
 
-        monkeypatch.setattr(inference_eval, "load_value_model", load_and_hook)
+        monkeypatch.setattr(value_models, "load_value_model", load_and_hook)
 
 
 def test_a_pass_that_is_too_large_changes_no_line(start, monkeypatch, caplog):
@@ -94,14 +96,11 @@ def test_a_value_model_that_does_not_fit_is_one_line(monkeypatch):
     model = SimpleNamespace(to=to)
     monkeypatch.setattr(classifier_lib.Qwen2ForClassifier, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
-    args = SimpleNamespace()
-    plan = SimpleNamespace(
-        value_model=SimpleNamespace(path=""), value_dtype="bf16", value_device="cuda:1", value_attention="sdpa"
-    )
+    plan = SimpleNamespace(value_model=SimpleNamespace(path=""), value_dtype="bf16", value_attention={"cuda:1": "sdpa"})
     with pytest.raises(
         UserError, match="the value model does not fit on cuda:1, where 1 GB are free; lower --piref_gpu"
     ):
-        inference_eval.load_value_model(args, plan)
+        value_models.load_value_model(plan, "cuda:1")
 
 
 def test_a_gpu_that_is_full_is_told_before_searching(start, monkeypatch):
@@ -150,6 +149,87 @@ def test_a_small_cache_is_said_with_what_to_change(start, caplog):
     assert "want at once" not in caplog.text
     start("--value_cache_gb", 0.0001)
     assert "so tokens will be read again (" in caplog.text
+
+
+def test_two_models_on_one_device_share_what_is_free_and_two_devices_have_a_line_each(start, caplog):
+    caplog.set_level(logging.INFO)
+    seen = start("--value_device", "cuda:1", "cuda:0", "cuda:1", "--max_problems", 1)
+    assert [scorer.budget.limit for scorer in seen.scorers] == [450_000_000, 450_000_000, 900_000_000]
+    assert seen.meta["value_engine"] == {"name": "local", "devices": ["cuda:1", "cuda:1", "cuda:0"]}
+    lines = [line for line in caplog.text.splitlines() if line.startswith("memory of ")]
+    assert [line.split("; value cache")[0].split(", value cache")[0] for line in lines] == [
+        "memory of cuda:1, 2 GB: generator on cpu; value weights 0.000101",
+        "memory of cuda:0, 2 GB: generator on cpu; value weights 5.04e-05",
+    ]
+    assert "on cuda:1 (2 of them), up to " in caplog.text
+    given = start("--value_device", "cuda:1", "cuda:1", "--value_cache_gb", 0.02, "--max_problems", 1)
+    assert [scorer.budget.limit for scorer in given.scorers] == [10_000_000] * 2
+
+
+def test_a_cache_that_several_models_share_must_hold_a_trace_of_each(start):
+    """One model of this trace takes 7e-5 GB."""
+    start("--value_cache_gb", 0.0001, "--max_problems", 1)
+    with pytest.raises(
+        UserError, match=r"--value_cache_gb 0.0001 cannot hold one trace of \d+ tokens .* at least 0.000"
+    ):
+        start("--value_cache_gb", 0.0001, "--value_device", "cpu", "cpu")
+
+
+POOL = {"pool": 200}
+
+
+def test_a_served_value_model_says_who_gets_what_and_where_its_pool_is_too_small(start, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    free = iter([1_900_000_000, 1_500_000_000, 600_000_000])  # before the engines, between them, after both
+    monkeypatch.setattr(devices, "memory_of", lambda device: (next(free), 2 * 10**9))
+    gpu = ["--value_device", "cuda:1", "--device", "cuda:1", "--engine", "sglang", "--max_problems", 1]
+    start(*gpu, "--value_engine", "sglang", value_engine=POOL)
+    assert (
+        "memory of cuda:1, 2 GB: generator weights 6.51e-05, graphs 0.4; value weights 5.04e-05, value graphs 0.9; other 0.1, left 0.6"
+    ) in caplog.text
+    assert "bf16 on cuda:1, by SGLang, which holds 200 tokens" in caplog.text
+    (line,) = [line for line in caplog.text.splitlines() if "computed again" in line]
+    assert re.fullmatch(r".*cache holds 200 tokens, and 2 searches want \d{3} at once, so tokens will be computed again; "
+                        r"give --batch_size 1, or give it a GPU with more memory .*", line)  # fmt: skip
+
+
+def test_servers_of_values_take_nothing_here(start, caplog):
+    caplog.set_level(logging.INFO)
+    servers = ["--value_engine", "sglang-server", "--value_url", "http://one:1", "--max_problems", 1]
+    start(*servers)
+    assert re.search(
+        "^memory of cpu, .*generator weights .*; value model on its servers; other", caplog.text, re.MULTILINE
+    )
+    assert "computed again" not in caplog.text
+    caplog.clear()
+    start(*servers, "--engine", "sglang-server")
+    assert "memory of" not in caplog.text
+    assert "by SGLang, which holds" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--value_cache_gb", "3", "--value_engine", "sglang"], ["--value_cache_gb 3.0"]),
+        (["--value_batch_tokens", "9", "--value_engine", "sglang"], ["--value_batch_tokens 9"]),
+        (["--value_device", "cpu", "--value_engine", "sglang"], []),
+        (["--value_device", "cuda:1", "--value_engine", "sglang-server", "--value_url", "http://one:1"],
+         ["--value_device cuda:1"]),
+    ],
+)  # fmt: skip
+def test_flags_without_effect_on_a_served_value_model_are_named(flags, said, start, caplog):
+    start(*flags, "--max_problems", 1)
+    found = [line for line in caplog.messages if "has no effect with --value_engine" in line]
+    assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True))
+
+
+def test_a_value_engine_that_holds_too_little_is_told_and_both_engines_are_closed(start, folder, tmp_path):
+    seen = search_spy.Seen()
+    with pytest.raises(
+        UserError, match=r"make \d+ tokens, and --value_engine sglang takes 50; give a smaller --max_length, or"
+    ):
+        start("--value_engine", "sglang", seen=seen, value_engine={"context_length": 50})
+    assert seen.value_engines[0][1].closed == 1
 
 
 def test_segments_grow_before_the_engine_starts_where_the_value_model_is_on_a_gpu(start, monkeypatch):

@@ -122,7 +122,14 @@ CHANGES = {
     "seeded": [("", "--seeded was False and is True")],
     "request_timeout": [("5", None)],
     "classifier_ckpt_path": [("FOLDER/value_copy", None), ("FOLDER/other_value", "the value model's weights differ")],
-    "value_device": [("cuda:1 --value_dtype fp32", None), ("cuda:1", f"{ENGINE}.*value_dtype.*fp32.*bf16")],
+    "value_device": [
+        ("cuda:1 --value_dtype fp32", None),
+        ("cpu cpu", None),
+        ("cuda:1", f"{ENGINE}.*value_dtype.*fp32.*bf16"),
+    ],
+    "value_engine": [("local", None), ("sglang", f"{ENGINE}.*value_engine.*local.*sglang")],
+    "value_url": [("http://one:1 --value_engine sglang-server", ENGINE)],
+    "value_sglang_args": [("tp_size=2 --value_engine sglang", ENGINE)],
     "value_dtype": [("fp32", None), ("bf16", ENGINE)],
     "value_cache_gb": [("0.02", None)],
     "value_batch_tokens": [("100", None)],
@@ -200,6 +207,59 @@ def test_where_servers_generate_this_machines_device_does_not_count(first, then,
     seen = search_spy.run([*flags, *then])
     assert seen.status == 0
     assert_same_lines(seen, whole)
+
+
+VALUE_SERVERS = [
+    ["--value_engine", "sglang-server", *(word for name in names for word in ("--value_url", f"http://{name}:1"))]
+    for names in (["one"], ["two", "three"])
+]
+
+
+def test_value_engines_of_one_kind_may_take_over_from_each_other(folder, tmp_path):
+    """SGLang in this process, a server, other servers; and what is computed again of a search that goes on is counted."""
+    values_in_process = [["--value_engine", "sglang", *more] for more in ([], ["--value_sglang_args", "tp_size=2"])]
+    whole = search_spy.run([*search_spy.base_flags(folder, tmp_path / "whole.jsonl"), *values_in_process[0]])
+    flags = search_spy.base_flags(folder, tmp_path / "out.jsonl")
+    kinds = [values_in_process[0], VALUE_SERVERS[0], VALUE_SERVERS[1], values_in_process[1]]
+    for kind, calls in zip(kinds, (17, 9, 9), strict=False):
+        assert search_spy.run([*flags, *kind], fail_after=calls).status == 1
+    before = {search_of(row) for row in search_spy.read(tmp_path / "out.tree.jsonl")}
+    finished = (
+        set(map(search_of, search_spy.read(tmp_path / "out.jsonl"))) if (tmp_path / "out.jsonl").exists() else set()
+    )
+    seen = search_spy.run([*flags, *kinds[-1]])
+    assert seen.status == 0
+    assert_same_lines(seen, whole)
+    assert before - finished
+    assert all(row["tokens_reread"] > 0 for row in seen.rows if search_of(row) in before - finished)
+    with pytest.raises(UserError, match=f"{ENGINE}.*'value_engine': 'sglang'.*'value_engine': 'local'"):
+        search_spy.run(flags)
+
+
+def test_values_of_a_run_from_before_value_engines_are_local(again, tmp_path, whole):
+    path = tmp_path / "out.meta.json"
+    meta = json.loads(path.read_text())
+    assert meta["numerics"].pop("value_engine") == "local"
+    for name in ("value_engine", "value_url", "value_sglang_args"):
+        meta["arguments"].pop(name)
+    meta["arguments"]["value_device"] = "auto"  # as it was then
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=f"holds another configuration: {ENGINE}"):
+        again("--value_engine", "sglang")
+    seen = again("--value_device", "cpu", "cpu")
+    assert seen.status == 0
+    assert_same_lines(seen, whole)
+
+
+def test_a_value_engine_that_dies_ends_the_run_in_one_line(folder, tmp_path, capsys):
+    flags = [*search_spy.base_flags(folder, tmp_path / "out.jsonl"), "--value_engine", "sglang"]
+    seen = search_spy.run(flags, value_engine={"fail_after": 15})
+    assert seen.status == 1
+    assert seen.value_engines[0][1].closed == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: the fake value engine died (")
+    assert line.endswith("of 8 searches are finished; the same command goes on)")
+    assert search_spy.run(flags).status == 0
 
 
 def test_a_value_models_dtype_counts_beside_servers_too(folder, tmp_path):

@@ -10,6 +10,7 @@ from parser_flags import flags_of
 
 import report
 import report_lib.plots
+import report_lib.watch
 from common_lib.cli import UserError
 
 
@@ -108,7 +109,24 @@ def regrade(tmp_path, monkeypatch, capsys):
     assert "1 of 2 rewards changed (1 now right, 0 now wrong)" in capsys.readouterr().out
 
 
-FLAGS = {"runs": run_order, "out": out, "num_blocks": num_blocks, "tokenizer": tokenizer, "regrade": regrade}
+def watch(tmp_path, monkeypatch, capsys):
+    """The page is a live one; as no search is missing, it is renewed no more."""
+    path, out = write_run(tmp_path / "run.jsonl", random_lines(0)), tmp_path / "out"
+    monkeypatch.setattr(report_lib.watch.time, "sleep", lambda seconds: None)
+    assert report.main([str(path), "--watch", "--out", str(out)]) == 0
+    assert "pass@1" in capsys.readouterr().out
+    version = read_data(out / "report_data/index.js")["live"]
+    assert read_data(out / "report_data/live.js") == {"version": version, "state": "finished"}
+    assert report.main([str(path), "--out", str(out)]) == 0
+    assert "live" not in read_data(out / "report_data/index.js")
+    assert not (out / "report_data/live.js").exists()
+    with pytest.raises(UserError, match="--watch renews a page; give its folder by --out"):
+        report.main([str(path), "--watch"])
+
+
+FLAGS = {
+    "runs": run_order, "out": out, "num_blocks": num_blocks, "tokenizer": tokenizer, "regrade": regrade, "watch": watch,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", FLAGS)

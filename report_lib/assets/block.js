@@ -35,8 +35,16 @@ VGS.blockFacts = function (search, node) {
   ];
   if (finish) facts.push(
     ["end", finish === "length" ? "reached max_length" : finish === "stop" ? "stop token" : "end (how is not known)"],
-    ["answer", [VGS.oneLine(search.graded[node]?.[0] || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`)]]);
+    ["answer", [VGS.answer(search.graded[node]?.[0] || "(none)", 60), " ", VGS.el("b", { class: `mark ${outcome.css}` }, `${outcome.mark} ${outcome.word}`)]]);
   return VGS.el("dl", { class: "facts" }, facts.map(([name, value]) => [VGS.el("dt", {}, name), VGS.el("dd", {}, value)]));
+};
+
+/** A function that shows the text of a block of a trace. Formulas are looked for in the whole trace: a block may begin in one. */
+VGS.traceText = function (blocks) {
+  const text = blocks.join("");
+  const formulas = VGS.formulas(text);
+  const ends = blocks.map(((sum) => (block) => (sum += block.length))(0));
+  return (i, attributes = {}) => VGS.longText(text, attributes, { from: ends[i] - blocks[i].length, to: ends[i], formulas });
 };
 
 /** The pane of a block. `texts` are the search's texts by node; `whole`: the trace from its beginning instead. */
@@ -45,9 +53,10 @@ VGS.blockPane = function (search, node, texts, whole, actions) {
   siblings.sort((a, b) => search.value[b] - search.value[a] || a - b);
   const shown = siblings.filter((at, i) => i < VGS.MOST_SIBLINGS || at === node);
   const path = VGS.path(search, node);
+  const blockText = VGS.traceText(path.map((at) => texts[at]));
   const text = whole
-    ? path.map((at) => VGS.el("section", {}, VGS.el("h4", {}, `round ${search.round[at] + 1}, #${at}, value ${search.value[at].toFixed(3)}`), VGS.longText(texts[at])))
-    : [VGS.longText(texts[node], { id: "block-text" })];
+    ? path.map((at, i) => VGS.el("section", {}, VGS.el("h4", {}, `round ${search.round[at] + 1}, #${at}, value ${search.value[at].toFixed(3)}`), blockText(i)))
+    : [blockText(path.length - 1, { id: "block-text" })];
   return VGS.el("div", { class: "block", "data-block": node },
     VGS.el("h3", { tabindex: -1, id: "block-head" }, `Block #${node}`),
     VGS.el("div", { class: "block-top" }, VGS.blockFacts(search, node), path.length > 1 ? VGS.sparkline(search, node) : ""),

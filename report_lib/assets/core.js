@@ -1,4 +1,4 @@
-// Shared by all views: building elements, loading data files, the address, the keyboard.
+// Shared by all views: building elements, loading data files, the address and the place in a view, the keyboard.
 // Data files call VGS.receive(name, value). Strings from a run are only ever set as text, never as markup.
 "use strict";
 
@@ -34,11 +34,17 @@ VGS.load = function (name) {
   return file.promise;
 };
 
+/** Read a data file that was not kept: of a run that goes on, the version that the page shows. */
+VGS.script = (name, version = VGS.index?.live) => VGS.el("script", { src: `report_data/${name}.js${version ? `?${version}` : ""}` });
+
 VGS.request = function (name) {
-  const file = {};
+  const file = { waiting: true };
   file.promise = new Promise((resolve, reject) => Object.assign(file, { resolve, reject }));
-  const script = VGS.el("script", { src: `report_data/${name}.js` });
-  script.addEventListener("load", () => script.remove());
+  const script = VGS.script(name);
+  script.addEventListener("load", () => {
+    script.remove();
+    file.waiting = false;
+  });
   script.addEventListener("error", () => {
     script.remove();
     VGS.files.delete(name);
@@ -49,9 +55,12 @@ VGS.request = function (name) {
 };
 
 VGS.receive = function (name, value) {
+  if (name === "live") return VGS.heard(value);
   if (name !== "index") return VGS.files.get(name)?.resolve(value);
+  const first = !VGS.index;
   VGS.index = value;
-  VGS.start();
+  if (first) VGS.start();
+  else VGS.renew();
 };
 
 // ---------------------------------------------------------------------------------------------- numbers and colours
@@ -106,10 +115,41 @@ VGS.show = function () {
   const name = view === "problems" || view === "problem" ? view : "overview";
   document.getElementById("tab-overview").classList.toggle("here", name === "overview");
   document.getElementById("tab-problems").classList.toggle("here", name !== "overview");
+  document.getElementById("source-button").setAttribute("aria-pressed", String(VGS.sourceShown()));
   document.getElementById("run").value = VGS.index.runs.indexOf(VGS.run());
-  VGS.views[name]();
+  return VGS.views[name]();
 };
-VGS.views = {};
+VGS.views = {}; // each draws itself; a promise where it has to read something first
+
+/** Draw the view anew and stay where it is: what is scrolled, folded out, chosen and written. */
+VGS.showAgain = async function () {
+  const stay = VGS.place();
+  await VGS.show();
+  stay();
+};
+
+VGS.SCROLLED = "main .scroll, main .list-holder, main .filters, main .problem-text, main .tree-holder, main .pane";
+
+/** A function that brings back the place in a view, after it was drawn again. */
+VGS.place = function () {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const shown = all("main pre").map((pre) => Number(pre.dataset.shown));
+  const open = all("main details").map((details) => details.open);
+  const scrolled = all(VGS.SCROLLED).map((box) => [box.scrollTop, box.scrollLeft]);
+  const { scrollX, scrollY } = window;
+  const active = document.activeElement;
+  const focused = active.closest("main") && (active.dataset.node ? `[data-node="${active.dataset.node}"]` : active.type === "search" ? "[type=search]" : active.id && `#${active.id}`);
+  const caret = active.type === "search" ? [active.selectionStart, active.selectionEnd] : null;
+  return function () {
+    all("main pre").forEach((pre, i) => pre.dispatchEvent(new CustomEvent("extend", { detail: shown[i] || 0 })));
+    all("main details").forEach((details, i) => (details.open = open[i] ?? details.open));
+    all(VGS.SCROLLED).forEach((box, i) => ([box.scrollTop, box.scrollLeft] = scrolled[i] || [0, 0]));
+    const again = focused && document.querySelector(`main ${focused}`);
+    again?.focus({ preventScroll: true });
+    if (caret) again?.setSelectionRange(...caret);
+    window.scrollTo(scrollX, scrollY);
+  };
+};
 
 /** Replace what is shown. */
 VGS.fill = (...children) => document.getElementById("main").replaceChildren(...children);
@@ -119,7 +159,8 @@ VGS.onKey = function (event) {
   const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
   if (typing && event.key === "Escape") event.target.blur();
   if (typing || document.getElementById("help").open) return;
-  if (event.key === "?") document.getElementById("help").showModal();
+  if (event.key === "m") VGS.switchSource();
+  else if (event.key === "?") document.getElementById("help").showModal();
   else if (VGS.keys[event.key]) VGS.keys[event.key](event);
   else return;
   event.preventDefault();
@@ -130,6 +171,7 @@ VGS.start = function () {
   select.replaceChildren(...VGS.index.runs.map((run, i) => VGS.el("option", { value: i }, run.name)));
   select.addEventListener("change", () => VGS.go({ run: select.value, problem: 0, search: 0, node: "", view: VGS.address().view === "overview" ? "overview" : "problems" }));
   document.getElementById("run-label").hidden = VGS.index.runs.length < 2;
+  document.getElementById("source-button").addEventListener("click", VGS.switchSource);
   document.title = `Search report: ${VGS.index.runs.map((run) => run.name).join(", ")}`;
   document.getElementById("help-button").addEventListener("click", () => document.getElementById("help").showModal());
   document.addEventListener("keydown", VGS.onKey);
@@ -140,4 +182,5 @@ VGS.start = function () {
     });
   window.addEventListener("hashchange", VGS.show);
   VGS.show();
+  VGS.listen();
 };

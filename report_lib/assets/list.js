@@ -14,9 +14,9 @@ VGS.WORDS = new Set(["problem", "truth", "wmaj"]); // columns that are set left
 // name, title, key, how it is shown, does it sort descending first
 VGS.COLUMNS = [
   ["#", "problem number (data_idx)", "id", (p) => p.id, false],
-  ["Problem", "its first words", "problem", (p) => VGS.oneLine(p.problem), false],
-  ["Truth", "the reference answer", "truth", (p) => VGS.oneLine(p.truth, 18), false],
-  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => [VGS.verdict(p.wmaj), " ", VGS.oneLine(p.vote || "(no answer)", 18)], false],
+  ["Problem", "its first words", "problem", (p) => VGS.mathLine(p.problem), false],
+  ["Truth", "the reference answer", "truth", (p) => VGS.answer(p.truth, 18), false],
+  ["Vote", "answer of the value-weighted majority over all repetitions, and whether it is right", "wmaj", (p) => [VGS.verdict(p.wmaj), " ", VGS.answer(p.vote || "(no answer)", 18)], false],
   ["Margin", "share of the first answer minus the second's, in the weighted vote", "margin", (p) => VGS.bar(p.margin), false],
   ["Right", "share of final beams that are right (pass@1)", "pass1", (p) => VGS.bar(p.pass1), false],
   ["Disagree", "chance that two final beams, drawn at random, answer differently", "disagreement", (p) => VGS.percent(p.disagreement), true],
@@ -78,7 +78,7 @@ VGS.views.problems = function () {
   draw();
   VGS.fill(
     VGS.el("div", { class: "bar-top" }, filters, search, tally),
-    VGS.el("table", { class: "list" }, VGS.el("thead", {}, head), body));
+    VGS.el("div", { class: "list-holder" }, VGS.el("table", { class: "list" }, VGS.el("thead", {}, head), body)));
   move(0);
   VGS.keys = {
     ArrowDown: () => move(1), j: () => move(1), ArrowUp: () => move(-1), k: () => move(-1),

@@ -13,7 +13,7 @@ VGS.voteTable = function (data, at) {
   const part = (wins, shown, share) => bar(wins, share, shown, ` (${VGS.percent(share)})`);
   const rest = vote ? vote.rows.length - VGS.MOST_ANSWERS : 0;
   const body = (vote ? vote.rows : []).slice(0, VGS.MOST_ANSWERS).map((row) => VGS.el("tr", { class: row.right > 0 ? "is-right" : "" },
-    VGS.el("td", { class: "words" }, VGS.verdict(row.right), " ", VGS.oneLine(row.answers.join("  =  "), 60)),
+    VGS.el("td", { class: "words" }, VGS.verdict(row.right), " ", row.answers.map((answer, i) => [i ? " = " : "", VGS.answer(answer, 60)])),
     part(row.wins.maj, row.count, row.count / (vote.beams - vote.empty)),
     part(row.wins.wmaj, row.weight.toFixed(2), vote.weight ? row.weight / vote.weight : 0),
     bar(row.wins.bon, row.best, row.best.toFixed(3))));
@@ -41,6 +41,8 @@ VGS.searchStrip = function (data, at) {
         })
         : "in progress", search.beams.length > 16 ? "…" : "")));
 };
+
+VGS.textShown = Promise.resolve(); // when the text of the chosen block is there
 
 /** The tree and the pane of the chosen block. Choosing another block changes marks and pane, and draws nothing else. */
 VGS.drawSearch = function (data, at, room) {
@@ -71,7 +73,7 @@ VGS.drawSearch = function (data, at, room) {
   };
   const svg = VGS.drawTree(search, place, choose);
   VGS.markNode(svg, search, node);
-  VGS.load(search.texts).then(
+  VGS.textShown = VGS.load(search.texts).then(
     (parts) => { texts = parts[search.at]; fill(); },
     (error) => pane.replaceChildren(VGS.el("p", { class: "error" }, error.message)));
   const arrow = (event) => choose(VGS.step(search, place, node, event.key));
@@ -107,7 +109,7 @@ VGS.drawProblem = function (data) {
       VGS.el("button", { type: "button", class: "chip", onclick: () => hop(-1) }, "‹ p"), ` Problem ${data.id} `, VGS.el("button", { type: "button", class: "chip", onclick: () => hop(1) }, "n ›")),
     VGS.el("div", { class: "problem-head" },
       VGS.el("section", { class: "statement" }, VGS.el("h3", {}, "Problem"), VGS.longText(data.problem, { class: "problem-text" }),
-        VGS.el("p", { class: "truth" }, "Truth: ", VGS.el("b", {}, VGS.oneLine(data.truth, 160)))),
+        VGS.el("p", { class: "truth" }, "Truth: ", VGS.el("b", {}, VGS.answer(data.truth, 160)))),
       VGS.voteTable(data, at)),
     VGS.searchStrip(data, at),
     VGS.drawSearch(data, at, document.getElementById("main").clientWidth));
@@ -119,8 +121,11 @@ VGS.views.problem = function () {
   const id = known.some((p) => p.id === Number(VGS.address().problem)) ? Number(VGS.address().problem) : known[0].id;
   const name = `${VGS.run().folder}/p${id}`;
   if (!VGS.order.length) VGS.listed();
-  VGS.load(name).then((data) => {
+  return VGS.load(name).then((data) => {
     const { view, problem } = VGS.address();
-    if (view === "problem" && (Number(problem) || known[0].id) === id) VGS.drawProblem(data);
+    if (view !== "problem" || (Number(problem) || known[0].id) !== id) return null;
+    VGS.shownProblem = { name, json: JSON.stringify(data) };
+    VGS.drawProblem(data);
+    return VGS.textShown;
   }, (error) => VGS.fill(VGS.el("p", { class: "error" }, error.message)));
 };

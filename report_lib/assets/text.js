@@ -3,6 +3,7 @@
 
 VGS.FIRST_PIECE = 20000; // characters shown at once
 VGS.NEXT_PIECE = 200000;
+VGS.MOST_FORMULAS = 1000; // in a piece
 // Controls, format characters (bidi marks, zero-width ...) and lone surrogates; newline and tab stay.
 VGS.HIDDEN = /((?![\n\t])[\p{Cc}\p{Cf}\p{Cs}])/u;
 VGS.LANDMARK = /(<\/?think>|\\+boxed(?=\s*\{))/;
@@ -28,19 +29,51 @@ VGS.oneLine = function (text, most = 90) {
   return VGS.el("bdi", {}, VGS.textNodes(cut.replace(/\s+/g, " ") + (text.length > cut.length ? "…" : "")));
 };
 
-/** A text of any length: the first piece, and a button for the next. */
-VGS.longText = function (text, attributes = {}) {
-  const box = VGS.el("pre", { dir: "ltr", ...attributes });
-  let shown = 0;
+/** One line with its formulas drawn; a formula counts half its source, and is shown whole or as its source. */
+VGS.mathLine = function (text, most = 90) {
+  const flat = text.slice(0, 8 * most).replace(/\s+/g, " ");
+  if (VGS.sourceShown()) return VGS.oneLine(text, most);
+  const nodes = [];
+  let [at, room] = [0, most];
+  const words = function (end) {
+    const characters = [...flat.slice(at, end)];
+    nodes.push(...VGS.textNodes(characters.slice(0, Math.max(room, 0)).join("")));
+    room -= characters.length;
+    at = end;
+  };
+  for (const { start, end, tex } of VGS.formulas(flat)) {
+    words(start);
+    if (room <= 0 || end - start > 2 * most) break;
+    nodes.push(VGS.formula({ tex, display: false }, flat.slice(start, end)));
+    room -= (end - start) / 2;
+    at = end;
+  }
+  if (room > 0) words(flat.length);
+  return VGS.el("bdi", {}, nodes, room < 0 || text.length > 8 * most ? "…" : "");
+};
+
+/** Where a piece ends: not in a formula, and after at most so many. */
+VGS.pieceEnd = function (formulas, from, end, to) {
+  const inside = formulas.filter((formula) => formula.start >= from && formula.start < end && formula.end <= to);
+  if (inside.length > VGS.MOST_FORMULAS) return inside[VGS.MOST_FORMULAS].start;
+  return inside.length ? Math.max(end, inside[inside.length - 1].end) : end;
+};
+
+/** A text of any length, or a part of one, with its formulas drawn: the first piece, and a button for the next. */
+VGS.longText = function (text, attributes = {}, { from = 0, to = text.length, formulas = VGS.formulas(text) } = {}) {
+  const box = VGS.el("pre", { dir: "ltr", ...attributes, class: `${attributes.class || ""} ${VGS.sourceShown() ? "source" : "drawn"}` });
+  let shown = from;
   const more = VGS.el("button", { type: "button", class: "more", onclick: () => extend(VGS.NEXT_PIECE) });
   const extend = (size) => {
     more.remove();
-    box.append(...VGS.textNodes(text.slice(shown, shown + size), true));
-    shown += size;
-    if (shown >= text.length) return;
-    more.textContent = `show more (${VGS.count(text.length - shown)} characters left)`;
+    const end = VGS.pieceEnd(formulas, shown, Math.min(shown + size, to), to);
+    box.append(...VGS.mathNodes(text, formulas, shown, end, true));
+    box.dataset.shown = shown = end;
+    if (shown >= to) return;
+    more.textContent = `show more (${VGS.count(to - shown)} characters left)`;
     box.append(more);
   };
+  box.addEventListener("extend", ({ detail }) => { while (shown < Math.min(detail, to)) extend(VGS.NEXT_PIECE); });
   extend(VGS.FIRST_PIECE);
   return box;
 };

@@ -1,11 +1,13 @@
 """Which engine a name means, and what is said about it."""
 
 import sys
+from types import ModuleType
 
 import pytest
 
 from engine_lib.base import EngineConfig
-from engine_lib.choose import ENGINES, choose_engine, make_engine
+from engine_lib.choose import ENGINES, VALUE_ENGINES, choose_engine, make_engine, make_value_engine
+from engine_lib.value_base import ValueConfig
 
 CONFIG = EngineConfig(model_path="folder", vocab_size=9)
 
@@ -80,3 +82,15 @@ def test_transformers_keeps_to_seeds_with_and_without_the_flag(monkeypatch, capl
     assert [record.getMessage().startswith("engine: --seeded changes nothing here") for record in caplog.records] == [
         True
     ]
+
+
+@pytest.mark.parametrize("name", VALUE_ENGINES)
+def test_a_value_engine_is_imported_when_it_is_chosen(name, monkeypatch):
+    """By the name that says where it runs."""
+    modules = {"sglang": ("local", "SGLangValueEngine"), "sglang-server": ("remote", "SGLangValueServers")}
+    where, made = modules[name]
+    module = ModuleType("fake")
+    setattr(module, made, lambda config: (made, config))
+    monkeypatch.setitem(sys.modules, f"engine_lib.sglang_value_{where}", module)
+    config = ValueConfig("folder", 9, 3)
+    assert make_value_engine(name, config) == (made, config)

@@ -19,7 +19,9 @@ from common_lib.cli import UserError
 from engine_lib import sglang_local
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
 from engine_lib.seeded import logit_processor
-from engine_lib.sglang_local import DESCRIBED_SETTINGS, TESTED_VERSION, SGLangEngine, import_sglang, warn_of_version
+from engine_lib.sglang_import import TESTED_VERSION, import_sglang, warn_of_version
+from engine_lib.sglang_local import SGLangEngine
+from engine_lib.sglang_process import DESCRIBED_SETTINGS
 from engine_lib.sglang_wire import sampling_params
 
 CONFIG = EngineConfig(model_path="folder", vocab_size=100, samples=False)
@@ -181,7 +183,7 @@ def test_an_engine_that_does_not_start_says_why_and_leaves_nothing(package):
 
     package.Engine.on_start = staticmethod(fail)
     before = signal.getsignal(signal.SIGQUIT)
-    with pytest.raises(EngineError, match=r"^the SGLang engine did not start: no room on the GPU$"):
+    with pytest.raises(EngineError, match=r"^the SGLang generator engine did not start: no room on the GPU$"):
         SGLangEngine(CONFIG)
     assert package.Engine.made[0].child.poll() is not None
     assert signal.getsignal(signal.SIGQUIT) == before
@@ -383,7 +385,9 @@ def test_its_death_ends_every_request_with_one_line(package, how):
             manager = sys.modules["sglang.srt.managers.tokenizer_manager"]
             await asyncio.to_thread(manager.kill_process_tree, os.getpid(), include_parent=True)
         for task in running:
-            with pytest.raises(EngineError, match=r"^the SGLang engine died: .* failed \(its messages are above\)$"):
+            with pytest.raises(
+                EngineError, match=r"^the SGLang generator engine died: .* failed \(its messages are above\)$"
+            ):
                 await task
         with pytest.raises(EngineError, match="died"):
             await engine.generate([REQUEST])

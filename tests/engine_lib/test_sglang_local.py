@@ -26,7 +26,7 @@ from classifier_lib import ValueScorer
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Request
 from engine_lib.choose import make_engine
-from engine_lib.sglang_local import TESTED_VERSION, command_line
+from engine_lib.sglang_import import TESTED_VERSION, command_line
 from engine_lib.sglang_wire import parse_sglang_args
 from engine_lib.transformers_engine import TransformersEngine
 from search_lib.scorers import ScorerThread
@@ -150,7 +150,7 @@ def test_greedy_searches_equal_those_of_the_transformers_engine(engine, referenc
         try:
             return await asyncio.gather(*(search(task, generate, scorer, config) for task in tasks))
         finally:
-            scorer.close()
+            await scorer.close()
 
     for result, expected in zip(asyncio.run(run(engine)), asyncio.run(run(reference)), strict=True):
         tree, other = result.tree, expected.tree
@@ -263,7 +263,9 @@ def test_an_engine_that_dies_ends_every_request_with_one_line(folder, fork, engi
         os.kill(doomed._engine.get_all_child_pids()[0], signal.SIGKILL)
         begin = time.monotonic()
         for task in running:
-            with pytest.raises(EngineError, match=r"^the SGLang engine died: one of its processes failed .*$"):
+            with pytest.raises(
+                EngineError, match=r"^the SGLang generator engine died: one of its processes failed .*$"
+            ):
                 await task
         assert time.monotonic() - begin < 10
         with pytest.raises(EngineError, match="died"):
@@ -284,6 +286,6 @@ def test_an_engine_that_does_not_start_says_so(folder, fork, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").unlink()
     count = len(psutil.Process().children(recursive=True))
-    with pytest.raises(EngineError, match=r"^the SGLang engine did not start: .*$"):
+    with pytest.raises(EngineError, match=r"^the SGLang generator engine did not start: .*$"):
         new_engine(tmp_path)
     wait_until(lambda: len(psutil.Process().children(recursive=True)) <= count, 10)

@@ -169,7 +169,7 @@ def test_an_engine_killed_in_mid_run(host, inputs, greedy, tmp_path):
     scheduler.kill()
     assert child.wait(30) == 1
     last = child.output.strip().splitlines()[-1]
-    assert re.fullmatch(r"error: the SGLang engine died: .*; the same command goes on\)", last), child.output
+    assert re.fullmatch(r"error: the SGLang generator engine died: .*; the same command goes on\)", last), child.output
     wait_until(lambda: not any(process.is_running() for process in family), 10)
     done = len(journal(output))
     child = run(host, inputs, output, *flags)

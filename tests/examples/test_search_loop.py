@@ -66,7 +66,7 @@ def both(seed: int, search_type: str, num_blocks: int, digits: int = 9, distinct
     scorer = ScorerThread(Rounded(tiny.tiny_value_model(seed=seed)))
     task, config = SearchTask(0, 0, tuple(PROMPT)), SearchConfig(*shape)
     tree = asyncio.run(search(task, Writer(seed, tokenizer, distinct).generate, scorer, config)).tree
-    scorer.close()
+    asyncio.run(scorer.close())
     ours = [tree.response(node) for node in tree.beams], [tree.value[node] for node in tree.beams]
     return loop, ours, tree
 

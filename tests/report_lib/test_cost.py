@@ -41,7 +41,7 @@ def test_search_flops_against_a_token_by_token_count(pair):
     vgs, _ = pair
     run = read_run(vgs, "vgs")
     generator, value_model = forward_costs(run.meta)
-    tree, line = Journal(run.journal_path).read(2, 1)[0], run.by_problem[2][1]
+    tree, line = Journal(*run.journal_paths).read(2, 1)[0], run.by_problem[2][1]
     prompt, nodes = len(tree.prompt_ids), range(1, len(tree.parent))
     decode = prefill = 0
     for node in nodes:

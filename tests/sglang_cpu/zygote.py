@@ -23,6 +23,8 @@ def child(order: dict) -> int:
     logging.getLogger().handlers.clear()  # importing sglang made some
     os.environ.update(order["environment"])
     os.chdir(order["cwd"])
+    # A value model's package is found there. The interpreter has read its own PYTHONPATH already.
+    sys.path[:0] = [order["cwd"], *filter(None, order["environment"].get("PYTHONPATH", "").split(os.pathsep))]
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):

@@ -1,0 +1,69 @@
+"""How SGLang is imported without changing this process. Another version than TESTED_VERSION is warned of."""
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from common_lib.cli import ArgumentParser, UserError
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSION = "0.5.23"
+
+
+def import_sglang() -> Any:
+    """The package. Raises UserError where it cannot be imported."""
+    try:
+        with process_unchanged():
+            return importlib.import_module("sglang")
+    except ImportError as error:
+        raise UserError(
+            f"sglang cannot be imported ({error}); install requirements.txt on a GPU node, or give --engine transformers (for "
+            "a value model --value_engine local)"
+        ) from error
+
+
+@functools.cache  # said once
+def warn_of_version(installed: str) -> None:
+    if installed != TESTED_VERSION:
+        logger.warning(
+            "engine: sglang %s is installed and this was tested with %s, on whose insides it depends; where it does not "
+            "start or end in order, install that one", installed, TESTED_VERSION,
+        )  # fmt: skip
+
+
+def command_line() -> ArgumentParser:
+    """The flags of sglang's own server. Raises UserError where sglang cannot be imported."""
+    import_sglang()
+    parser = ArgumentParser(add_help=False)
+    with process_unchanged():
+        importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    return parser
+
+
+@contextlib.contextmanager
+def process_unchanged() -> Iterator[None]:
+    """Importing and starting sglang replaces the root logger's handlers and level and the policy of event loops, and its
+    processes are talkative at their start: all is put back, and only their errors are shown."""
+    root, policy = logging.getLogger(), asyncio.get_event_loop_policy()
+    handlers, level = root.handlers[:], root.level
+    quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
+    before = {name: os.environ[name] for name in quiet if name in os.environ}
+    os.environ.update(quiet)
+    logging.getLogger("sglang").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+        root.handlers[:], root.level = handlers, level
+        for name in quiet:
+            os.environ.pop(name, None)
+        os.environ.update(before)
