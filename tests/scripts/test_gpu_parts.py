@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import gpu_check
 import pytest
 import torch
-from gpu_parts import drawing, memory, models, scoring, search, training
+from gpu_parts import drawing, memory, models, scoring, search, servers, training
 from gpu_parts import report as report_module
 from gpu_parts.needs import EXTRA, NEEDS
 from gpu_parts.report import Report
@@ -292,7 +292,7 @@ def test_a_server_is_ended_with_what_it_started(tmp_path, server):
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(told), server], process_group=0)
     wait_until(told.exists)
     _, child = map(int, told.read_text().split())
-    search.end_group(process, patience_s=0.5)
+    servers.end_group(process, patience_s=0.5)
     try:
         assert process.poll() is not None
         wait_until(lambda: not alive(child))
@@ -309,7 +309,7 @@ def test_a_server_ends_with_a_part_that_is_killed(tmp_path):
         "subprocess.Popen(sys.argv[1:], process_group=0)\n"
         "time.sleep(600)\n"
     )  # fmt: skip
-    server = [sys.executable, "-c", search.WITH_PARENT, sys.executable, "-c", SERVER, str(told), "stays"]
+    server = [sys.executable, "-c", servers.WITH_PARENT, sys.executable, "-c", SERVER, str(told), "stays"]
     process = subprocess.Popen([sys.executable, "-c", part, *server], start_new_session=True)
     wait_until(told.exists)
     leader, child = map(int, told.read_text().split())
