@@ -11,7 +11,7 @@ from sglang.srt.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from sglang.srt.utils import add_prefix
 from torch import nn
 
-from engine_lib.sglang_value_model.progress import RequestProgress, ProgressTable
+from engine_lib.sglang_value_model.progress import ProgressTable, RequestProgress
 
 HEAD_KEYS = ("score.0.weight", "score.2.weight")
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # SGLang's own
