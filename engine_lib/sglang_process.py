@@ -81,6 +81,8 @@ class SGLangProcess:
             raise EngineError(self.end)
         future = asyncio.run_coroutine_threadsafe(work(), self._loop)
         self._running.add(future)
+        if self.end:  # since the line above; another thread says so
+            future.cancel()
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.wrap_future(future)

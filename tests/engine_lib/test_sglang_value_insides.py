@@ -157,6 +157,25 @@ def test_a_call_that_takes_too_long_is_aborted(requests, config):
     assert requests.cancelled == 1
 
 
+def test_a_call_that_is_made_as_the_engine_dies_ends(requests, config, monkeypatch):
+    """The death is told by another thread, and may fall between any two lines."""
+    requests.reply = None
+    begin = asyncio.run_coroutine_threadsafe
+
+    async def main(engine):
+        def begin_and_die(*args):
+            future = begin(*args)
+            engine._process.died("at once")
+            return future
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", begin_and_die)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError, match="died: at once"):
+                await engine.values([[1]], "0/0")
+
+    with_value_engine(main, config)
+
+
 def test_another_backbone_is_refused_by_name(requests, package, config, tmp_path):  # noqa: F811
     text = (Path(config.model_path) / "config.json").read_text()
     (tmp_path / "config.json").write_text(
