@@ -46,7 +46,7 @@ Values = dict[tuple[int, ...], float]  # by trace
 
 
 @dataclass(frozen=True)
-class Bench:
+class ValueBench:
     """So many searches at once, of prompts of so many tokens, with the value model of `values`."""
 
     values: ValueConfig
@@ -70,7 +70,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def scorer_of(kind: str, bench: Bench) -> Iterator[LoadedScorer]:
+def scorer_of(kind: str, bench: ValueBench) -> Iterator[LoadedScorer]:
     """Started; whoever searches with it closes it, on the event loop. A server ends here."""
     config, on_cpu = bench.values, bench.values.device == "cpu"
     if kind == "local":
@@ -98,7 +98,7 @@ def scorer_of(kind: str, bench: Bench) -> Iterator[LoadedScorer]:
         yield ServedScorer(make_value_engine(kind, config), config)
 
 
-async def measure(scorer: LoadedScorer, bench: Bench) -> tuple[dict[str, float], Values]:
+async def measure(scorer: LoadedScorer, bench: ValueBench) -> tuple[dict[str, float], Values]:
     """What the searches cost, and their values."""
     tasks = [SearchTask(i, bench.seed, tuple(bench.draw(("prompt", i), bench.prompt))) for i in range(bench.searches)]
     trees, computed, values = [], 0, {}
@@ -120,7 +120,7 @@ async def measure(scorer: LoadedScorer, bench: Bench) -> tuple[dict[str, float],
     }, values  # fmt: skip
 
 
-def run_kind(kind: str, bench: Bench) -> tuple[dict[str, float], Values]:
+def run_kind(kind: str, bench: ValueBench) -> tuple[dict[str, float], Values]:
     """Start it, warm it up with other prompts, measure it, and end it."""
 
     async def measured(scorer: LoadedScorer) -> tuple[dict[str, float], Values]:
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = "bf16" if on_gpu else "fp32"
         values = ValueConfig(info.path, info.vocab_size, info.num_labels or 3, args.device, dtype)
         shape = SearchConfig(args.num_beams, args.beam_width, args.block_size, args.rounds * args.block_size)
-        bench = Bench(values, shape, args.searches, args.prompt)
+        bench = ValueBench(values, shape, args.searches, args.prompt)
         results = {kind: run_kind(kind, bench) for kind in args.kinds}
     where = (
         args.device

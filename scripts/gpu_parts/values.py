@@ -5,9 +5,10 @@ The figures are those of benchmark_values.py: seeded random blocks in the place 
 
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
-from benchmark_values import KINDS, Bench, Values, largest_difference, run_kind
+from benchmark_values import KINDS, ValueBench, Values, largest_difference, run_kind
 
 from common_lib.devices import use_expandable_segments
 from common_lib.models import inspect_model
@@ -31,13 +32,13 @@ def run(report: Report) -> None:
         model = value_model(report.size, report.device, torch.float32 if dtype == "fp32" else torch.bfloat16)
         model.save_pretrained(folder)
         del model
-        info, (searches, prompt, block) = inspect_model(folder, "--value_model"), SIZES[report.size]
+        info, (searches, prompt, block) = inspect_model(Path(folder), "--value_model"), SIZES[report.size]
         shape = SearchConfig(4, 2, block, ROUNDS[report.size] * block)
         config = ValueConfig(info.path, info.vocab_size, info.num_labels, report.device, dtype)
-        bench, local = Bench(config, shape, searches, prompt), {}
+        bench, local = ValueBench(config, shape, searches, prompt), {}
         report.say(f"{searches} searches at once, {bench.tokens:,} tokens, in {dtype}")
         for kind in kinds(report):
-            if report.has_time(need("values", kind, report.size), f"values, {kind}"):
+            if report.has_time(need("values", kind, report.size), kind):
                 with memory_given_back(report, kind), report.going_on(kind):
                     local = one_kind(report, kind, bench, local)
 
@@ -52,7 +53,7 @@ def kinds(report: Report) -> list[str]:
     return list(KINDS)
 
 
-def one_kind(report: Report, kind: str, bench: Bench, local: Values) -> Values:
+def one_kind(report: Report, kind: str, bench: ValueBench, local: Values) -> Values:
     """Its figures; the local values, for the kinds after it."""
     told, values = run_kind(kind, bench)
     for name, value in told.items():
