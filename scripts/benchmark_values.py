@@ -125,7 +125,6 @@ def run_kind(kind: str, bench: ValueBench) -> tuple[dict[str, float], Values]:
 
     async def measured(scorer: LoadedScorer) -> tuple[dict[str, float], Values]:
         try:
-            await scorer.check()
             await measure(scorer, replace(bench, searches=min(2, bench.searches), seed=bench.seed + 1))
             return await measure(scorer, bench)
         finally:

@@ -13,7 +13,7 @@ from parser_flags import flags_of, words
 
 from common_lib.cli import UserError
 from engine_lib import choose
-from search_lib import served_scorer
+from engine_lib.base import EngineError
 
 FLAGS = {
     "searches": 5, "rounds": 3, "block_size": 7, "prompt": 11, "num_beams": 2, "beam_width": 3, "kinds": "sglang", "device": "cpu",
@@ -25,9 +25,6 @@ def test_every_kind_gets_the_same_searches_and_computes_each_token_once(monkeypa
     """With a fake in the place of SGLang, whose values are its own."""
     engines, programs = [], []
 
-    async def check(engine, config):
-        assert config.vocab_size == 264
-
     def made(config):
         engines.append(FakeValueEngine(config))
         return engines[-1]
@@ -36,7 +33,6 @@ def test_every_kind_gets_the_same_searches_and_computes_each_token_once(monkeypa
     monkeypatch.setattr(
         benchmark_values, "server", lambda program: programs.append(program) or nullcontext("http://one:1")
     )
-    monkeypatch.setattr(served_scorer, "check_values", check)
     monkeypatch.setattr(choose, "VALUE_ENGINES", dict.fromkeys(choose.VALUE_ENGINES, made))
     flags = FLAGS | {"value_model": value_folder, "kinds": "sglang sglang-server"}
     assert benchmark_values.main(words(flags)) == 0
@@ -98,17 +94,16 @@ def test_a_server_is_ended_where_the_run_fails(monkeypatch, value_folder):
             order.append("server")
 
     class Broken(FakeValueEngine):
+        def __init__(self, config):
+            super().__init__(config, fail_after=1)
+
         async def close(self):
             order.append("engine")
 
-    async def check(engine, config):
-        raise UserError("another value model")
-
     monkeypatch.setattr(benchmark_values, "server", lambda program: Server())
-    monkeypatch.setattr(served_scorer, "check_values", check)
     monkeypatch.setattr(choose, "VALUE_ENGINES", {"sglang-server": Broken})
     config = benchmark_values.ValueConfig(str(value_folder), 264, 3)
     bench = benchmark_values.ValueBench(config, benchmark_values.SearchConfig(1, 1, 2, 4), 1, 3)
-    with pytest.raises(UserError, match="another value model"):
+    with pytest.raises(EngineError, match="the fake value engine died"):
         benchmark_values.run_kind("sglang-server", bench)
     assert order == ["engine", "server"]
