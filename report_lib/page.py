@@ -18,6 +18,7 @@ from typing import Any
 from common_lib.cli import UserError
 from eval_lib.tables import Table
 from report_lib.analysis import Analysis
+from report_lib.answer import Answer
 from report_lib.problem import ANSWER_CHARACTERS, ProblemView, SearchView, count_vote
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -72,13 +73,16 @@ class PageWriter:
         text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         (self.data / f"{name}.js").write_text(f'VGS.receive("{name}",{text});\n', encoding="ascii")
 
-    def finish(self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: list[dict]) -> None:
+    def finish(
+        self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: list[dict], answers: Sequence[Answer] = ()
+    ) -> None:
         """index.js; then the data take the place of an earlier report's, and the page is written last."""
         runs = [
             {"name": a.run.name, "folder": f"run{i}", "settings": settings(a), "notes": a.notes, "problems": a.problems}
             for i, a in enumerate(analyses)
         ]
-        self.write("index", {"runs": runs, "tables": list(map(vars, tables)), "plots": plots})
+        shown = {"answers": list(map(vars, answers)), "tables": list(map(vars, tables)), "plots": plots}
+        self.write("index", {"runs": runs} | shown)
         shutil.rmtree(self.final, ignore_errors=True)
         self.data.rename(self.final)
         shutil.copyfile(ASSETS / "report.html", self.folder / "report.html")
