@@ -53,7 +53,7 @@ def comparison_answer(comparison: Mapping[str, Any]) -> Answer:
         f"{names[0]} against {names[1]}",
         [difference_sentence(*names, row) for row in last]
         + [f"Not compared: {missing}." for missing in comparison["missing"]],
-        f"Chosen beforehand: {votes}, at the largest budget that both reach{problems}.",
+        f"Chosen beforehand: {votes}, at the largest budget that both reach{problems}." if last else "",
         remarks(row["warning"] for row in last),
         "difference" if last else None,
     )
@@ -64,6 +64,8 @@ def difference_sentence(one: str, other: str, row: Mapping[str, Any]) -> str:
     amount = f"{row['budget']:.0f}" if row["basis"] == "N" else short(row["budget"])
     at = f"At equal {BASES[row['basis']]} ({amount})"
     scores = f"{share(row['one'])} against {share(row['other'])}"
+    if row["ci"] is not None and max(row["ci"], abs(row["difference"])) < 1e-9:
+        return f"{at} both score {share(row['one'])}, the same on every problem."
     if not shown(row):
         surely = f" ({surety(row)})" if row["ci"] is not None else ""
         difference = f"{one} minus {other} {points(row['difference'])}"

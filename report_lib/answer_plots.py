@@ -7,10 +7,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from eval_lib.tables import printable, short
+from eval_lib.tables import short
 from report_lib.analysis import Analysis
 from report_lib.compare import BASES, chosen_rows
-from report_lib.plot_parts import MAX_PANELS, RUN_LINES, set_ticks
+from report_lib.plot_parts import MAX_PANELS, RUN_LINES, brief, set_ticks
 
 
 def difference_figure(comparison: Mapping[str, Any]) -> Figure | None:
@@ -35,8 +35,8 @@ def difference_figure(comparison: Mapping[str, Any]) -> Figure | None:
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    one, other = printable(comparison["one"]), printable(comparison["other"])
-    axis.set_xlabel(f"accuracy of {one} minus that of {other}, in points\n← {other} is better      {one} is better →")
+    one, other = brief(comparison["one"]), brief(comparison["other"])
+    axis.set_xlabel(f"{one} minus {other}, points of accuracy\n← {other} is better      {one} is better →")
     return figure
 
 
@@ -50,7 +50,7 @@ def clones_figure(analyses: Sequence[Analysis]) -> Figure | None:
         colour, dash, marker = RUN_LINES[i % len(RUN_LINES)]
         rounds, beams = [row["round"] for row in analysis.clones], analysis.clones[0]["beams"]
         share = [row["clones"] / beams for row in analysis.clones]
-        label = f"{printable(analysis.run.name)} ({beams} beams)"
+        label = f"{brief(analysis.run.name)} ({beams} beams)"
         axis.plot(rounds, share, color=colour, linestyle=dash, marker=marker, markersize=4.5, label=label)
     set_ticks(axis, [row["round"] for analysis in shown for row in analysis.clones])
     axis.set(ylim=(0, 1.02), xlabel="round", ylabel="beams from one first block")

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval_lib.tables import short
+from eval_lib.tables import printable, short
 
 STYLE: Any = {
     "font.size": 9,
@@ -40,7 +40,7 @@ RUN_LINES = [
     ("#777777", (0, (4, 1.5, 1, 1.5)), "D"),
 ]
 MAX_PANELS = 6
-LEAST_GAP = 0.1  # of an axis, between two ticks: less, and their labels touch
+LEAST_GAP = 0.12  # of an axis, between two ticks: less, and their labels touch
 
 
 def grid(count: int, width: float, height: float, columns: int = 3, **settings: Any) -> tuple[Figure, list[Axes]]:
@@ -57,11 +57,16 @@ def grid(count: int, width: float, height: float, columns: int = 3, **settings: 
     return figure, shown
 
 
-def set_ticks(axis: Axes, points: Iterable[float], log: bool = False) -> None:
-    """Ticks of x where points are, and nowhere else: from the largest down, those whose labels have room."""
+def set_ticks(axis: Axes, points: Iterable[float], log: bool = False, reach: Iterable[float] = ()) -> None:
+    """Ticks of x where points are, and nowhere else: from the largest down, those whose labels have room.
+
+    reach: points of panels side by side, which are to have one scale.
+    """
     place: Any = np.log2 if log else float
     ordered = sorted(set(points), reverse=True)
-    gap = LEAST_GAP * (place(ordered[0]) - place(ordered[-1]))
+    held = [*map(place, [*ordered, *reach])]
+    low, high = min(held), max(held)
+    gap = LEAST_GAP * (high - low)
     ticks = ordered[:1]
     for point in ordered[1:]:
         if place(ticks[-1]) - place(point) >= gap:
@@ -70,3 +75,12 @@ def set_ticks(axis: Axes, points: Iterable[float], log: bool = False) -> None:
         axis.set_xscale("log", base=2)
     axis.set_xticks(ticks[::-1], map(short, ticks[::-1]))
     axis.minorticks_off()
+    if high > low:
+        ends = low - (high - low) / 20, high + (high - low) / 20
+        axis.set_xlim(*(2**end for end in ends) if log else ends)
+
+
+def brief(name: str, most: int = 20) -> str:
+    """A run's name where there is little room: its end, which tells runs of one kind apart."""
+    name = printable(name)
+    return name if len(name) <= most else f"…{name[1 - most :]}"

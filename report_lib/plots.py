@@ -68,8 +68,7 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str) -> Figure | None:
         for metric, style in LINES.items():
             draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric], metric in BANDS)
         axis.set(title=printable(analysis.run.name), xlabel=label)
-        set_ticks(axis, [analysis.rows[i][key] for i in marked(analysis.rows)], log=True)
-        axis.set_xlim(min(budgets) / 1.15, max(budgets) * 1.15)
+        set_ticks(axis, [analysis.rows[i][key] for i in marked(analysis.rows)], log=True, reach=budgets)
     return finish_accuracy(figure, axes, len(LINES) if len(shown) > 1 else 3)
 
 

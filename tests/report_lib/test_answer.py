@@ -122,6 +122,8 @@ def test_what_is_not_shown_is_not_said(tmp_path):
     assert few.mind == ["Only 4 problems: the interval is no more than a hint."]  # once, not a line a basis
     single = comparison_answer(compare(make(tmp_path, "r", right[:1]), make(tmp_path, "w", wrong[:1])))
     assert single.sentences[0].endswith("100.0% against 0.0%, r minus w 100.0 points.")
+    same = comparison_answer(compare(one, make(tmp_path, "again", SEARCH)))
+    assert same.sentences[0] == f"At equal N (6) both score {mean(WEIGHTED)}, the same on every problem."
 
 
 def test_the_sentence_is_about_the_vote_chosen_beforehand_and_not_the_best_looking_one(tmp_path):

@@ -63,6 +63,7 @@ def test_accuracy_is_drawn_against_its_budget(analyses, basis):
         assert axis.get_xticks().tolist() == points_there
         assert axis.get_xticks(minor=True).tolist() == []
         assert axis.xaxis.get_tick_params()["labelbottom"]
+        assert axis.get_xlim() == panels[0].get_xlim()  # one scale
         assert axis.get_xlim()[0] < min(points_there) and axis.get_xlim()[1] > max(points_there)
 
 
