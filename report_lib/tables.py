@@ -38,7 +38,8 @@ BRIEF_NOTE = (
 CLONE_NOTE = (
     "Clones: of the beams that a search holds after the round, those of the largest family, that is with the same block "
     "of the first round. First blocks left: number of families. Collapsed: searches in which all beams descend from one. "
-    "A search that is over keeps its beams. Mean over problems of the mean over repetitions."
+    "A search that is over keeps its beams. Mean over problems of the mean over repetitions. Left out: runs of one round "
+    "or of one beam, which cannot have any, and those without a journal."
 )
 BIAS_NOTE = (
     "What was kept was chosen by the values judged here, so they look too high (winner's curse), and rejected traces are "

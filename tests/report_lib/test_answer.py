@@ -122,6 +122,11 @@ def test_what_is_not_shown_is_not_said(tmp_path):
     assert few.mind == ["Only 4 problems: the interval is no more than a hint."]  # once, not a line a basis
     single = comparison_answer(compare(make(tmp_path, "r", right[:1]), make(tmp_path, "w", wrong[:1])))
     assert single.sentences[0].endswith("100.0% against 0.0%, r minus w 100.0 points.")
+    six = comparison_answer(
+        compare(*(make(tmp_path, name, [*beams, *beams[:2]]) for name, beams in (("r", right), ("w", wrong))))
+    )
+    assert six.sentences[0].startswith("At equal N (6) r is better than w by 100.0 points: 100.0% against 0.0%")
+    assert six.mind == ["All 6 problems differ by the same, so the interval has no width."]
     same = comparison_answer(compare(one, make(tmp_path, "again", SEARCH)))
     assert same.sentences[0] == f"At equal N (6) both score {mean(WEIGHTED)}, the same on every problem."
 
