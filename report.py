@@ -29,6 +29,7 @@ from common_lib.cli import ArgumentParser, UserError, hub_errors, run_script, se
 from common_lib.progress import Progress
 from eval_lib.grading import Grader
 from report_lib.analysis import Analysis, analyse
+from report_lib.answer import first_screen
 from report_lib.compare import common_problems, compare
 from report_lib.data import RunRecord, read_run, run_names
 from report_lib.page import Decode, PageWriter
@@ -49,6 +50,7 @@ def parse_args(argv: Sequence[str] | None):
         help="blocks in parallel of one search, for runs without settings (the released code's)",
     )
     add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
+    add("--all_rows", action="store_true", help="print a row for every number of repetitions, and whole comparisons")
     add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
     add("--watch", action="store_true", help="renew the report in --out while the runs go on; Ctrl-C ends it")
     args = parser.parse_args(argv)
@@ -93,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from report_lib.plots import write_plots  # imports matplotlib, which takes a second
 
             if args.watch:
-                write = partial(write_report, args.out, decode=decode, draw=draw_aside(write_plots))
+                write = partial(
+                    write_report, args.out, decode=decode, draw=draw_aside(write_plots), all_rows=args.all_rows
+                )
                 show(watch(args.runs, args.out, partial(read_runs, args), write))
             else:
-                show(write_report(args.out, runs, decode, write_plots))
+                show(write_report(args.out, runs, decode, write_plots, args.all_rows))
         else:
-            show(terminal_text(*analyse_all(runs)))
+            show(terminal_text(*analyse_all(runs), args.all_rows))
     except OSError as error:
         raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
     return 0
@@ -134,7 +138,9 @@ def analyse_all(
     return analyses, [compare(analyses[0], other) for other in analyses[1:]]
 
 
-def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw, live: int = 0) -> str:
+def write_report(
+    folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw, all_rows: bool = False, live: int = 0
+) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole.
 
     live: version of a page that will be renewed.
@@ -144,12 +150,12 @@ def write_report(folder: Path, runs: Sequence[RunRecord], decode: Decode | None,
         analyses, comparisons = analyse_all(runs, page)
         write_tables(folder, analyses, comparisons)
         plots = draw(folder, analyses)
-        page.finish(analyses, all_tables(analyses, comparisons), plots)
+        page.finish(analyses, all_tables(analyses, comparisons), plots, first_screen(analyses, comparisons))
     except BaseException:
         page.discard()
         raise
     written = f"wrote {folder / 'report.html'}, {len(plots)} plots, table.md, table.csv, table.json"
-    return f"{terminal_text(analyses, comparisons)}\n\n{written}"
+    return f"{terminal_text(analyses, comparisons, all_rows)}\n\n{written}"
 
 
 def show(text: str) -> None:

@@ -1,5 +1,6 @@
 """The table of a search run: every vote at every pooled number of repetitions, with intervals and costs. No torch."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -79,14 +80,19 @@ def summarize(
 def budget_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
 ) -> Table:
-    """A table of the rows of `summarize`, thinned. columns: head -> (how it is shown, keys of what is shown)."""
+    """A table of some rows of `summarize`. columns: head -> (how it is shown, keys of what is shown)."""
     columns = {"N": (partial(number, form="d"), "N"), "pooled": (str, "pooled")} | dict(columns)
-    cells = [[form(*map(row.__getitem__, keys)) for form, *keys in columns.values()] for row in thin(rows)]
+    cells = [[form(*map(row.__getitem__, keys)) for form, *keys in columns.values()] for row in rows]
     return Table(title, list(columns), cells, notes)
 
 
-def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
-    """The rows of `summarize` as tables: accuracy, the released code's half-widths, costs. run: for the titles."""
+def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "", all_rows: bool = False) -> list[Table]:
+    """The rows of `summarize`, thinned unless `all_rows`, as tables: accuracy, the released code's half-widths, costs.
+
+    run: for the titles.
+    """
+    shown = rows if all_rows else thin(rows)
+    left_out = [f"{len(shown)} of {len(rows)} budgets are shown."] * (len(shown) < len(rows))
     of = f": {run}" if run else ""
     accuracy = {words: (percent, f"{metric}_m", f"{metric}_ci") for metric, words in METRICS.items()}
     noise = {words: (half_width, f"{metric}_ci_repeat") for metric, words in METRICS.items()}
@@ -99,9 +105,9 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "") -> list[Table]:
         "empty": (partial(number, form=".1%"), "empty"),
     }
     return [
-        budget_table(f"Accuracy, %{of}", rows, accuracy, [INTERVAL_NOTE, *_row_notes(rows, run)]),
-        budget_table(f"Half-width from repeat noise only, %, as released{of}", rows, noise, [NOISE_NOTE]),
-        budget_table(f"Cost of one problem{of}", rows, costs, [COST_NOTE]),
+        budget_table(f"Accuracy, %{of}", shown, accuracy, [INTERVAL_NOTE, *_row_notes(shown, run), *left_out]),
+        budget_table(f"Half-width from repeat noise only, %, as released{of}", shown, noise, [NOISE_NOTE]),
+        budget_table(f"Cost of one problem{of}", shown, costs, [COST_NOTE]),
     ]
 
 
@@ -111,15 +117,27 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
-    """What to mind of the rows that are shown, rows with the same remark together."""
-    shown = thin(rows)
-    at: dict[str, list[str]] = defaultdict(list)
-    for row in shown:
-        for note in filter(None, row["note"].split("; ")):
-            at[note].append(str(row["pooled"]))
+    """What to mind of the rows that are shown: each remark once, with the columns and rows that it is about."""
+    missing: dict[str, list[int]] = defaultdict(list)
+    about: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["missing"]:
+            missing[f"{row['missing']} of {row['missing'] + row['problems']} problems lack"].append(row["pooled"])
+        for note in row["note"].split("; "):
+            names, _, warning = note.partition(": ")
+            if warning:  # how few carry the variance differs from row to row and is not worth a line each
+                about[re.sub(r"^\d+ of", "few of", warning)][names].append(row["pooled"])
     place = f" ({run})" if run else ""
-    notes = [f"At {', '.join(pooled)} pooled{place}: {note}." for note, pooled in at.items()]
-    return notes + [f"{len(shown)} of {len(rows)} budgets are shown."] * (len(shown) < len(rows))
+    lacking = [f"{who} {_listed(pooled)} repetition{'s' * (pooled[-1] > 1)}" for who, pooled in missing.items()]
+    notes = [f"Not yet there{place}: {'; '.join(lacking)}."] * bool(lacking)
+    for warning, where in about.items():
+        places = "; ".join(f"{names} at {_listed(pooled)} pooled" for names, pooled in where.items())
+        notes.append(f"{places}{place}: {warning}.")
+    return notes
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _read_searches(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[int, list[dict[str, Any]]]:

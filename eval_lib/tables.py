@@ -8,24 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROWS_SHOWN = 8
-
 
 @dataclass
 class Table:
-    """Cells are text as it is shown; the columns named in `words` are set left, all others hold numbers."""
+    """Cells are text as it is shown; the columns named in `words` are set left, all others hold numbers.
+
+    folded: a page hides the table until it is asked for.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     words: Sequence[str] = ()
+    folded: bool = False
 
 
 def thin(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows to show, one a pooled number of repetitions: all if they are few, else powers of two and the last."""
-    few = len(rows) <= ROWS_SHOWN
-    return [row for row in rows if few or row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
+    """The rows to show, one a pooled number of repetitions: powers of two and the last."""
+    return [row for row in rows if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
 
 
 def number(value: float | None, form: str = ".3f") -> str:

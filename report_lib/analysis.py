@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from eval_lib.grading import Grader
 from eval_lib.summary import pooled_scores, summarize
+from report_lib.clones import clone_rows, families_by_round
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
 from report_lib.data import RunRecord
 from report_lib.problem import ProblemView, SearchView, only_pruned_right, problem_row, problem_view
@@ -39,7 +40,7 @@ class Analysis:
         self.run, self.has_journal = run, bool(journal.searches)
         self.notes = [*run.notes, *journal.notes]
         if not self.has_journal:
-            lost = "no trees, no rejected candidates, no values inside a trace"
+            lost = "no trees, no rejected candidates, no values inside a trace, no clones"
             self.notes.append(f"{run.name}: no journal ({run.journal_paths[0].name}): {lost}")
         self.problems: list[dict[str, Any]] = []
         self.tokens_generated = 0  # of all searches, unfinished ones too; without a journal not known
@@ -47,19 +48,25 @@ class Analysis:
         self._forward_costs = forward_costs(run.meta) if self.has_journal else None
         self._classes: dict[int, dict[int, list[int]]] = {}
         self._observations: list[NDArray] = []
+        self._families: dict[int, list[list[tuple[int, int]]]] = {}
+        self._beams = 0  # of one search
         self._flops: dict[int, list[dict[str, float]]] = {}
         self._without_flops = self._without_journal = 0
         self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
 
     def add(self, view: ProblemView) -> None:
         pruned_right = sum(map(only_pruned_right, view.searches)) if self._sees_rejected else None
-        self.problems.append(problem_row(view, pruned_right))
+        families = [families_by_round(s.tree) for s in view.searches if s.line and s.in_journal]
+        self._families[view.data_idx] = families = list(filter(None, families))
+        clones = float(np.mean([search[-1][0] for search in families])) if families else None
+        self.problems.append(problem_row(view, pruned_right) | {"clones": clones})
         self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
         final_only = bool(self.run.prunes) and not self.run.biased
         for search in view.searches:
             self.tokens_generated += sum(map(len, search.tree.tokens))
             self._without_journal += not search.in_journal
             if search.line:
+                self._beams = len(search.tree.beams)
                 self._observations.append(observe_search(view.data_idx, search, final_only))
                 self._add_costs(view.data_idx, search, search.line)
 
@@ -91,6 +98,7 @@ class Analysis:
             for key in (*COST_KEYS, "flops"):
                 row[key] = self.flops[key] * row["pooled"] if self.flops else None
         self.values = {"biased": run.biased} | value_report(np.concatenate(self._observations))
+        self.clones = clone_rows({i: found for i, found in self._families.items() if found}, self._beams)
         # seconds a search spent in each round, and waiting: neither generating nor being scored; mean over searches
         self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
         self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches

@@ -6,13 +6,13 @@ linearly between the whole numbers around it. Budgets that one run does not reac
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from common_lib.cli import UserError
-from eval_lib.intervals import paired_difference
+from eval_lib.intervals import paired_difference, variance_warning
 from eval_lib.summary import METRICS
 from report_lib.analysis import Analysis
 from report_lib.data import RunRecord
@@ -43,9 +43,24 @@ def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
                 "one": float(np.mean(list(first.values()))),
                 "other": float(np.mean(list(second.values()))),
             }
-            rows.append(row | paired_difference(first, second))
+            rows.append(row | paired_difference(first, second) | {"warning": difference_warning(first, second)})
     note = comparison_note(one.run, other.run, pairs)
-    return {"one": one.run.name, "other": other.run.name, "note": note, "missing": missing, "rows": rows}
+    head = {"one": one.run.name, "other": other.run.name, "chosen": [vote_of(one.run), vote_of(other.run)]}
+    return head | {"problems": len(pairs), "note": note, "missing": missing, "rows": rows}
+
+
+def chosen_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that the first screen is about: those of the votes chosen beforehand."""
+    return [row for row in comparison["rows"] if [row["metric_one"], row["metric_other"]] == comparison["chosen"]]
+
+
+def difference_warning(first: Mapping[int, float], second: Mapping[int, float]) -> str | None:
+    """A sentence where the interval of a difference deserves little trust, else None. Arguments: score by problem."""
+    differences = [score - second[i] for i, score in first.items()]
+    if len(differences) >= 5 and np.ptp(differences) < 1e-9:  # there is no variance that a few could carry
+        alike = abs(differences[0]) < 1e-9
+        return None if alike else f"all {len(differences)} problems differ by the same, so the interval has no width"
+    return variance_warning(differences)
 
 
 def shared_budgets(
@@ -93,13 +108,18 @@ def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int,
         note += f"; {left_out} that only one of them has are left out"
     if differing := sum(one.by_problem[a][0]["gt_answer"] != other.by_problem[b][0]["gt_answer"] for a, b in pairs):
         note += f"; WARNING: {differing} of them have different reference answers in the two runs"
-    costs = "tokens are those generated, FLOPs those of both models"
-    return f"{note}; {costs}; p-values are not corrected for the number of rows"
+    return note
+
+
+def vote_of(run: RunRecord) -> str:
+    """The metric that a run is judged by, chosen before any figure is seen: a search's value-weighted vote, and the
+    majority vote of `bon`, the baseline without values."""
+    return "maj" if run.search_type == "bon" else "wmaj"
 
 
 def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
     """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
-    first, second = ("maj" if run.search_type == "bon" else "wmaj" for run in (one, other))
+    first, second = vote_of(one), vote_of(other)
     return [(metric, metric) for metric in METRICS] + [(first, second)] * (first != second)
 
 

@@ -25,6 +25,7 @@ from common_lib.cli import UserError
 from common_lib.files import write_text
 from eval_lib.tables import Table
 from report_lib.analysis import Analysis
+from report_lib.answer import Answer
 from report_lib.problem import ANSWER_CHARACTERS, ProblemView, SearchView, count_vote
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -87,13 +88,16 @@ class PageWriter:
     def write(self, name: str, value: Any) -> None:
         (self.data / f"{name}.js").write_text(data_file(name, value), encoding="ascii")
 
-    def finish(self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: list[dict]) -> None:
+    def finish(
+        self, analyses: Sequence[Analysis], tables: Sequence[Table], plots: list[dict], answers: Sequence[Answer] = ()
+    ) -> None:
         """index.js; then all files are put in their places."""
         runs = [
             {"name": a.run.name, "folder": f"run{i}", "settings": settings(a), "notes": a.notes, "problems": a.problems}
             for i, a in enumerate(analyses)
         ]
-        index: dict[str, Any] = {"runs": runs, "tables": list(map(vars, tables)), "plots": plots}
+        shown = {"answers": list(map(vars, answers)), "tables": list(map(vars, tables)), "plots": plots}
+        index: dict[str, Any] = {"runs": runs} | shown
         if self.live:
             index |= {"live": self.live, "as_of": time.strftime("%Y-%m-%d %H:%M:%S")}
             index["plots"] = [

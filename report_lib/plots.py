@@ -1,97 +1,53 @@
-"""Plots of a report as PNG and SVG. Lines differ in dash and marker as well as in shade, so they read in greyscale."""
+"""Plots of a report as PNG and SVG."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from eval_lib.summary import METRICS
-from eval_lib.tables import printable, short
+from eval_lib.tables import printable
 from report_lib.analysis import Analysis
+from report_lib.answer_plots import clones_figure, difference_figure
+from report_lib.compare import compare, vote_of
+from report_lib.plot_parts import LINES, MAX_PANELS, RUN_LINES, STYLE, grid, set_ticks
 from report_lib.value import bias_words
 
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a run's name may hold a dollar sign
-    "svg.hashsalt": "report",  # the same input gives the same file
-    "savefig.dpi": 150,
-}
-# metric -> colour (of different lightness), dash, marker
-LINES = {
-    "pass": ("#9a9a9a", (0, (1, 1.2)), "^"),
-    "wmaj": ("#0b2a6f", "-", "o"),
-    "bon": ("#b3541e", (0, (5, 1.5)), "s"),
-    "maj": ("#2f8f83", (0, (4, 1.5, 1, 1.5)), "D"),
-    "pass1": ("#111111", (0, (2, 2)), "x"),
-}
-RUN_LINES = [
-    ("#0b2a6f", "-", "o"),
-    ("#c4661f", (0, (5, 1.5)), "s"),
-    ("#5f9e8f", (0, (1, 1.2)), "^"),
-    ("#777777", (0, (4, 1.5, 1, 1.5)), "D"),
-]
+BANDS = ("wmaj", "maj")  # no more: bands of five lines cannot be told apart
 AXES = {  # basis -> key of a row, label of the axis, words of the caption
     "n": ("N", "N (blocks in parallel, all pooled repetitions)", "the budget N"),
     "tokens": ("tokens_generated", "tokens generated per problem", "tokens generated (rejected candidates too)"),
     "flops": ("flops", "FLOPs per problem, generator and value model", "FLOPs of generator and value model"),
 }
-MAX_PANELS = 6
 
 
-def grid(count: int, width: float, height: float, columns: int = 3, **settings: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, at most `columns` side by side."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
-    size = width * columns, height * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **settings)
-    for unused in axes.flat[count:]:
-        unused.set_visible(False)
-    return figure, list(axes.flat[:count])
+def marked(rows: Sequence[dict]) -> list[int]:
+    """The rows that have a marker and may have a tick: powers of two, and all pooled."""
+    return [i for i, row in enumerate(rows) if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
 
 
-def scale_budget(axis: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with a tick at about each doubling of the budget."""
-    axis.set_xscale("log", base=2)
-    ticks: list[float] = []
-    for value in sorted(values):
-        if not ticks or value >= ticks[-1] * 1.9:
-            ticks.append(value)
-    axis.set_xticks(ticks, map(short, ticks))
-    axis.minorticks_off()
-
-
-def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: tuple, label: str) -> None:
-    """One line with its band: the mean over problems and the problem-clustered 95 % interval."""
+def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: tuple, label: str, band: bool) -> None:
+    """One line, the mean over problems, and its band: the problem-clustered 95 % interval."""
     colour, dash, marker = style
     x, y = [row[key] for row in rows], [row[f"{metric}_m"] for row in rows]
     half = [row[f"{metric}_ci"] for row in rows]
-    if None not in half:
+    if band and None not in half:
         low, high = np.clip(np.subtract(y, half), 0, None), np.clip(np.add(y, half), None, 1)
-        axis.fill_between(x, low, high, color=colour, alpha=0.06, linewidth=0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
         for edge in (low, high):
-            axis.plot(x, edge, color=colour, linewidth=0.6, linestyle=dash, alpha=0.4)
-    marked: Any = [i for i, row in enumerate(rows) if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
-    axis.plot(x, y, color=colour, ls=dash, marker=marker, markevery=marked, markersize=4, linewidth=1.7, label=label)
+            axis.plot(x, edge, color=colour, linewidth=0.8, linestyle=dash, alpha=0.6)
+    every: Any = marked(rows)
+    axis.plot(x, y, color=colour, ls=dash, marker=marker, markevery=every, markersize=4.5, linewidth=1.7, label=label)
 
 
 def finish_accuracy(figure: Figure, axes: Sequence[Axes], columns: int) -> Figure:
     """Scale and legend of panels that share their y-axis."""
     for axis in axes:
-        axis.tick_params(labelbottom=True)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_ylim(top=1.02)  # shared, and only now: it ends the automatic scaling
     axes[0].set_ylabel("accuracy (mean over problems)")
@@ -106,12 +62,13 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str) -> Figure | None:
     shown = [analysis for analysis in analyses if all(row[key] for row in analysis.rows)][:MAX_PANELS]
     if not shown:
         return None
-    figure, axes = grid(len(shown), width=5.4, height=4.0, sharey=True, sharex=True)
+    figure, axes = grid(len(shown), width=5.4, height=4.0, sharey=True)
+    budgets = [row[key] for analysis in shown for row in analysis.rows]
     for axis, analysis in zip(axes, shown, strict=True):
         for metric, style in LINES.items():
-            draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric])
+            draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric], metric in BANDS)
         axis.set(title=printable(analysis.run.name), xlabel=label)
-    scale_budget(axes[0], [row[key] for analysis in shown for row in analysis.rows])
+        set_ticks(axis, [analysis.rows[i][key] for i in marked(analysis.rows)], log=True, reach=budgets)
     return finish_accuracy(figure, axes, len(LINES) if len(shown) > 1 else 3)
 
 
@@ -127,8 +84,9 @@ def comparison_figure(analyses: Sequence[Analysis]) -> Figure | None:
                 style: tuple = RUN_LINES[i % len(RUN_LINES)]
                 style = (style[0], (0, (3, 1, 1, 1, 1, 1)), "x") if metric == "maj" else style
                 name = f"{printable(analysis.run.name)}: {METRICS[metric]}"
-                draw_metric(axis, analysis.rows, key, metric, style, name)
-        scale_budget(axis, [row[key] for analysis in analyses for row in analysis.rows])
+                band = i < 2 and metric == vote_of(analysis.run)  # more than two bands cannot be told apart
+                draw_metric(axis, analysis.rows, key, metric, style, name, band)
+        set_ticks(axis, [a.rows[i][key] for a in analyses for i in marked(a.rows)], log=True)
         axis.set(xlabel=label)
     return finish_accuracy(figure, axes, 4)
 
@@ -148,10 +106,9 @@ def reliability_figure(analysis: Analysis, kind: str) -> Figure | None:
         size = [12 + 240 * b["count"] / count for b in bins]
         axis.scatter(x, y, s=size, color="#0b2a6f", alpha=0.55, edgecolors="white", clip_on=False)
         axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axis.set_title(group["label"], fontsize=8.5)
         auc = "–" if group["auc"] is None else f"{group['auc']:.3f}"
-        words = f"n {count:,}\nECE {group['ece']:.3f}\nBrier {group['brier']:.3f}\nAUC {auc}"
-        axis.text(0.97, 0.04, words, ha="right", va="bottom", fontsize=7.5, transform=axis.transAxes)
+        words = f"n {count:,}, ECE {group['ece']:.3f}, Brier {group['brier']:.3f}, AUC {auc}"
+        axis.set_title(f"{group['label']}\n{words}", fontsize=8)  # above the panel: inside, a curve may run through it
     figure.supxlabel("value (predicted success probability), mean of the bin", fontsize=9)
     figure.supylabel("share that is right", fontsize=9)
     title = f"Reliability, {printable(analysis.run.name)}: {bias_words(analysis.values['biased'])}"
@@ -174,9 +131,10 @@ def trace_figure(analyses: Sequence[Analysis]) -> Figure | None:
             axis.plot(x, mean, color=colour, linestyle=dash, marker=marker, markersize=4, label=label)
         axis.set(xlabel="response tokens at the block's end (mean)", ylim=(0, 1))
         axis.set_title(f"{printable(analysis.run.name)}\n({bias_words(analysis.values['biased'])})", fontsize=9)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) if value else "0"))
-        axis.legend(title="finished candidates", loc="best")
+        set_ticks(axis, [row["position"] for row in analysis.values["trace"]])
     axes[0].set_ylabel("value: mean, middle half")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="finished candidates", loc="outside lower center", ncols=2, handlelength=3.2)
     return figure
 
 
@@ -213,10 +171,17 @@ def time_figure(analyses: Sequence[Analysis]) -> Figure | None:
 
 def figures(analyses: Sequence[Analysis]) -> Iterator[tuple[str, str, Figure | None]]:
     """(file stem, caption, figure) of every plot; None where the runs do not tell enough."""
-    band = "Mean over problems; bands are 95 % intervals clustered by problem."
+    comparisons = [compare(analyses[0], other) for other in analyses[1:]]
+    for i, comparison in enumerate(comparisons):
+        end = f"_{i + 1}" if len(comparisons) > 1 else ""
+        caption = f"{comparison['one']} minus {comparison['other']}, with 95 % intervals clustered by problem."
+        yield f"difference{end}", f"{caption} Filled: what the sentences are about.", difference_figure(comparison)
+    band = "Mean over problems, with bands of 95 % intervals clustered by problem for"
     for basis, (_, _, words) in AXES.items():
-        yield f"accuracy_{basis}", f"{band} Accuracy against {words}.", accuracy_figure(analyses, basis)
-    yield "comparison", f"{band} The runs together.", comparison_figure(analyses)
+        caption = f"{band} the weighted and the majority vote (the table has all). Accuracy against {words}."
+        yield f"accuracy_{basis}", caption, accuracy_figure(analyses, basis)
+    whose = "both runs' votes" if len(analyses) == 2 else "the first two runs' votes"
+    yield "comparison", f"{band} {whose}. The runs together.", comparison_figure(analyses)
     for i, analysis in enumerate(analyses):
         end = f"_{i + 1}" if len(analyses) > 1 else ""
         for kind, words in (("block", "round"), ("length", "length")):
@@ -226,6 +191,8 @@ def figures(analyses: Sequence[Analysis]) -> Iterator[tuple[str, str, Figure | N
             )
             yield f"reliability_{kind}{end}", caption, reliability_figure(analysis, kind)
     trace = "Value along the trace of finished candidates that turned out right or wrong."
+    clones = "Clones: beams of a search's largest family, those with the same first block. At the top it has collapsed."
+    yield "clones", clones, clones_figure(analyses)
     yield "value_trace", trace, trace_figure(analyses)
     yield "time", "Where the time of a search went.", time_figure(analyses)
 
@@ -240,7 +207,9 @@ def write_plots(folder: Path, analyses: Sequence[Analysis]) -> list[dict[str, An
             names = {"png": f"{stem}.png", "svg": f"{stem}.svg"}
             figure.savefig(folder / names["png"])
             figure.savefig(folder / names["svg"], metadata={"Date": None})
+            inches = float(figure.get_figwidth())  # so that a page shows no letters that are too small to read
             plt.close(figure)
             wide = stem == "comparison" or (stem.startswith("accuracy") and len(analyses) > 2)
-            written.append(names | {"title": stem.replace("_", " "), "caption": caption, "wide": wide})
+            words = {"title": stem.replace("_", " "), "caption": caption}
+            written.append({"stem": stem} | names | words | {"wide": wide, "inches": inches})
     return written

@@ -1,6 +1,7 @@
 """The tables of a report, and its files table.md, table.csv, table.json."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 
 from common_lib.files import write_text
 from eval_lib.summary import METRICS, budget_table, run_tables
-from eval_lib.tables import Table, as_csv, as_markdown, as_text, number, percent, printable, short
+from eval_lib.tables import Table, as_csv, as_markdown, as_text, number, percent, printable, short, thin
 from report_lib.analysis import Analysis
+from report_lib.answer import Answer, first_screen
 from report_lib.compare import BASES
 from report_lib.cost import FORMULA
-from report_lib.value import bias_words
+from report_lib.value import MIN_CLUSTERS, bias_words
 
-MIN_CLUSTERS = 5  # an interval over fewer problems is not worth showing
 BRIEF_METRICS = {("maj", "maj"), ("wmaj", "wmaj"), ("wmaj", "maj"), ("maj", "wmaj")}
 FLOPS_COLUMNS = {
     "decode": (short, "flops_decode"),
@@ -28,22 +29,42 @@ VALUE_NOTE = (
     "clustered by problem; pooled AUC also rewards telling easy problems from hard ones. Brier of the base rate: of "
     "always saying the share that is right. ECE: 10 bins."
 )
+COMPARISON_NOTE = (
+    "Tokens are those generated, FLOPs those of both models. Two metrics: the first run's, the second's. pass@1 does "
+    "not depend on the budget and stands here once. p-values are not corrected for the number of rows."
+)
+BRIEF_NOTE = (
+    "Left out here: pass@k, best-of-N, and budgets in between. --all_rows shows them; table.md of --out has them."
+)
+CLONE_NOTE = (
+    "Clones: of the beams that a search holds after the round, those of the largest family, that is with the same block "
+    "of the first round. First blocks left: number of families. Collapsed: searches in which all beams descend from one. "
+    "A search that is over keeps its beams. Mean over problems of the mean over repetitions. Left out: runs of one round "
+    "or of one beam, which cannot have any, and those without a journal."
+)
 BIAS_NOTE = (
     "What was kept was chosen by the values judged here, so they look too high (winner's curse), and rejected traces are "
     "seen only where they had finished: nothing certain follows about the value model. For that, run beam1 or bon."
 )
 
 
-def all_tables(analyses: Sequence[Analysis], comparisons: Sequence[dict], brief: bool = False) -> list[Table]:
-    """Accuracy of each run, comparisons, costs and values of each run. What explains several tables is said once."""
-    by_run = [run_tables(analysis.rows, analysis.run.name) for analysis in analyses]
+def all_tables(
+    analyses: Sequence[Analysis], comparisons: Sequence[dict], brief: bool = False, all_rows: bool = False
+) -> list[Table]:
+    """Accuracy of each run, comparisons, costs, clones and values of each run. What explains several is said once.
+
+    brief: extreme budgets and votes alone of comparisons. all_rows: a row for every number of repetitions.
+    """
+    by_run = [run_tables(analysis.rows, analysis.run.name, all_rows) for analysis in analyses]
     tables = [accuracy for accuracy, _, _ in by_run]
     tables += [comparison_table(comparison, brief) for comparison in comparisons]
     for analysis, (_, noise, cost) in zip(analyses, by_run, strict=True):
-        tables += [noise, replace(cost, notes=[*cost.notes, *wall_clock(analysis)])]
+        tables += [replace(noise, folded=True), replace(cost, notes=[*cost.notes, *wall_clock(analysis)])]
         if analysis.flops:
             title = f"FLOPs of one problem, generator (decode, prefill) and value model: {analysis.run.name}"
-            tables.append(budget_table(title, analysis.rows, FLOPS_COLUMNS, [FORMULA]))
+            rows = analysis.rows if all_rows else thin(analysis.rows)
+            tables.append(budget_table(title, rows, FLOPS_COLUMNS, [FORMULA]))
+    tables += [clone_table(analysis) for analysis in analyses if len(analysis.clones) > 1]
     tables += map(value_table, analyses)
     told: set[str] = set()
     for table in tables:
@@ -61,6 +82,16 @@ def wall_clock(analysis: Analysis) -> list[str]:
     where = f"{len(sessions)} session(s){' on ' + hardware if hardware else ''}"
     rate = f"{analysis.tokens_per_second:,.0f} tokens generated per second"
     return [f"{analysis.run.name}: wall-clock {analysis.seconds:,.0f} s in {where}, {rate}."]
+
+
+def clone_table(analysis: Analysis) -> Table:
+    columns = ["round", "beams", "clones", "first blocks left", "collapsed"]
+    cells = [
+        [str(row["round"]), str(row["beams"]), *(number(row[key], ".2f") for key in ("clones", "families")),
+         percent(row["collapsed"]) + "%"]
+        for row in analysis.clones
+    ]  # fmt: skip
+    return Table(f"Clones, by round: {analysis.run.name}", columns, cells, [CLONE_NOTE])
 
 
 def value_table(analysis: Analysis) -> Table:
@@ -110,7 +141,8 @@ def comparison_table(comparison: dict[str, Any], brief: bool) -> Table:
         f"{comparison['one']} against {comparison['other']}: accuracy in % at equal N, tokens, FLOPs",
         ["at equal", "budget", "metric", "first", "second", "difference", "p"],
         list(map(comparison_cells, [*of_pass1[:1], *rows])),
-        [comparison["note"] + ".", *[f"{missing}." for missing in comparison["missing"]]],
+        [f"{comparison['note']}.", *[f"{missing}." for missing in comparison["missing"]], COMPARISON_NOTE]
+        + [BRIEF_NOTE] * brief,
         words=["at equal", "metric"],
     )
 
@@ -128,10 +160,26 @@ def comparison_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def terminal_text(analyses: Sequence[Analysis], comparisons: Sequence[dict]) -> str:
-    """What is printed."""
+def answer_text(answer: Answer, width: int = 80) -> str:
+    """An answer in a terminal."""
+    said = [textwrap.fill(part, width, initial_indent="  ", subsequent_indent="    ") for part in answer.sentences]
+    rest = [textwrap.fill(part, width, initial_indent="  ", subsequent_indent="  ") for part in answer.mind]
+    chosen = [textwrap.fill(f"({answer.chosen})", width, initial_indent="  ", subsequent_indent="  ")]
+    return printable("\n".join([answer.title, *said, *rest, *chosen * bool(answer.chosen)]))
+
+
+def answer_markdown(answer: Answer) -> str:
+    cells = [printable(part).replace("<", "&lt;") for part in (*answer.sentences, *answer.mind)]
+    chosen = [f"\n{printable(answer.chosen)}"] * bool(answer.chosen)
+    return "\n".join([f"## {printable(answer.title)}\n", *(f"- {part}" for part in cells), *chosen, ""])
+
+
+def terminal_text(analyses: Sequence[Analysis], comparisons: Sequence[dict], all_rows: bool = False) -> str:
+    """What is printed: the answers, what to mind, the tables."""
+    answers = list(map(answer_text, first_screen(analyses, comparisons)))
     notes = [printable(note) for analysis in analyses for note in analysis.notes]
-    return "\n\n".join(["\n".join(notes)] * bool(notes) + list(map(as_text, all_tables(analyses, comparisons, True))))
+    tables = all_tables(analyses, comparisons, not all_rows, all_rows)
+    return "\n\n".join([*answers, *["\n".join(notes)] * bool(notes), *map(as_text, tables)])
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
@@ -146,6 +194,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "table": analysis.rows,
         "value_model": analysis.values,
         "searches_rescuable_by_a_rejected_candidate": analysis.pruned_right,
+        "clones": analysis.clones,
         "wall_clock_seconds": analysis.seconds,
         "tokens_per_second": analysis.tokens_per_second,
         "problems": analysis.problems,
@@ -156,11 +205,12 @@ def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: list[d
     """table.md, table.csv (one row per run and pooled number of repetitions), table.json."""
     notes = "".join(f"- {printable(note)}\n" for analysis in analyses for note in analysis.notes)
     tables = "\n".join(map(as_markdown, all_tables(analyses, comparisons)))
-    data = {"format": 1, "flops": FORMULA, "runs": list(map(to_json, analyses)), "comparisons": comparisons}
+    answers = first_screen(analyses, comparisons)
+    data = {"format": 1, "answers": list(map(vars, answers)), "flops": FORMULA, "runs": list(map(to_json, analyses))}
     written = {
-        "table.md": "# Search report\n\n" + (notes + "\n" if notes else "") + tables,
+        "table.md": "\n".join(["# Search report\n", *map(answer_markdown, answers), *[notes] * bool(notes), tables]),
         "table.csv": as_csv([{"run": analysis.run.name, **row} for analysis in analyses for row in analysis.rows]),
-        "table.json": json.dumps(data, indent=1, allow_nan=False) + "\n",
+        "table.json": json.dumps(data | {"comparisons": comparisons}, indent=1, allow_nan=False) + "\n",
     }
     for name, text in written.items():
         write_text(folder / name, text)

@@ -23,6 +23,7 @@ OBSERVATION = np.dtype(  # problem: data_idx; block: from 1; position: response 
 )
 MAX_GROUPS = 8  # rows of a table by round or length
 MIN_OBSERVATIONS = 20  # fewer are not worth a row
+MIN_CLUSTERS = 5  # an interval over fewer problems is not worth showing
 
 
 def observe_search(data_idx: int, search: SearchView, final_only: bool) -> NDArray:
@@ -117,3 +118,28 @@ def bias_words(biased: bool | None) -> str:
     if biased is None:
         return "settings unknown, perhaps biased by search"
     return "under search, biased" if biased else "no selection by value: unbiased"
+
+
+def value_sentence(run: str, values: dict[str, Any]) -> str | None:
+    """Do the values tell right answers from wrong ones of the same problem? For `value_report` with `biased`.
+
+    They are said to only where the clustered interval of the AUC within problems, at the end of the trace, lies above
+    0.5. None where the values were selected by themselves, or may have been: then nothing certain can be said.
+    """
+    end = values["groups"][0]
+    problems, auc_of_pairs, half = (end[f"auc_within{name}"] for name in ("_problems", "", "_ci"))
+    if values["biased"] is not False:
+        return None
+    if problems < MIN_CLUSTERS:
+        return (
+            f"{run}: too little to judge its values by: {problems} problem{'s' * (problems != 1)} with right and with "
+            f"wrong answers, {MIN_CLUSTERS} are needed."
+        )
+    low, high = max(0.0, auc_of_pairs - half), min(1.0, auc_of_pairs + half)
+    figures = (
+        f"AUC within problems {auc_of_pairs:.3f}, 95 % interval {low:.3f} to {high:.3f} over {problems} problems; "
+        "0.5 is chance"
+    )
+    if low > 0.5:
+        return f"{run}: its values tell right answers from wrong ones of the same problem ({figures})."
+    return f"{run}: no evidence that its values tell right from wrong on these problems ({figures})."

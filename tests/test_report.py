@@ -71,7 +71,7 @@ def test_every_plot_is_there_twice_with_labels(runs):
     names = {path.stem for path in (folder / "out").glob("*.png")}
     assert names == {path.stem for path in (folder / "out").glob("*.svg")}
     assert names == {"accuracy_n", "accuracy_tokens", "accuracy_flops", "comparison", "reliability_block_1",
-                     "reliability_length_1", "reliability_length_2", "value_trace", "time"}  # fmt: skip
+                     "reliability_length_1", "reliability_length_2", "value_trace", "time", "difference", "clones"}  # fmt: skip
     for path in (folder / "out").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000

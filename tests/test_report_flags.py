@@ -124,8 +124,25 @@ def watch(tmp_path, monkeypatch, capsys):
         report.main([str(path), "--watch"])
 
 
+def all_rows(tmp_path, monkeypatch, capsys):
+    """The terminal has a row for every number of repetitions, and every budget and metric of a comparison."""
+    paths = [write_run(tmp_path / f"{i}.jsonl", random_lines(i, repetitions=7)) for i in range(2)]
+    arguments = [*map(str, paths), "--num_blocks", "5"]
+    found = []
+    for flags in ([], ["--all_rows"], ["--all_rows", "--out", str(tmp_path / "out")]):
+        assert report.main([*arguments, *flags]) == 0
+        printed = capsys.readouterr().out
+        accuracy = printed.partition("Accuracy, %: 0\n")[2].partition("\n\n")[0]
+        rows = [int(words[1]) for words in map(str.split, accuracy.splitlines()[1:]) if words[1].isdigit()]
+        comparison = printed.partition("0 against 1: accuracy")[2].partition("Half-width")[0]
+        found.append((rows, "pass@k" in comparison, "Left out here" in printed, "budgets are shown" in printed))
+    assert found[0] == ([1, 2, 4, 7], True, True, True)  # pass@k is named as left out
+    assert found[1] == found[2] == ([1, 2, 3, 4, 5, 6, 7], True, False, False)
+
+
 FLAGS = {
-    "runs": run_order, "out": out, "num_blocks": num_blocks, "tokenizer": tokenizer, "regrade": regrade, "watch": watch,
+    "runs": run_order, "out": out, "num_blocks": num_blocks, "tokenizer": tokenizer, "all_rows": all_rows,
+    "regrade": regrade, "watch": watch,
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ VGS.COLUMNS = [
   ["Length-limited", "share of final beams that reached max_length", "truncated", (p) => VGS.percent(p.truncated), true],
   ["Value", "mean value of the final beams", "value", (p) => p.value.toFixed(3), true],
   ["Pruned right", "searches in which a pruned, finished candidate was right and no kept one was", "rescued", (p) => (p.rescued === null ? "–" : p.rescued), true],
+  ["Clones", "final beams of a search that descend from one first block: its largest family, mean over repetitions", "clones", (p) => (p.clones === null ? "–" : p.clones.toFixed(1)), true],
   ["Tokens", "tokens generated, all repetitions", "tokens", (p) => VGS.short(p.tokens), true],
 ];
 

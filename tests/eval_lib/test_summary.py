@@ -121,7 +121,23 @@ def test_missing_repetitions_are_said():
     assert [(row["problems"], row["missing"]) for row in rows] == [(6, 1)] * 3 + [(4, 3)] * 2
     assert "1 of 7 problems lack 1 repetition;" in rows[0]["note"] + ";"
     assert "3 of 7 problems lack 5 repetitions" in rows[4]["note"]
-    assert "3 of 7 problems lack 5 repetitions" in " ".join(format_table(rows).split())
+    said = "Not yet there: 1 of 7 problems lack 1, 2 repetitions; 3 of 7 problems lack 4, 5 repetitions."
+    assert " ".join(format_table(rows).split()).count("problems lack") == 2
+    assert said in " ".join(format_table(rows).split())
+
+
+def test_a_warning_is_said_once_with_its_columns_and_rows():
+    """However many rows it holds for, and however many problems it is that carry the variance there."""
+    rows = table_of(line(i, r, ["1"], [i > 5 or (r > 2 and i == 5)], [0.5]) for i in range(12) for r in range(4))
+    for row, few in zip(rows, (1, 2, 3, 4), strict=True):
+        row["note"] = f"pass@k, majority: {few} of 12 problems carry 90 % of the variance: the interval is too narrow"
+    rows[3]["note"] += "; weighted: only 4 problems: the interval is no more than a hint"
+    accuracy, *_ = run_tables(rows, "vgs")
+    assert accuracy.notes[1:] == [
+        "pass@k, majority at 1, 2, 4 pooled (vgs): few of 12 problems carry 90 % of the variance: the interval is too narrow.",
+        "weighted at 4 pooled (vgs): only 4 problems: the interval is no more than a hint.",
+        "3 of 4 budgets are shown.",
+    ]
 
 
 def test_lines_of_the_released_code_leave_out_what_they_do_not_tell():
@@ -159,7 +175,10 @@ def test_the_table_fits_80_columns_and_stays_short():
     assert "6 of 20 budgets are shown." in text
     assert [row.split()[1] for row in text.splitlines()[2:8]] == ["1", "2", "4", "8", "16", "20"]
     assert [row["pooled"] for row in thin(rows)] == [1, 2, 4, 8, 16, 20]
-    assert thin(rows[:8]) == rows[:8]  # few are shown whole
+    assert [row["pooled"] for row in thin(rows[:7])] == [1, 2, 4, 7]
+    (accuracy, *_) = run_tables(rows, all_rows=True)
+    assert [row[1] for row in accuracy.rows] == [str(m) for m in range(1, 21)]
+    assert "budgets are shown" not in " ".join(accuracy.notes)
     first = text.splitlines()[2]
     assert f"{100 * rows[0]['maj_m']:.1f}" in first
     assert f"±{100 * rows[0]['maj_ci']:.1f}" in first

@@ -65,7 +65,9 @@ def test_the_lines_of_all_shards_are_those_of_the_whole_run(folder, whole, tmp_p
     assert by_search(row for one in seen for row in one.rounds) == by_search(whole.rounds)
     printed = capsys.readouterr().out
     assert "shard 0/3, 2 of 4 problems:\n" in printed and "shard 1/3, 1 of 4 problems:\n" in printed
-    assert f"tables of all shards, plots and a page to look inside: python report.py {tmp_path / 'x.jsonl'}\n" in printed
+    assert (
+        f"tables of all shards, plots and a page to look inside: python report.py {tmp_path / 'x.jsonl'}\n" in printed
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,9 @@ def test_shards_of_several_runs_are_refused(shards, tmp_path, spoil, message):
 
 
 def test_shards_are_graded_again_one_by_one_into_shards_of_another_run(shards, tmp_path):
-    with pytest.raises(UserError, match=r"one by one: .*x\.shard-0-of-4\.jsonl into y\.shard-0-of-4\.jsonl, and so on$"):
+    with pytest.raises(
+        UserError, match=r"one by one: .*x\.shard-0-of-4\.jsonl into y\.shard-0-of-4\.jsonl, and so on$"
+    ):
         regrade(tmp_path / "x.jsonl", tmp_path / "y.jsonl")
     for index, paths in enumerate(shards):
         regrade(paths.results, RunPaths.of(tmp_path / "y.jsonl", Shard(index, 4)).results)

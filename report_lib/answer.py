@@ -1,0 +1,170 @@
+"""What was asked, answered first: which run is better, by how much and how surely; or how good one run is.
+
+What a sentence is about is chosen before any figure is seen: each run by `vote_of`, at the largest budget that both
+reach; a single run at all the repetitions that every problem has.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval_lib.intervals import paired_difference, variance_warning
+from eval_lib.tables import short
+from report_lib.analysis import Analysis
+from report_lib.compare import BASES, chosen_rows, difference_warning, vote_of
+from report_lib.value import MIN_CLUSTERS, value_sentence
+
+VOTES = {"wmaj": "the weighted vote", "maj": "the majority vote", "pass1": "pass@1"}
+LEVEL = 0.05  # where the p-value is smaller, the 95 % interval leaves out 0
+
+
+@dataclass
+class Answer:
+    """One question of the first screen. chosen: what it is about; mind: warnings; plot: its file stem, if it has one."""
+
+    title: str
+    sentences: list[str]
+    chosen: str = ""
+    mind: list[str] = field(default_factory=list)
+    plot: str | None = None
+
+
+def first_screen(analyses: Sequence[Analysis], comparisons: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """Of each comparison, or of a single run; then of the values."""
+    answers = list(map(comparison_answer, comparisons)) or [run_answer(analyses[0])]
+    for number, answer in enumerate(answers, start=1):
+        if answer.plot and len(comparisons) > 1:
+            answer.plot += f"_{number}"
+    return [*answers, values_answer(analyses)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs
+
+
+def comparison_answer(comparison: Mapping[str, Any]) -> Answer:
+    """One sentence for equal N, equal tokens and equal FLOPs each, or why there is none."""
+    names = comparison["one"], comparison["other"]
+    last = {row["basis"]: row for row in chosen_rows(comparison)}.values()  # budgets ascend: the largest stays
+    one, other = (VOTES[metric] for metric in comparison["chosen"])
+    votes = f"{one} of both" if one == other else f"{one} of {names[0]}, {other} of {names[1]}"
+    problems = f"; paired over {comparison['problems']} problems, intervals clustered by problem"
+    return Answer(
+        f"{names[0]} against {names[1]}",
+        [difference_sentence(*names, row) for row in last]
+        + [f"Not compared: {missing}." for missing in comparison["missing"]],
+        f"Chosen beforehand: {votes}, at the largest budget that both reach{problems}." if last else "",
+        remarks(row["warning"] for row in last),
+        "difference" if last else None,
+    )
+
+
+def difference_sentence(one: str, other: str, row: Mapping[str, Any]) -> str:
+    """Which is better at this budget, by how much, with interval and p-value, as far as the figures say so."""
+    amount = f"{row['budget']:.0f}" if row["basis"] == "N" else short(row["budget"])
+    at = f"At equal {BASES[row['basis']]} ({amount})"
+    scores = f"{share(row['one'])} against {share(row['other'])}"
+    if row["ci"] is not None and max(row["ci"], abs(row["difference"])) < 1e-9:
+        return f"{at} both score {share(row['one'])}, the same on every problem."
+    if not shown(row):
+        surely = f" ({surety(row)})" if row["ci"] is not None else ""
+        difference = f"{one} minus {other} {points(row['difference'])}"
+        return f"{at} neither is shown to be better: {scores}, {difference}{surely}."
+    if row["difference"] < 0:
+        one, other, scores = other, one, f"{share(row['other'])} against {share(row['one'])}"
+    by = points(abs(row["difference"]))
+    return f"{at} {one} is better than {other} by {by}: {scores} ({surety(row, row['difference'] < 0)})."
+
+
+def shown(row: Mapping[str, Any]) -> bool:
+    """Is there a difference? Few problems cannot show one."""
+    return row["p_value"] is not None and row["p_value"] < LEVEL and row["problems"] >= MIN_CLUSTERS
+
+
+def surety(row: Mapping[str, Any], turned: bool = False) -> str:
+    """Interval, in points, and p-value. turned: of the other difference."""
+    middle = -row["difference"] if turned else row["difference"]
+    low, high = 100 * (middle - row["ci"]), 100 * (middle + row["ci"])
+    p_value = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.3f}"
+    return f"95 % interval {signed(low)} to {signed(high)}, {p_value}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def points(difference: float) -> str:
+    return f"{signed(100 * difference)} points"
+
+
+def signed(value: float) -> str:
+    """One decimal, never -0.0."""
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
+def remarks(warnings: Iterable[str | None]) -> list[str]:
+    """Each once, as sentences."""
+    return [f"{sentence(warning)}." for warning in dict.fromkeys(warnings) if warning]
+
+
+def sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run, and its values
+
+
+def run_answer(analysis: Analysis) -> Answer:
+    """What its vote reaches, against the other vote and against one answer alone."""
+    run, vote = analysis.run, vote_of(analysis.run)
+    most = min(len(metrics[vote]) for metrics in analysis.scores.values())
+    row = analysis.rows[most - 1]
+    scores = {m: {i: metrics[m][most - 1] for i, metrics in analysis.scores.items()} for m in VOTES}
+    others = [metric for metric in VOTES if metric != vote]
+    budget = f"N = {row['N']}, " if row["N"] else ""
+    pooled = f"{budget}{most} repetition{'s' * (most > 1)} pooled"
+    reached = f"{share(row[f'{vote}_m'])} of the problems{interval_words(row[f'{vote}_m'], row[f'{vote}_ci'])}"
+    against = "; ".join(against_words(scores[vote], scores[metric], VOTES[metric]) for metric in others)
+    warnings = [variance_warning(list(scores[vote].values()))]
+    if row["problems"] >= MIN_CLUSTERS:  # else one warning says it for all
+        doubts = ((VOTES[metric], difference_warning(scores[vote], scores[metric])) for metric in others)
+        warnings += [f"against {other}, {warning}" for other, warning in doubts if warning]
+    chosen = (
+        f"Chosen beforehand: {VOTES[vote]}, over all repetitions that every problem has; {row['problems']} problems"
+    )
+    return Answer(
+        run.name,
+        [f"{sentence(VOTES[vote])} ({pooled}) is right on {reached}: {against}."],
+        f"{chosen}, intervals clustered by problem.",
+        remarks(warnings),
+        "accuracy_n" if row["N"] else None,
+    )
+
+
+def interval_words(mean: float, half: float | None) -> str:
+    """Of a share, so within 0 and 100."""
+    if half is None:
+        return ""
+    return f" (95 % interval {100 * max(0.0, mean - half):.1f} to {100 * min(1.0, mean + half):.1f})"
+
+
+def against_words(first: Mapping[int, float], second: Mapping[int, float], other: str) -> str:
+    """How far a vote is above or below another metric of the same run. Arguments: score by problem; the other's name."""
+    found = paired_difference(first, second)
+    by = f"{points(abs(found['difference']))} {'above' if found['difference'] > 0 else 'below'}"
+    surely = f", {surety(found, found['difference'] < 0)}" if found["ci"] is not None else ""
+    doubt = "" if shown(found) else "; no difference is shown"
+    mean = share(sum(second.values()) / len(second))
+    return f"{by if found['difference'] else 'the same as'} {other} ({mean}{surely}{doubt})"
+
+
+def values_answer(analyses: Sequence[Analysis]) -> Answer:
+    """What the values of runs that did not select by them are worth; else why nothing certain can be said."""
+    said = [value_sentence(analysis.run.name, analysis.values) for analysis in analyses]
+    sentences = [sentence for sentence in said if sentence]
+    if not sentences:
+        sentences = [
+            "Nothing certain: these values chose, or may have chosen, what is seen here. Report a bon or beam1 run."
+        ]
+    return Answer("Is the value model any good here?", sentences)

@@ -1,0 +1,241 @@
+"""What the report says first, against figures computed otherwise: exact votes, Student's t by integration."""
+
+import json
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+from handmade_runs import result, settings, write_run
+from synthetic_runs import analysis_of
+
+from report_lib import answer
+from report_lib.answer import comparison_answer, first_screen, run_answer
+from report_lib.compare import compare
+from report_lib.tables import terminal_text
+from report_lib.value import OBSERVATION, value_report, value_sentence
+
+# By problem, the three beams of each of two repetitions: (answer, value in eighths); 1 is right. Values and counts differ.
+SEARCH = [
+    [[("1", 7), ("2", 1), ("2", 1)], [("1", 6), ("2", 1), ("2", 2)]],
+    [[("1", 8), ("1", 7), ("3", 1)], [("1", 8), ("1", 7), ("3", 1)]],
+    [[("2", 1), ("1", 6), ("3", 1)], [("2", 2), ("2", 1), ("1", 8)]],
+    [[("2", 7), ("2", 7), ("1", 1)], [("2", 7), ("2", 7), ("1", 1)]],
+    [[("1", 5), ("1", 5), ("1", 5)], [("1", 5), ("2", 5), ("3", 5)]],
+    [[("3", 1), ("3", 1), ("1", 7)], [("3", 1), ("1", 7), ("2", 2)]],
+]
+SAMPLES = [
+    [[("2", 1), ("2", 1), ("1", 7)], [("2", 1), ("2", 1), ("1", 7)]],
+    [[("1", 8), ("1", 7), ("3", 1)], [("1", 8), ("1", 7), ("3", 1)]],
+    [[("2", 1), ("1", 6), ("3", 1)], [("2", 2), ("2", 1), ("1", 8)]],
+    [[("2", 7), ("2", 7), ("1", 1)], [("2", 7), ("2", 7), ("1", 1)]],
+    [[("1", 5), ("1", 5), ("2", 5)], [("1", 5), ("2", 5), ("2", 5)]],
+    [[("3", 1), ("3", 1), ("1", 7)], [("3", 1), ("3", 7), ("2", 2)]],
+]
+
+
+def make(folder, name, problems, search_type="beam2", tokens=100):
+    """A run of these beams; the settings say 3 blocks in parallel."""
+    lines = [
+        result(i, r, len(problems), [a for a, _ in beams], [a == "1" for a, _ in beams], [v / 8 for _, v in beams],
+               tokens_generated=tokens)
+        for i, repetitions in enumerate(problems) for r, beams in enumerate(repetitions)
+    ]  # fmt: skip
+    meta = settings(len(problems), len(problems[0]), 3, 3, 1, search_type=search_type)
+    return analysis_of(write_run(folder / f"{name}.jsonl", lines, meta=meta))
+
+
+def vote(repetitions, weigh):
+    """Share of the heaviest answers that is right, over all beams."""
+    weights = {}
+    for word, value in (beam for beams in repetitions for beam in beams):
+        weights[word] = weights.get(word, 0) + weigh(value)
+    heaviest = [word for word, weight in weights.items() if weight == max(weights.values())]
+    return Fraction("1" in heaviest, len(heaviest))
+
+
+def tail(t, degrees):
+    """P(|T| > t) of Student's t, by integrating its density."""
+    x = np.linspace(0, t, 200_001)
+    density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    norm = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    return 1 - 2 * norm * float(((density[1:] + density[:-1]) / 2).sum() * (x[1] - x[0]))
+
+
+def figures(first, second):
+    """Difference in points, ends of its 95 % interval, p-value. 2.570582: Student's t with 5 degrees of freedom."""
+    differences = [float(a - b) for a, b in zip(first, second, strict=True)]
+    mean, error = np.mean(differences), np.std(differences, ddof=1) / math.sqrt(len(differences))
+    return 100 * mean, 100 * (mean - 2.570582 * error), 100 * (mean + 2.570582 * error), tail(abs(mean) / error, 5)
+
+
+WEIGHTED = [vote(repetitions, lambda value: value) for repetitions in SEARCH]
+MAJORITY = [vote(repetitions, lambda value: 1) for repetitions in SEARCH]
+BASELINE = [vote(repetitions, lambda value: 1) for repetitions in SAMPLES]
+RIGHT = [Fraction(sum(word == "1" for beams in reps for word, _ in beams), 6) for reps in SEARCH]
+
+
+def mean(votes):
+    return f"{100 * float(sum(votes)) / len(votes):.1f}%"
+
+
+def test_each_basis_has_its_sentence_and_the_figures_are_those_of_the_largest_budget(tmp_path):
+    one, other = make(tmp_path, "one", SEARCH), make(tmp_path, "other", SAMPLES, "bon")
+    found = comparison_answer(compare(one, other))
+    by, low, high, p = figures(WEIGHTED, BASELINE)
+    assert p < 0.05 and by > 0
+    surely = f"(95 % interval {low:.1f} to {high:.1f}, p = {p:.3f})"
+    said = f"one is better than other by {by:.1f} points: {mean(WEIGHTED)} against {mean(BASELINE)} {surely}."
+    assert found.title == "one against other"
+    assert found.sentences == [
+        f"At equal N (6) {said}",
+        f"At equal tokens (200) {said}",
+        "Not compared: FLOPs are not known of both runs.",
+    ]
+    assert found.chosen == (
+        "Chosen beforehand: the weighted vote of one, the majority vote of other, at the largest budget that both reach; "
+        "paired over 6 problems, intervals clustered by problem."
+    )
+    assert found.mind == []
+    # The other way round the same run is better, by as much.
+    turned = comparison_answer(compare(other, one))
+    assert turned.sentences[:2] == found.sentences[:2]
+    assert turned.title == "other against one"
+
+
+def test_what_is_not_shown_is_not_said(tmp_path):
+    """The same runs by another vote: the difference is not significant; and with four problems nothing is."""
+    one, other = make(tmp_path, "one", SEARCH), make(tmp_path, "other", SAMPLES)
+    second = [vote(repetitions, lambda value: value) for repetitions in SAMPLES]
+    by, low, high, p = figures(WEIGHTED, second)
+    assert p > 0.05
+    found = comparison_answer(compare(one, other))
+    assert found.sentences[0] == (
+        f"At equal N (6) neither is shown to be better: {mean(WEIGHTED)} against {mean(second)}, one minus other "
+        f"{by:.1f} points (95 % interval {low:.1f} to {high:.1f}, p = {p:.3f})."
+    )
+    assert "the weighted vote of both" in found.chosen
+    right = [[[("1", 8), ("1", 8), ("1", 8)]] * 2] * 4
+    wrong = [[[("2", 8), ("2", 8), ("2", 8)]] * 2] * 4
+    few = comparison_answer(compare(make(tmp_path, "right", right), make(tmp_path, "wrong", wrong)))
+    assert "neither is shown to be better: 100.0% against 0.0%" in few.sentences[0]
+    assert few.mind == ["Only 4 problems: the interval is no more than a hint."]  # once, not a line a basis
+    single = comparison_answer(compare(make(tmp_path, "r", right[:1]), make(tmp_path, "w", wrong[:1])))
+    assert single.sentences[0].endswith("100.0% against 0.0%, r minus w 100.0 points.")
+    six = comparison_answer(
+        compare(*(make(tmp_path, name, [*beams, *beams[:2]]) for name, beams in (("r", right), ("w", wrong))))
+    )
+    assert six.sentences[0].startswith("At equal N (6) r is better than w by 100.0 points: 100.0% against 0.0%")
+    assert six.mind == ["All 6 problems differ by the same, so the interval has no width."]
+    same = comparison_answer(compare(one, make(tmp_path, "again", SEARCH)))
+    assert same.sentences[0] == f"At equal N (6) both score {mean(WEIGHTED)}, the same on every problem."
+
+
+def test_the_sentence_is_about_the_vote_chosen_beforehand_and_not_the_best_looking_one(tmp_path):
+    """Here the majority vote is better, and a budget in between is; neither is what is said."""
+    spoilt = [[[("2", 8), ("1", 1), ("1", 1)]] * 2] * 6
+    found = run_answer(make(tmp_path, "spoilt", spoilt))
+    assert found.sentences[0].startswith(
+        "The weighted vote (N = 6, 2 repetitions pooled) is right on 0.0% of the problems"
+    )
+    assert "100.0 points below the majority vote (100.0%" in found.sentences[0]
+
+
+def test_a_run_alone_is_set_against_its_other_vote_and_one_answer(tmp_path):
+    found = run_answer(make(tmp_path, "one", SEARCH))
+    center, half = float(sum(WEIGHTED)) / 6, 2.570582 * np.std(list(map(float, WEIGHTED)), ddof=1) / math.sqrt(6)
+    assert center + half > 1  # a share ends at 100
+    parts = []
+    for other, name in ((MAJORITY, "the majority vote"), (RIGHT, "pass@1")):
+        by, low, high, p = figures(WEIGHTED, other)
+        doubt = "" if p < 0.05 else "; no difference is shown"
+        interval = f"95 % interval {low:.1f} to {high:.1f}, p = {p:.3f}"
+        parts.append(f"{by:.1f} points above {name} ({mean(other)}, {interval}{doubt})")
+    assert found.sentences == [
+        f"The weighted vote (N = 6, 2 repetitions pooled) is right on {mean(WEIGHTED)} of the problems (95 % interval "
+        f"{100 * (center - half):.1f} to 100.0): {'; '.join(parts)}."
+    ]
+    baseline = run_answer(make(tmp_path, "two", SAMPLES, "bon"))
+    assert baseline.sentences[0].startswith(
+        f"The majority vote (N = 6, 2 repetitions pooled) is right on {mean(BASELINE)}"
+    )
+
+
+def test_the_terminal_begins_with_the_answers_then_what_to_mind_then_tables(tmp_path):
+    one, other = make(tmp_path, "one", SEARCH), make(tmp_path, "other", SAMPLES, "bon")
+    text = terminal_text([one, other], [compare(one, other)])
+    assert text.startswith("one against other\n  At equal N (6) one is better than other by ")
+    places = [
+        text.index(words) for words in ("At equal tokens", "Is the value model", "one: no journal", "Accuracy, %: one")
+    ]
+    assert places == sorted(places)
+    assert max(map(len, text[: places[2]].splitlines())) <= 80
+    three = [one, other, make(tmp_path, "third", SAMPLES)]
+    answers = first_screen(three, [compare(one, run) for run in three[1:]])
+    assert [(part.title, part.plot) for part in answers] == [
+        ("one against other", "difference_1"), ("one against third", "difference_2"),
+        ("Is the value model any good here?", None),
+    ]  # fmt: skip
+    assert next((part.title, part.plot) for part in first_screen([one], [])) == ("one", "accuracy_n")
+    assert json.dumps(list(map(vars, answers)))
+
+
+def test_numbers_are_never_minus_nothing():
+    assert [answer.signed(value) for value in (-0.04, 0.0, 0.05, -3.25)] == ["0.0", "0.0", "0.1", "-3.2"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def observations(rng, problems, informed):
+    """Twelve traces of each problem, some right; values that know which, or do not."""
+    rows = []
+    for problem in range(problems):
+        right = rng.random(12) < rng.uniform(0.2, 0.8)
+        value = np.clip(rng.uniform(0, 0.7, 12) + 0.3 * right * informed, 0, 1)
+        rows += [(problem, 1, 100, v, r, True) for v, r in zip(value, right, strict=True)]
+    return np.array(rows, OBSERVATION)
+
+
+def said_of(seen, biased=False):
+    return value_sentence("run", {"biased": biased} | value_report(seen))
+
+
+def test_values_are_accepted_where_the_interval_of_the_auc_within_problems_lies_above_a_half():
+    seen = observations(np.random.default_rng(0), 20, informed=True)
+    aucs = []
+    for problem in range(20):
+        part = seen[seen["problem"] == problem]
+        pairs = [(a - b) for a in part["value"][part["right"]] for b in part["value"][~part["right"]]]
+        if pairs:
+            aucs.append(np.mean([(d > 0) + (d == 0) / 2 for d in pairs]))
+    assert len(aucs) == 20
+    half = 2.093024 * np.std(aucs, ddof=1) / math.sqrt(20)
+    assert said_of(seen) == (
+        "run: its values tell right answers from wrong ones of the same problem (AUC within problems "
+        f"{np.mean(aucs):.3f}, 95 % interval {np.mean(aucs) - half:.3f} to {np.mean(aucs) + half:.3f} over 20 problems; "
+        "0.5 is chance)."
+    )
+
+
+def test_values_that_say_nothing_are_rarely_accepted():
+    rng = np.random.default_rng(1)
+    said = [said_of(observations(rng, 15, informed=False)) for _ in range(100)]
+    assert sum(words.startswith("run: its values tell right") for words in said) <= 5
+    assert all(re.match(r"run: (no evidence that|its values tell)", words) for words in said)
+
+
+def test_of_values_that_chose_what_is_seen_nothing_is_said(tmp_path):
+    seen = observations(np.random.default_rng(0), 20, informed=True)
+    assert said_of(seen, biased=True) is said_of(seen, biased=None) is None
+    few = said_of(observations(np.random.default_rng(0), 4, informed=True))
+    assert few == (
+        "run: too little to judge its values by: 4 problems with right and with wrong answers, 5 are needed."
+    )
+    pruned = make(tmp_path, "one", SEARCH)
+    pruned.values["biased"] = True
+    (_, values) = first_screen([pruned], [])
+    assert values.sentences == [
+        "Nothing certain: these values chose, or may have chosen, what is seen here. Report a bon or beam1 run."
+    ]

@@ -1,0 +1,102 @@
+"""The page's first screen in headless Chromium: answers before all else, folded tables, a window as narrow as a phone."""
+
+import json
+
+import pytest
+from chromium import BINARY, SKIP_REASON
+from synthetic_runs import make_pair
+
+import report
+from report_lib.data import read_run
+
+pytestmark = pytest.mark.skipif(BINARY is None, reason=SKIP_REASON)
+
+READY = "document.querySelectorAll('section.table').length > 2"
+TITLES = "[...document.querySelectorAll('section.table h3')].filter((h) => h.offsetParent).map((h) => h.textContent)"
+
+
+def plots(folder, analyses):
+    """As `write_plots` tells them; one stands beside the answers."""
+    names = {"png": "none.png", "svg": "none.svg", "title": "t", "wide": False, "inches": 14.4}
+    (folder / "none.png").write_bytes(bytes.fromhex("89504e470d0a1a0a"))
+    return [names | {"stem": stem, "caption": stem} for stem in ("accuracy_n", "difference")]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    runs = [read_run(path, path.stem) for path in make_pair(folder)]
+    report.write_report(folder / "out", runs, None, plots)
+    return folder / "out/report.html"
+
+
+def test_it_begins_with_the_answers_and_their_plot(page, html):
+    page.open(html)
+    page.wait(READY)
+    answers = json.loads((html.parent / "table.json").read_text())["answers"]
+    assert [answer["title"] for answer in answers] == ["vgs against bon", "Is the value model any good here?"]
+    first = page.run(
+        "[...document.getElementById('main').children[0].querySelectorAll('h2, .sentence')].map((e) => e.textContent)"
+    )
+    assert first == [words for answer in answers for words in (answer["title"], *answer["sentences"])]
+    assert len(answers[0]["sentences"]) == 3
+    assert answers[0]["chosen"] in page.run("document.querySelector('.answers').textContent")
+    captions = "[...document.querySelectorAll('%s figcaption')].map((e) => e.textContent)"
+    assert page.run(captions % ".answers") == ["difference"]
+    assert page.run(captions % ".plots") == ["accuracy_n"]
+    markdown = (html.parent / "table.md").read_text()
+    assert markdown.index(answers[0]["sentences"][0]) < markdown.index("## Accuracy")
+
+
+def test_repeat_noise_is_folded_away_until_it_is_asked_for(page, html):
+    page.open(html)
+    page.wait(READY)
+    noise = "Half-width from repeat noise only"
+
+    def shown():
+        return sum(title.startswith(noise) for title in page.run(TITLES))
+
+    def pressed():
+        return page.run("document.getElementById('fold').getAttribute('aria-pressed')")
+
+    whole = len(page.run(TITLES))
+    assert (shown(), pressed()) == (0, "false")
+    page.click("#fold")
+    assert (shown(), pressed(), len(page.run(TITLES))) == (2, "true", whole + 2)
+    page.run("VGS.go({ view: 'problems' })")
+    page.wait("document.querySelectorAll('.list tbody tr').length === 6")
+    page.run("VGS.go({ view: 'overview' })")
+    page.wait(READY)
+    assert shown() == 2  # as it was left
+    page.click("#fold")
+    assert (shown(), pressed()) == (0, "false")
+
+
+def test_the_list_has_clones(page, html):
+    page.open(html, "#view=problems")
+    page.wait("document.querySelectorAll('.list tbody tr').length === 6")
+    found = json.loads((html.parent / "table.json").read_text())["runs"][0]["problems"]
+    at = page.run("[...document.querySelectorAll('.list th')].findIndex((th) => th.textContent.startsWith('Clones'))")
+    cells = page.run(f"[...document.querySelectorAll('.list tbody tr')].map((row) => row.cells[{at}].textContent)")
+    assert [float(cell) for cell in cells] == pytest.approx([row["clones"] for row in found], abs=0.0501)
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_view_is_wider_than_its_window(page, html, width):
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 1000}
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    try:
+        for fragment, ready in (
+            ("", READY),
+            ("#view=problems", "document.querySelectorAll('.list tbody tr').length === 6"),
+            ("#view=problem&problem=2", "!!document.querySelector('#block-text')"),
+        ):
+            page.open(html, fragment)
+            page.wait(ready)
+            assert page.run("document.documentElement.scrollWidth") == width, fragment
+            buttons = page.run(
+                "[...document.querySelectorAll('header button')].map((b) => b.getBoundingClientRect().right)"
+            )
+            assert max(buttons) <= width
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
