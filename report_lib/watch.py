@@ -32,7 +32,7 @@ def watch(paths: Sequence[Path], folder: Path, read: Callable[[], list[RunRecord
     """
     seen: Files | None = None
     runs: list[RunRecord] = []
-    text, rest = "", LOOK_SECONDS
+    text, rest, complete = "", LOOK_SECONDS, False
     try:
         while True:
             files = states(paths)
@@ -48,8 +48,9 @@ def watch(paths: Sequence[Path], folder: Path, read: Callable[[], list[RunRecord
                     if not text:
                         raise
                     logger.warning("%s; the page stays as it was", error)
-                rest = max(LOOK_SECONDS, REST * (time.monotonic() - begin))
-            elif runs and not any(run.partial for run in runs):
+                complete = bool(runs) and not any(run.partial for run in runs)
+                rest = LOOK_SECONDS if complete else max(LOOK_SECONDS, REST * (time.monotonic() - begin))
+            elif complete:
                 end_live(folder, "finished")
                 logger.info("finished: no search is missing; %s is renewed no more", folder / "report.html")
                 return text

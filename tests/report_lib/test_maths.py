@@ -26,6 +26,7 @@ $2 for an egg, $3 for two; a $5-$10 range     |
 $5 and $x$ eggs                               | x
 $1.50 x 4 = $6                                |
 each costs $80 per dozen and $68 per box      |
+pays $80 for the house and US$ 5 more         |
 $n \text{ is even and positive}$              | n \text{ is even and positive}
 \\(a\\) and \\[2pt] and \$a\$                 |
 a stray $ and a stray \( and \boxed{          |

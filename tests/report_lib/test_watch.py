@@ -286,14 +286,14 @@ def test_an_open_page_is_renewed_and_keeps_its_place(page, run, tmp_path):
     page.press("/")
     page.type("problem")
     page.press("ArrowLeft")
-    page.run("VGS.listState.at = 1, VGS.listState.sort = 'tokens', VGS.listed()")
-    at = page.run("VGS.order[1]")
+    page.run("VGS.listState.at = 0, VGS.listState.sort = 'searches', VGS.listed()")
+    assert page.run("VGS.order[0]") == 1
     run.finish(7)
     renew(4)
     page.wait("[...document.querySelectorAll('.list tbody tr')].length === 3 && VGS.run().problems[1].searches === 2")
     assert page.run("[document.activeElement.type, document.activeElement.value, document.activeElement.selectionStart]") == [
         "search", "problem", 6,
     ]  # fmt: skip
-    assert page.run("VGS.order[VGS.listState.at]") == at
+    assert page.run("[VGS.order, VGS.listState.at]") == [[0, 1, 2], 1]  # the cursor went along with its problem
     watch.end_live(out, "stopped")
     page.wait("document.getElementById('live').textContent.startsWith('no longer renewed')")
