@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-from eval_lib.grading import Grader, GradingError, as_integer, normalize_answer
+from eval_lib.grading import Grader, GradingError
+from eval_lib.normalise import as_integer, normalize_answer
 from eval_utils import extract_answer, majority_vote
 
 
