@@ -47,7 +47,11 @@ def parse_args(argv: Sequence[str] | None):
         type=int,
         help="blocks in parallel of one search, for runs without settings (the released code's)",
     )
-    add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
+    add(
+        "--tokenizer",
+        metavar="FOLDER_OR_NAME",
+        help="text for runs without a journal: shown instead of ids, and for --regrade",
+    )
     add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
     args = parser.parse_args(argv)
     if args.num_blocks is not None and args.num_blocks < 1:
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.regrade:
-            show(regrade(args.runs[0], args.regrade))
+            show(regrade(args.runs[0], args.regrade, partial(load_decoder, args.tokenizer)))
             return 0
         names = run_names(args.runs)
         runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
