@@ -266,6 +266,31 @@ def test_the_projects_of_flags_and_environment(fake, monkeypatch):
             make_tracker("wandb", project)
 
 
+def test_an_earlier_step_is_not_given_to_it(fake, caplog):
+    tracker = make_tracker("wandb")
+    for step in (8, 4, 8, 3):
+        tracker.log_metrics({"a": 1.0}, step=step)
+    tracker.close()
+    assert [call[0] for call in fake.calls if isinstance(call, tuple)] == [8, 8]
+    assert caplog.text.count("step 4 comes after 8") == 1 and "step 3" not in caplog.text
+
+
+def test_its_end_is_waited_for_no_longer_than_the_timeout(fake, monkeypatch, caplog):
+    """Then its process is ended, on which it waits."""
+    gone = threading.Event()
+    service = SimpleNamespace(kill=gone.set)
+    connection = SimpleNamespace(_proc=SimpleNamespace(_process=service))
+    monkeypatch.setattr(fake, "setup", lambda settings=None: SimpleNamespace(_connection=connection))
+    monkeypatch.setattr(fake, "finish", lambda: gone.wait(60))
+    tracker = make_tracker("wandb")
+    tracker.close_seconds = 0.1
+    start = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - start < 20 and gone.is_set()
+    assert "it took longer than 0.1 s); `wandb sync FOLDER` uploads it" in caplog.text
+    assert fake.calls == ["teardown"]  # its own handler at exit has nothing left to wait for
+
+
 def test_the_stop_button_stops_nothing_and_a_refused_key_is_not_shown(fake, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(fake, "refused", ("online",))

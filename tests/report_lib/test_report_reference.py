@@ -144,7 +144,7 @@ def expected_problem(searches):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_votes_intervals_and_the_list_are_those_of_exact_fractions(tmp_path, monkeypatch, part):
+def test_votes_and_intervals_are_those_of_exact_fractions(tmp_path, monkeypatch, part):
     """200 random runs with ties, zeros, empty answers and searches that are missing. Pages are another test's."""
     monkeypatch.setattr(page.PageWriter, "add", lambda *_: None)
     for seed in range(50 * part, 50 * part + 50):
@@ -194,7 +194,7 @@ def test_pass_at_k_of_single_beams_is_the_unbiased_estimate_where_all_windows_co
         assert rows[k - 1]["pass_m"] == pytest.approx(sum(subsets) / len(subsets))
 
 
-def test_the_page_has_the_votes_of_all_repetitions_and_of_each(tmp_path):
+def test_the_list_and_the_page_have_the_votes_of_all_repetitions(tmp_path):
     lines = random_lines(5, beams=4)
     found = write_report([write_run(tmp_path / "run.jsonl", lines)], tmp_path / "out")["runs"][0]
     searches = searches_of(lines)
