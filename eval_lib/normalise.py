@@ -12,6 +12,7 @@ from eval_lib.grading_worker import MATH_MARK
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?)(\d+|[1-9]\d{0,2}(?:(?:,\\!\s*|\{,\}|\\,|\\ |,| )\d{3})+)(?:\.0*)?", re.ASCII)
 _MOST_LAYERS = 8  # of fonts, delimiters and stars around an answer
+_MOST_CHARACTERS = 2000  # of a longer text, which is no answer, only what surrounds it is taken off
 
 # ------------------------------------------------------------------------------------------------------ fonts and words
 
@@ -133,6 +134,8 @@ def _layer_off(text: str) -> str:
 
 def normalize_answer(text: str) -> str:
     """The form in which answers are compared as strings, and given to math-verify."""
+    if len(text) > _MOST_CHARACTERS:
+        return _layer_off(text.replace("\N{MINUS SIGN}", "-"))
     text = text.translate(_UNICODE)
     for _ in range(_MOST_LAYERS):
         before = text
@@ -173,6 +176,8 @@ _UNIT_POWER = re.compile(rf".*\\(?:{_TEXT_FONTS})\{{[^{{}}]*\}}\s*\^\s*\{{?(\d)\
 @lru_cache(maxsize=4096)
 def answer_parts(text: str) -> tuple[str, str, str]:
     """(what to compare, base, modulus or power of the unit) of a normalised answer; '' for what it has not."""
+    if len(text) > _MOST_CHARACTERS:
+        return text, "", ""
     if base := _BASE.fullmatch(text):
         return base["digits"], base[2] or base[3], ""
     if modulus := _MODULUS.fullmatch(text):
