@@ -120,13 +120,20 @@ def _braced_fractions(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the whole answer
 
 
+def _unboxed(text: str) -> str:
+    """The inside of a box that is all of the text."""
+    whole = text.startswith(r"\boxed{") and _closing(text, len(r"\boxed")) == len(text)
+    return text[len(r"\boxed{") : -1].strip() if whole else text
+
+
 def _layer_off(text: str) -> str:
-    """Without one layer of what only surrounds an answer: spaces, stars, delimiters, a final full stop."""
+    """Without one layer of what only surrounds an answer: spaces, a box, stars, delimiters, a final full stop."""
     text = " ".join(text.split())
+    text = _unboxed(text)
     stars = re.fullmatch(r"\*\*((?:(?!\*\*).)+)\*\*\.?", text)
     text = stars[1].strip() if stars else text
     for left, right in _DELIMITERS:
-        inner = text.removeprefix(left).removesuffix(right).strip()
+        inner = _unboxed(text.removeprefix(left).removesuffix(right).strip())
         if text == left + text[len(left) : -len(right)] + right and not MATH_MARK.search(inner):
             text = inner
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
@@ -174,10 +181,13 @@ _UNIT_POWER = re.compile(rf".*\\(?:{_TEXT_FONTS})\{{[^{{}}]*\}}\s*\^\s*\{{?(\d)\
 
 
 @lru_cache(maxsize=4096)
-def answer_parts(text: str) -> tuple[str, str, str]:
-    """(what to compare, base, modulus or power of the unit) of a normalised answer; '' for what it has not."""
-    if len(text) > _MOST_CHARACTERS:
-        return text, "", ""
+def answer_parts(text: str) -> tuple[str, str | None, str]:
+    """(what to compare, base, modulus or power of the unit) of a normalised answer; '' for what it has not.
+
+    The base is None where it cannot be told: of text that has the answer somewhere in it.
+    """
+    if len(text) > _MOST_CHARACTERS or MATH_MARK.search(text):
+        return text, None, ""
     if base := _BASE.fullmatch(text):
         return base["digits"], base[2] or base[3], ""
     if modulus := _MODULUS.fullmatch(text):
@@ -193,6 +203,6 @@ def compared(gold: str, answer: str) -> tuple[str, str] | None:
     `73 \pmod{999}`; cm^2 may be left out, and is not cm^3.
     """
     (one, base, beside), (other, other_base, other_beside) = answer_parts(gold), answer_parts(answer)
-    if base != other_base or (beside and other_beside and beside != other_beside):
+    if (None not in (base, other_base) and base != other_base) or (beside and other_beside and beside != other_beside):
         return None
     return one, other

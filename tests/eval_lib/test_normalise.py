@@ -17,12 +17,14 @@ RIGHT = [
     ("204", "**204**"), (r"(-\infty,2)", "x<2"), ("5", r"\text{five}"), ("20", r"\text{twenty}"), ("C", "**C**"),
     ("2304", r"x=\mathbf{2{,}304}"), ("184320", r"184,320\text{ ways}"), ("5", r"**$\textbf{5}$.**"), ("2", r"\mathbf{2}\text{ cm}"),
     (r"3 \pmod 7", r"x \equiv 3 \pmod{7}"), ("52_8", r"52_{8}"), (r"\frac{\sqrt{6}}{3}", r"\frac{√6}3"), (r"x \le 5", r"\leq 5"),
-    (r"15\mbox{ cm}^2", "15"), ("x<2", r"(-\infty,2)"), (r"\begin{pmatrix}3\\4\end{pmatrix}",
+    (r"15\mbox{ cm}^2", "15"), ("204_5", r"\boxed{204_5}"), ("204_5", r"a quotient of $\boxed{204_5}$, so"),
+    ("x<2", r"(-\infty,2)"), (r"\begin{pmatrix}3\\4\end{pmatrix}",
      r"\begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}2\\2\end{pmatrix}"),
 ]  # fmt: skip
 WRONG = [
     ("204", r"\geq 204"), ("204", r"\neq 204"), ("204", "204_8"), (".0000672", ".000067"),
-    ("204", r"\not= 204"), ("204", "≥ 204"), ("204", "> 204"), ("204", "N = 204_8"), ("204_5", "204_8"), ("40_9", "40"),
+    ("204", r"\not= 204"), ("204", "≥ 204"), ("204", "> 204"), ("204", "N = 204_8"), ("204", r"$\boxed{204_8}$"),
+    ("204_5", "204_8"), ("40_9", "40"),
     (r"3 \pmod 7", r"x \equiv 3 \pmod{5}"), ("73", r"74 \pmod{1000}"), ("5", r"\text{not } 5"), ("5", r"\text{five hundred}"),
     ("0", "0.0000001"), (r"15\mbox{ cm}^2", r"15\mbox{ cm}^3"), ("3", r"\mathbf{3}^2"), (r"(1,\infty)", "x>2"), ("(1,234)", "1234"),
     ("111", "0,111"), (r"\dfrac{4^{2024}}{\binom{4048}{2024}}-2", r"\dfrac{8^{2024}}{\binom{4048}{2024}}-2"),
@@ -67,6 +69,7 @@ def test_verdicts_and_votes_of_answers(grader, cases, right):
         (r"\geq 2", r"x \geq 2"), ("<= 2", "x <= 2"), (r"\neg 2", r"\neg 2"), (r"\left(1,2\right)", r"\left(1,2\right)"),
         ("x != 2", r"x \ne 2"),
         ("**a** and **b**", "**a** and **b**"), ("2**3", "2**3"), ("**", "**"), ("", ""), ("$**7**$", "7"),
+        (r"\boxed{7}", "7"), (r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}"), (r"\boxed{7} or \boxed{8}", r"\boxed{7} or \boxed{8}"),
     ],
 )  # fmt: skip
 def test_the_form_of_an_answer_keeps_what_it_says(text, form):
