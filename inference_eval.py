@@ -265,7 +265,9 @@ def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: T
     tracker.log_configs(files.meta)
     for row in rows:
         known = {key: value for key, value in row.items() if value is not None}
-        metrics = {f"{name}/{key}": known[key] for key in known if key.endswith(("_m", "_ci", "_ci_repeat"))}
+        metrics = {
+            f"{name}/{key}": known[key] for key in known if key.endswith(("_m", "_ci", "_ci_repeat", "repeat_groups"))
+        }
         tracker.log_metrics(metrics, step=row["N"])
 
 

@@ -49,7 +49,11 @@ def parse_args(argv: Sequence[str] | None):
         type=int,
         help="blocks in parallel of one search, for runs without settings (the released code's)",
     )
-    add("--tokenizer", metavar="FOLDER_OR_NAME", help="shows text instead of ids for runs without a journal")
+    add(
+        "--tokenizer",
+        metavar="FOLDER_OR_NAME",
+        help="text for runs without a journal: shown instead of ids, and for --regrade",
+    )
     add("--all_rows", action="store_true", help="print a row for every number of repetitions, and whole comparisons")
     add("--regrade", type=Path, metavar="NEW.jsonl", help="grade RUN.jsonl again into this new file; says what changed")
     add("--watch", action="store_true", help="renew the report in --out while the runs go on; Ctrl-C ends it")
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.regrade:
-            show(regrade(args.runs[0], args.regrade))
+            show(regrade(args.runs[0], args.regrade, partial(load_decoder, args.tokenizer)))
             return 0
         runs = [] if args.watch else read_runs(args)
         decode = load_decoder(args.tokenizer)

@@ -1,21 +1,18 @@
-"""One tracker object for both scripts: neptune-scale, trackio, or none. The local output files are the record of truth.
+"""One tracker object for both scripts: neptune-scale, W&B, trackio, or none. The local files are the record of truth.
 
 A tracker may be down, slow or absent; nothing here stops a run. Its first failure is a warning, later ones are silent.
 """
 
 import atexit
-import glob
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
-import shlex
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 from common_lib.cli import UserError
@@ -23,10 +20,11 @@ from common_lib.cli import UserError
 logger = logging.getLogger(__name__)
 
 Scalar = str | int | float | bool
+TOKENS = ("NEPTUNE_API_TOKEN", "NEPTUNE_API_KEY", "WANDB_API_KEY")  # in the environment; never shown
 
 
 class Tracker:
-    """Takes what a run logs and never raises. This one keeps nothing; those below send it somewhere.
+    """Takes what a run logs and never raises. This one keeps nothing; those of `trackers.py` send it somewhere.
 
     `id` names the run when it is resumed; `where` says where the data are and how to see them.
     """
@@ -71,7 +69,7 @@ class Tracker:
         try:
             send(*args)
         except Exception as error:
-            self._warn(_in_words(error))
+            self._warn(in_words(error))
 
     def _warn(self, problem: str) -> None:
         if not self._warned:
@@ -88,7 +86,8 @@ def make_tracker(
 ) -> Tracker:
     """The tracker of a run; one process calls it, inside its main guard (neptune-scale may start a process).
 
-    kind: one of TRACKERS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for trackio any name.
+    kind: one of TRACKERS. project: for neptune `workspace/project`, default $NEPTUNE_PROJECT; for wandb `project` or
+    `entity/project`, default $WANDB_PROJECT; for trackio any name.
     resume_id: the `id` of the tracker that the run had before. Raises UserError for an unknown kind, a project that is
     missing or malformed, or a package that is not installed; any other failure is a warning and a tracker that logs
     nowhere.
@@ -103,8 +102,8 @@ def make_tracker(
     except UserError:
         raise
     except Exception as error:
-        logger.warning("tracker: %s does not start (%s); the run goes on without it", kind, _in_words(error))
-        return Tracker(where=f"not tracked: {kind} did not start ({_in_words(error)})")
+        logger.warning("tracker: %s does not start (%s); the run goes on without it", kind, in_words(error))
+        return Tracker(where=f"not tracked: {kind} did not start ({in_words(error)})")
 
 
 def _new_id(run_name: str) -> str:
@@ -137,108 +136,19 @@ def _finite(value: object) -> float | None:
     return number if math.isfinite(number) and not isinstance(value, str) else None
 
 
-def _token() -> str | None:
-    """Neptune's token; NEPTUNE_API_KEY is the name that the released code reads."""
-    return os.environ.get("NEPTUNE_API_TOKEN") or os.environ.get("NEPTUNE_API_KEY") or None
-
-
-def _in_words(error: BaseException) -> str:
-    """An error in one line, without the token."""
+def in_words(error: BaseException) -> str:
+    """An error in one line, without anybody's token."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    token = _token()
-    return (text.replace(token, "<token>") if token else text)[:300]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where it is sent
-
-
-class NeptuneTracker(Tracker):
-    """neptune-scale: to its host where there is a token, else to a file on disk, as NEPTUNE_MODE=offline also asks."""
-
-    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
-        project = project or os.environ.get("NEPTUNE_PROJECT")
-        if not project:
-            raise UserError("no neptune project: give --neptune_project WORKSPACE/PROJECT or set NEPTUNE_PROJECT")
-        if not re.fullmatch(r"[^/\s]+/[^/\s]+", project):
-            raise UserError(f"neptune project {project!r}: it must be WORKSPACE/PROJECT")
-        from neptune_scale import Run
-
-        asked = os.environ.get("NEPTUNE_MODE", "").lower() == "offline"
-        offline_because = "as NEPTUNE_MODE says" if asked else "no NEPTUNE_API_TOKEN" if _token() is None else ""
-        folder = Path(os.environ.get("NEPTUNE_LOG_DIRECTORY") or ".neptune").absolute()
-        others = set(multiprocessing.active_children())
-
-        def report(error: BaseException, last_seen: float | None) -> None:
-            self._warn(_in_words(error))
-
-        self._run = Run(
-            project=project,
-            run_id=run_id,
-            api_token=_token(),
-            mode="offline" if offline_because else "async",
-            log_directory=folder,
-            enable_console_log_capture=False,
-            source_tracking_config=None,
-            on_network_error_callback=report,
-            on_error_callback=report,
-            on_warning_callback=report,
-        )
-        self._children = set(multiprocessing.active_children()) - others
-        databases = folder.glob(f"*{glob.escape(run_id[:64])}*/*.sqlite3")
-        newest = max(databases, key=lambda path: path.stat().st_mtime, default=folder)
-        sync = f"`neptune sync {shlex.quote(str(newest))}`"
-        if offline_because:
-            # Its advice on closing is what `where` says already.
-            logging.getLogger("neptune").setLevel(logging.ERROR)
-            where = f"neptune, offline ({offline_because}): {sync} uploads it"
-        else:
-            where = f"neptune project {project}, run {run_id}; if the host fails, {sync} uploads the rest"
-        super().__init__(run_id, where)
-        if tags:
-            self._run.add_tags(tags)
-
-    def send_configs(self, configs: dict[str, Scalar]) -> None:
-        self._run.log_configs(configs)
-
-    def send_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log_metrics(metrics, step=step)
-
-    def send_rest(self, seconds: float) -> None:
-        self._run.close(timeout=seconds)
-        # A sending process that cannot reach its host outlives the timeout by a minute, and the interpreter would wait.
-        for child in self._children:
-            if child.is_alive():
-                child.kill()
-
-
-class TrackioTracker(Tracker):
-    """trackio: a local database, shown by its own command."""
-
-    def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
-        import trackio
-
-        project = project or "value-guided-search"
-        self._trackio = trackio
-        self._run = trackio.init(project=project, name=run_id, resume="allow", embed=False)
-        shown = f"`trackio show --project {shlex.quote(project)}` shows it"
-        super().__init__(run_id, f"trackio project {project}, run {run_id}: {shown}")
-        if tags:
-            self.log_configs({"tags": tags})
-
-    def send_configs(self, configs: dict[str, Scalar]) -> None:
-        self._run.config |= configs  # written with the first metrics
-
-    def send_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
-
-    def send_rest(self, seconds: float) -> None:
-        self._trackio.finish()
+    for name in TOKENS:
+        if token := os.environ.get(name):
+            text = text.replace(token, "<token>")
+    return text[:300]
 
 
 # name -> maker, which is given project, id and tags
 TRACKERS: dict[str, Callable[[str | None, str, list[str]], Tracker]] = {
-    "neptune": NeptuneTracker,
-    "trackio": TrackioTracker,
+    "neptune": lambda *given: import_module("common_lib.trackers").NeptuneTracker(*given),
+    "wandb": lambda *given: import_module("common_lib.trackers").WandbTracker(*given),
+    "trackio": lambda *given: import_module("common_lib.trackers").TrackioTracker(*given),
     "none": lambda *_: Tracker(),
 }

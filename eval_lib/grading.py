@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import re
 import select
 import subprocess
 import sys
@@ -22,34 +21,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval_lib.grading_worker import MATH_MARK
+from eval_lib.normalise import answer_parts, as_integer, compared, normalize_answer
 
 logger = logging.getLogger(__name__)
-
-# ----------------------------------------------------------------------------------------------- the form of an answer
-
-_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_INTEGER = re.compile(r"([+-]?)(\d+|\d{1,3}(?:(?:,\\!\s*|\{,\}|\\,|\\ |,| )\d{3})+)(?:\.0*)?", re.ASCII)
-
-
-def normalize_answer(text: str) -> str:
-    """The form in which answers are compared as strings: single spaces, no outer delimiters, no final full stop."""
-    text = " ".join(text.replace("\N{MINUS SIGN}", "-").split())
-    for left, right in _DELIMITERS:
-        inner = text.removeprefix(left).removesuffix(right).strip()
-        if text == left + text[len(left) : -len(right)] + right and not MATH_MARK.search(inner):
-            text = inner
-    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
-
-
-def as_integer(text: str) -> str | None:
-    r"""The digits of a normalised integer answer, or None: '025' -> '25', '-1{,}000' -> '-1000', '7.0' -> '7'."""
-    match = _INTEGER.fullmatch(text)
-    if match is None:
-        return None
-    digits = re.sub(r"[^0-9]", "", match[2]).lstrip("0") or "0"
-    return "-" + digits if match[1] == "-" and digits != "0" else digits
-
 
 # ----------------------------------------------------------------------------------------------------------- the grader
 
@@ -213,7 +187,7 @@ class Grader:
     def _comparable(self, distinct: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Pairs of distinct normalised answers that math-verify might call equal, in order, at most max_comparisons."""
         integers = {key for key in distinct if as_integer(key)}
-        asked = {key: self._submit("numbers", key) for key in distinct if key not in integers}
+        asked = {key: self._submit("numbers", answer_parts(key)[0]) for key in distinct if key not in integers}
         numbers = {key: [float(key)] for key in integers} | {key: _known(future) for key, future in asked.items()}
         in_time = [key for key in distinct if numbers[key] is not None]
         count = 0
@@ -221,6 +195,8 @@ class Grader:
             for earlier in in_time[:i]:
                 # Integers differ from each other for certain.
                 if (key in integers and earlier in integers) or _far_apart(numbers[key], numbers[earlier]):
+                    continue
+                if compared(key, earlier) is None:
                     continue
                 if count == self.max_comparisons:
                     cut = "%d distinct answers to one problem: only %d pairs were compared, frequent answers first"
@@ -231,9 +207,10 @@ class Grader:
 
     def _verdict(self, gold: str, answer: str) -> "bool | Future[bool | None]":
         """Equal or not; a future where a worker must say. The future's result is None where that failed."""
-        gold, answer = normalize_answer(gold), normalize_answer(answer)
-        if not gold or not answer:
+        pair = compared(normalize_answer(gold), normalize_answer(answer))
+        if pair is None or not all(pair):
             return False
+        gold, answer = pair
         if gold == answer:
             return True
         integers = as_integer(gold), as_integer(answer)

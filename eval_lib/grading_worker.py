@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -52,8 +52,9 @@ def _equal(gold: str, answer: str) -> bool:
     late: TimeoutException | None = None
     for one, other in product(_readings(gold), _readings(answer)):
         try:
-            if verify(one, other, timeout_seconds=STEP_SECONDS, raise_on_error=True):
-                return True
+            # An interval equals its inequality, whichever of them is the truth.
+            if verify(one, other, allow_set_relation_comp=True, timeout_seconds=STEP_SECONDS, raise_on_error=True):
+                return not _differ(_numbers(gold), _numbers(answer))
         except TimeoutException as error:
             late = error
         except Exception:  # not comparable, such as a matrix and a number
@@ -69,22 +70,35 @@ def _numbers(text: str) -> list[float]:
     Where two answers both have such numbers, and these differ, no rule of math-verify makes the answers equal.
     """
     from math_verify.utils import timeout
-    from sympy import Expr, FiniteSet, Interval, Tuple, UnevaluatedExpr
+    from sympy import Eq, Expr, FiniteSet, Interval, MatrixExpr, Tuple, UnevaluatedExpr
 
     def leaves(expression: Any) -> list[float]:
         if isinstance(expression, (FiniteSet, Tuple)):
             return [number for part in expression.args for number in leaves(part)]
         if isinstance(expression, Interval):
             return leaves(expression.start) + leaves(expression.end)
-        if not isinstance(expression, Expr) or expression.has(UnevaluatedExpr):  # 42 % equals 42 and 0.42
+        if isinstance(expression, Eq) and expression.lhs.is_Symbol:  # N = 204
+            return leaves(expression.rhs)
+        is_number = isinstance(expression, Expr) and not isinstance(expression, MatrixExpr)
+        if not is_number or expression.has(UnevaluatedExpr):  # 42 % equals 42 and 0.42
             raise TypeError
-        return [float(timeout(STEP_SECONDS)(expression.evalf)(15))]
+        number = timeout(STEP_SECONDS)(expression.evalf)(15)
+        most = sys.float_info.max
+        return [max(-most, min(most, float(number))) if number.is_finite else float(number)]
 
     expressions = [reading for reading in _readings(text) if not isinstance(reading, str)]
     with contextlib.suppress(TypeError, ValueError):  # symbols, relations, complex numbers
         numbers = sorted(leaves(expressions[0])) if len(expressions) == 1 else []
         return numbers if all(map(math.isfinite, numbers)) else []
     return []
+
+
+def _differ(one: list[float], other: list[float]) -> bool:
+    """Do plain numbers of two answers (`_numbers`) differ? math-verify rounds to 6 decimals, which of a small number is
+    next to nothing: .000067 is not .0000672.
+    """
+    close = partial(math.isclose, rel_tol=1e-5, abs_tol=1e-12)
+    return bool(one and other) and (len(one) != len(other) or not all(map(close, one, other)))
 
 
 def serve(equal: Callable[[str, str], bool] = _equal, numbers: Callable[[str], list[float]] = _numbers) -> None:

@@ -51,16 +51,22 @@ def clustered_interval(values: ArrayLike, level: float = 0.95) -> tuple[Floats, 
 
 
 def repeat_noise_half_width(values: ArrayLike) -> Floats:
-    """The released code's 95 % half-width: 1.96 x standard error over repetitions of the benchmark's mean.
+    """The released code's 95 % half-width of a benchmark's mean.
 
-    values: float [..., repetitions, problems]. It holds for these very problems only and says nothing of other problems
-    of the same kind. NaN for a single repetition.
+    values: float [..., repetitions, problems], Y_ij of problem i in repetition j; variances are unbiased. With M > 1
+    repetitions 1.96 x sqrt(mean over i of var_j(Y_ij) / (problems x M)): the noise of repetitions only, which holds for
+    these very problems and says nothing of others of the same kind. With M = 1, 1.96 x sqrt(var_i(Y_i) / problems): a
+    figure of another kind, between problems; NaN for a single problem. Returns float64 [...].
     """
-    means = np.asarray(values, dtype=np.float64).mean(-1)
-    repetitions = means.shape[-1]
-    if repetitions < 2:
-        return np.full(means.shape[:-1], np.nan)
-    return np.asarray(1.96 * means.std(-1, ddof=1) / math.sqrt(repetitions))
+    values = np.asarray(values, dtype=np.float64)
+    repetitions, problems = values.shape[-2:]
+    if repetitions > 1:
+        variance = values.var(-2, ddof=1).mean(-1) / repetitions
+    elif problems > 1:
+        variance = values[..., 0, :].var(-1, ddof=1)
+    else:
+        variance = np.full(values.shape[:-2], np.nan)
+    return np.asarray(1.96 * np.sqrt(variance / problems))
 
 
 def paired_test(differences: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats, Floats]:

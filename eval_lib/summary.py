@@ -20,7 +20,7 @@ INTERVAL_NOTE = (
 )
 NOISE_NOTE = (
     "Repeat noise only leaves out the variance between problems, and is too narrow for any claim beyond these very "
-    "problems. It needs two disjoint groups of repetitions."
+    "problems. *: fewer than two disjoint groups of repetitions, so the released formula is between problems instead."
 )
 COST_NOTE = (
     "Tokens and a search's own wall-clock, summed over the pooled repetitions (searches run side by side), mean over "
@@ -48,8 +48,9 @@ def summarize(
     num_blocks: blocks in parallel of one search, None where unknown. num_problems: problems of the run, where lines may
     be missing. A row has N = num_blocks x m, pooled = m, problems, missing (problems without m repetitions); for each
     of METRICS `_m` (mean over problems), `_ci` (half-width of the problem-clustered 95 % interval) and `_ci_repeat`
-    (the released repeat-noise-only one); tokens_generated, tokens_scored, seconds (mean over problems of the sum over
-    the pooled searches); truncated, empty (shares of answers); note ('' or what to mind). None: cannot be told.
+    (the released repeat-noise-only one, from repeat_groups disjoint groups; where that is 1 it is between problems);
+    tokens_generated, tokens_scored, seconds (mean over problems of the sum over the pooled searches); truncated, empty
+    (shares of answers); note ('' or what to mind). None: cannot be told.
     """
     searches = _read_searches(lines, classes)
     scores = {i: _score_problem(runs) for i, runs in searches.items()}
@@ -61,11 +62,11 @@ def summarize(
         row: dict[str, Any] = {"N": num_blocks and num_blocks * m, "pooled": m, "problems": len(problems)}
         row |= {"missing": total - len(problems)}
         notes = [f"{row['missing']} of {total} problems lack {m} repetition{'s' * (m > 1)}"] if row["missing"] else []
+        groups = row["repeat_groups"] = min(len(searches[i]) // m for i in problems)  # for the noise of repetitions
         warnings: dict[str, list[str]] = defaultdict(list)
         for metric in METRICS:
             windows = [scores[i][metric][m - 1] for i in problems]
             means = [float(window.mean()) for window in windows]
-            groups = min(len(searches[i]) // m for i in problems)  # disjoint ones, for the noise of repetitions
             disjoint = np.array([window[: groups * m : m] for window in windows]).T
             mean, half = clustered_interval(means)
             repeat = repeat_noise_half_width(disjoint)
@@ -95,7 +96,7 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "", all_rows: bool 
     left_out = [f"{len(shown)} of {len(rows)} budgets are shown."] * (len(shown) < len(rows))
     of = f": {run}" if run else ""
     accuracy = {words: (percent, f"{metric}_m", f"{metric}_ci") for metric, words in METRICS.items()}
-    noise = {words: (half_width, f"{metric}_ci_repeat") for metric, words in METRICS.items()}
+    noise = {words: (repeat_noise, f"{metric}_ci_repeat", "repeat_groups") for metric, words in METRICS.items()}
     costs = {
         "problems": (str, "problems"),
         "generated": (partial(number, form=",.0f"), "tokens_generated"),
@@ -109,6 +110,11 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "", all_rows: bool 
         budget_table(f"Half-width from repeat noise only, %, as released{of}", shown, noise, [NOISE_NOTE]),
         budget_table(f"Cost of one problem{of}", shown, costs, [COST_NOTE]),
     ]
+
+
+def repeat_noise(half: float | None, groups: int) -> str:
+    """With a mark where it is no noise of repetitions: see `repeat_noise_half_width`."""
+    return half_width(half) + "*" * (groups == 1 and half is not None)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -55,7 +55,8 @@ class Analysis:
         self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
 
     def add(self, view: ProblemView) -> None:
-        pruned_right = sum(map(only_pruned_right, view.searches)) if self._sees_rejected else None
+        seen = self._sees_rejected and all(search.in_journal for search in view.searches)
+        pruned_right = sum(map(only_pruned_right, view.searches)) if seen else None
         families = [families_by_round(s.tree) for s in view.searches if s.line and s.in_journal]
         self._families[view.data_idx] = families = list(filter(None, families))
         clones = float(np.mean([search[-1][0] for search in families])) if families else None
@@ -87,8 +88,9 @@ class Analysis:
         if self.has_journal and self._without_journal:
             lost = f"{self._without_journal} finished searches are not in the journal"
             self.notes.append(f"{run.name}: {lost}: only their final beams are shown")
-        # searches in which only a rejected candidate was right; None where no rejected ones are seen
-        self.pruned_right = sum(row["rescued"] for row in self.problems) if self._sees_rejected else None
+        # searches in which only a rejected candidate was right; None where some are not seen
+        rescued = [row["rescued"] for row in self.problems]
+        self.pruned_right = sum(rescued) if self._sees_rejected and None not in rescued else None
         self.flops = mean_costs(self._flops) if self._flops and not self._without_flops else None
         if run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"

@@ -138,12 +138,15 @@ def count_vote(searches: Sequence[SearchView]) -> dict[str, Any]:
 
 
 def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:
-    """What the list of problems says of one: JSON-able, long texts cut."""
+    """What the list of problems says of one: JSON-able, long texts cut; None for what is not known."""
     vote, lines = count_vote(view.searches), view.lines
     values = [value for line in lines for value in line["generated_scores"]]
-    finish = [reason for line in lines for reason in line.get("finish_reasons", [])]
+    finish = [reason for line in lines for reason in line.get("finish_reasons") or ()]
+    tokens = [line["tokens_generated"] for line in lines if line.get("tokens_generated") is not None]
+    known = all(line.get("finish_reasons") is not None for line in lines)
     rows, beams = vote["rows"], vote["beams"]
-    shares = [row["weight"] / vote["weight"] for row in rows] if vote["weight"] else []
+    by = "weight" if vote["weight"] else "count"  # where all values are 0 the vote counts them as equal
+    shares = [row[by] / sum(row[by] for row in rows) for row in rows]
     pairs = beams * (beams - 1)
     same = sum(n * (n - 1) for n in [vote["empty"], *(row["count"] for row in rows)])
     return {
@@ -155,10 +158,10 @@ def problem_row(view: ProblemView, pruned_right: int | None) -> dict[str, Any]:
         "pass1": float(np.mean([np.mean(line["reward"]) for line in lines])),
         "any": any(any(line["reward"]) for line in lines),
         "disagreement": 1 - same / pairs if pairs else 0.0,
-        "truncated": finish.count("length") / beams if finish else 0.0,
+        "truncated": finish.count("length") / beams if known and beams else None,
         "empty": vote["empty"] / beams,
         "value": float(np.mean(values)),
         "rescued": pruned_right,
-        "tokens": sum(line.get("tokens_generated", sum(line["lengths"])) for line in lines),
+        "tokens": sum(tokens) if len(tokens) == len(lines) else None,
         "searches": len(lines),
     } | {metric: vote[metric] for metric in ("maj", "wmaj", "bon")}

@@ -131,6 +131,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     flag = parser.add_argument_group("tracking").add_argument
     flag("--neptune_project", nargs="?", const="",
          help="log to this neptune project; without a value NEPTUNE_PROJECT names it (default: no tracking)")
-    flag("--tracker", choices=tracking.TRACKERS, help="(default: neptune if --neptune_project is given, else none)")
+    flag("--tracker", choices=tracking.TRACKERS, help="(default: neptune if --neptune_project is given, else none; "
+         "wandb and trackio take their project from --neptune_project too)")
     return parser
 # fmt: on

@@ -188,7 +188,7 @@ def install(patch: pytest.MonkeyPatch, seen: Spied) -> list[Any]:
     patch.setattr(torch.nn.functional, "cross_entropy", spy_cross_entropy)
     patch.setattr(DataLoader, "__init__", spy_loader)
     patch.setattr(torch, "compile", spy_compile)
-    for kind in ("neptune", "trackio"):
+    for kind in ("neptune", "wandb", "trackio"):
         patch.setitem(tracking.TRACKERS, kind, spy_maker(kind, seen))
     patch.setattr("huggingface_hub.HfApi", lambda: SpyHub(seen.hub))
     return [register_optimizer_step_pre_hook(spy_before(seen)), register_optimizer_step_post_hook(spy_after(seen))]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common_lib import tracking
 from common_lib.cli import ArgumentParser, Rule, check_rules
 
 PACKINGS = ("none", "pack", "tree")
@@ -141,8 +142,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--push_to_hub", action=switch, default=False, help="push checkpoints to the private hub repository RUN_NAME, "
          "a revision for each step")
     flag("--track", action=switch, default=False, help="log to --tracker, neptune if that is not given")
-    flag("--tracker", choices=("neptune", "trackio", "none"), help="(default: neptune with --track or "
-         "--neptune_project, else none)")
+    flag("--tracker", choices=tracking.TRACKERS, help="(default: neptune with --track or "
+         "--neptune_project, else none; wandb and trackio take their project from --neptune_project too)")
     flag("--neptune_project", nargs="?", const="", help="log to neptune; without a value NEPTUNE_PROJECT says where")
     flag("--logger_tags", nargs="*", default=[], help="tags of the tracker's run")
     flag("--debug", action=switch, default=False, help="a trial: at most 10 steps on the first 256 rows, with autograd's "

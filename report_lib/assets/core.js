@@ -67,11 +67,12 @@ VGS.receive = function (name, value) {
 
 VGS.count = (value) => Math.round(value).toLocaleString("en-US");
 VGS.short = function (value) {
+  if (value === null) return "–";
   for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]])
     if (Math.abs(value) >= size) return `${(value / size).toPrecision(3)}${unit}`;
   return `${Math.round(value)}`;
 };
-VGS.percent = (value) => `${(100 * value).toFixed(0)}%`;
+VGS.percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(0)}%`);
 
 // Cividis (Nunez, Anderton, Renslow 2018), ten anchors: its lightness grows evenly, so it reads in grey and for the colour-blind.
 VGS.CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];

@@ -2,13 +2,14 @@
 "use strict";
 
 VGS.CLOSE_MARGIN = 0.2; // of the weighted vote: its first answer's share minus its second's
+// name, words, does it keep a problem, is that known of it (always, where not given)
 VGS.FILTERS = [
   ["all", "All", () => true],
   ["wrong", "Wrong vote", (p) => p.wmaj < 1],
   ["lost", "Wrong vote, right answer there", (p) => p.wmaj < 1 && p.pass1 > 0],
   ["close", "Close vote", (p) => p.margin < VGS.CLOSE_MARGIN],
-  ["truncated", "Length-limited or empty", (p) => p.truncated > 0 || p.empty > 0],
-  ["pruned", "Only a pruned candidate was right", (p) => p.rescued > 0],
+  ["truncated", "Length-limited or empty", (p) => p.truncated > 0 || p.empty > 0, (p) => p.truncated !== null],
+  ["pruned", "Only a pruned candidate was right", (p) => p.rescued > 0, (p) => p.rescued !== null],
 ];
 VGS.WORDS = new Set(["problem", "truth", "wmaj"]); // columns that are set left
 // name, title, key, how it is shown, does it sort descending first
@@ -30,6 +31,13 @@ VGS.COLUMNS = [
 VGS.bar = (share) => VGS.el("span", { class: "bar-cell" }, VGS.el("span", { class: "bar", style: { width: `${48 * share}px` } }), VGS.percent(share));
 
 VGS.listState = { sort: "id", down: false, filter: "all", words: "", at: 0 };
+
+/** How many problems a filter keeps, as far as it is known. */
+VGS.tally = function (keep, known = () => true) {
+  const problems = VGS.run().problems;
+  const count = problems.filter(keep).length;
+  return problems.every(known) ? count : count ? `≥ ${count}` : "–";
+};
 
 VGS.listed = function () {
   const { sort, down, filter, words } = VGS.listState;
@@ -65,9 +73,9 @@ VGS.views.problems = function () {
   const draw = () => {
     const rows = VGS.listed();
     tally.textContent = `${rows.length} of ${VGS.run().problems.length} problems`;
-    filters.replaceChildren(...VGS.FILTERS.map(([name, words, keep]) =>
+    filters.replaceChildren(...VGS.FILTERS.map(([name, words, keep, known]) =>
       VGS.el("button", { type: "button", class: "chip", "data-filter": name, "aria-pressed": String(state.filter === name), onclick: () => change({ filter: name }) },
-        `${words} `, VGS.el("small", {}, VGS.run().problems.filter(keep).length))));
+        `${words} `, VGS.el("small", {}, VGS.tally(keep, known)))));
     head.replaceChildren(...VGS.COLUMNS.map(([name, title, key, , down]) =>
       VGS.el("th", { title, class: VGS.WORDS.has(key) ? "words" : "number", "aria-sort": state.sort === key ? (state.down ? "descending" : "ascending") : "none" },
         VGS.el("button", { type: "button", "data-sort": key, onclick: () => change({ sort: key, down: state.sort === key ? !state.down : down }) }, name, state.sort === key ? (state.down ? " ▼" : " ▲") : ""))));

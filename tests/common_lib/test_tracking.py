@@ -15,7 +15,7 @@ from typing import ClassVar
 import pytest
 
 from common_lib.cli import UserError
-from common_lib.tracking import Tracker, make_tracker
+from common_lib.tracking import TRACKERS, Tracker, make_tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_metrics_that_are_no_finite_numbers_are_left_out(caplog):
 @pytest.mark.parametrize(
     ("kind", "project", "word"),
     [
-        ("wandb", "a/b", "neptune, trackio, none"),
+        ("mlflow", "a/b", "neptune, wandb, trackio, none"),
         ("neptune", None, "NEPTUNE_PROJECT"),
         ("neptune", "name", "WORKSPACE/PROJECT"),
     ],
@@ -192,9 +192,21 @@ def test_a_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="pip install trackio"):
         make_tracker("trackio")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="^wandb is not installed: pip install wandb, or use --tracker none$"):
+        make_tracker("wandb")
     monkeypatch.setitem(sys.modules, "neptune_scale", None)
     with pytest.raises(UserError, match="pip install neptune-scale"):
         make_tracker("neptune", "a/b")
+
+
+def test_both_scripts_take_every_tracker():
+    from search_lib.arguments import parse_args as search_arguments
+    from training_lib.arguments import parse_args as training_arguments
+
+    for kind in TRACKERS:
+        assert search_arguments(["--tracker", kind]).tracker == kind
+        assert training_arguments(["--data_path", "x", "--tracker", kind]).tracker == kind
 
 
 def test_no_tracker_takes_everything_and_writes_nothing(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-from eval_lib.grading import Grader, GradingError, as_integer, normalize_answer
+from eval_lib.grading import Grader, GradingError
+from eval_lib.normalise import as_integer, normalize_answer
 from eval_utils import extract_answer, majority_vote
 
 
@@ -104,10 +105,10 @@ def test_math_verify_cases(grader, shared):
     response = r"<think> \boxed{0} </think> The answer is $\boxed{%s}$."
     forms = {
         "raw": (262, lambda pred: pred),
-        "in a box": (254, lambda pred: rf"\boxed{{{pred}}}"),
-        "boxed in a response, extracted": (240, lambda pred: extract_answer(response.replace("%s", pred))),
+        "in a box": (255, lambda pred: rf"\boxed{{{pred}}}"),
+        "boxed in a response, extracted": (262, lambda pred: extract_answer(response.replace("%s", pred))),
         "the response's own box if it has one, extracted": (
-            240,
+            245,
             lambda pred: extract_answer(pred if "boxed" in pred else rf"\boxed{{{pred}}}"),
         ),
     }

@@ -36,12 +36,22 @@ def test_clustered_interval_is_t_times_the_standard_error_over_problems():
     assert np.isnan(clustered_interval([0.3])[1])
 
 
-def test_repeat_noise_is_blind_to_differences_between_problems():
-    values = np.array([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0]])  # two repetitions of four problems, mean 0.5 each
+def test_repeat_noise_is_that_of_the_released_code():
+    """Repetitions x problems; the smallest case, and one worked by hand for each of the two formulas."""
+    assert repeat_noise_half_width([[1, 0], [0, 1]]) == pytest.approx(0.693, abs=5e-4)
+    values = [[1.0, 0.0, 0.5], [0.0, 0.0, 0.25], [0.5, 0.0, 0.75]]  # variances of the columns: 1/4, 0, 1/16
+    assert repeat_noise_half_width(values) == pytest.approx(1.96 * math.sqrt((1 / 4 + 0 + 1 / 16) / 3 / 9))
+    assert repeat_noise_half_width([[1.0, 0.0, 0.5, 0.5]]) == pytest.approx(1.96 * math.sqrt((1 / 4 + 1 / 4) / 3 / 4))
+    assert repeat_noise_half_width([[0.25], [0.75]]) == pytest.approx(1.96 * math.sqrt(0.125 / 2))
+    assert np.isnan(repeat_noise_half_width([[0.25]]))
+
+
+def test_repeat_noise_is_blind_to_differences_between_problems_unless_there_is_one_repetition():
+    values = np.array([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     assert repeat_noise_half_width(values) == 0.0
-    assert clustered_interval(values.mean(0))[1] > 0.5
-    assert repeat_noise_half_width([[0.0, 0.0], [1.0, 1.0]]) == pytest.approx(1.96 * 0.5)
-    assert np.isnan(repeat_noise_half_width(values[:1]))
+    assert repeat_noise_half_width(values[:1]) > 0.5
+    assert repeat_noise_half_width(np.zeros((5, 2, 3))).shape == (5,)
+    assert np.isnan(repeat_noise_half_width(np.zeros((5, 1, 1)))).all()
 
 
 def test_paired_difference_compares_common_problems_only():
@@ -80,6 +90,6 @@ def test_intervals_cover_and_the_paired_test_rejects_as_often_as_they_say(capsys
     assert coverage_study.main(["--simulations", "1500"]) == 0
     table = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("Beta(0.5,0.5)")]
     shown = {(row[1], row[2]): row[4:] for row in table}
-    by_problem, repeat_noise = (float(share.rstrip("%")) for share in shown["majority", "4"][:2])
+    by_problem, repeat_noise = (float(share.rstrip("%*")) for share in shown["majority", "4"][:2])
     assert by_problem > 93
     assert repeat_noise < 60

@@ -93,13 +93,24 @@ def test_a_row_for_every_pooled_number_of_repetitions():
         assert row["truncated"] == 0.25
         assert 0 < row["empty"] < 0.3
         assert json.loads(json.dumps(row)) == row
-    assert rows[0]["maj_ci_repeat"] > 0
-    assert rows[1]["maj_ci_repeat"] is not None  # two disjoint groups of two
-    assert rows[2]["maj_ci_repeat"] is None
+    assert [row["repeat_groups"] for row in rows] == [5, 2, 1, 1, 1]
     means = {i: np.mean([np.mean(entry["reward"]) for entry in lines if entry["data_idx"] == i]) for i in range(6)}
     assert rows[0]["pass1_ci"] == pytest.approx(float(clustered_interval(list(means.values()))[1]))
-    by_repeat = [np.mean([np.mean(entry["reward"]) for entry in lines if entry["repeat_idx"] == r]) for r in range(5)]
-    assert rows[0]["pass1_ci_repeat"] == pytest.approx(1.96 * np.std(by_repeat, ddof=1) / math.sqrt(5))
+    by_problem = [[np.mean(entry["reward"]) for entry in lines if entry["data_idx"] == i] for i in range(6)]
+    noise = np.mean([np.var(scores, ddof=1) for scores in by_problem])
+    assert rows[0]["pass1_ci_repeat"] == pytest.approx(1.96 * math.sqrt(noise / (6 * 5)))
+    between = np.var([np.mean(scores) for scores in by_problem], ddof=1)
+    assert rows[4]["pass1_ci_repeat"] == pytest.approx(1.96 * math.sqrt(between / 6))
+
+
+def test_a_half_width_that_is_no_repeat_noise_is_marked():
+    """Of one group of repetitions it is between problems; of one problem it cannot be told."""
+    _, noise, _ = run_tables(table_of(run_lines(problems=6, repetitions=3)))
+    assert [["*" in cell for cell in row[2:]] for row in noise.rows] == [[False] * 5, [True] * 5, [True] * 5]
+    assert "*: fewer than two disjoint groups" in noise.notes[0]
+    rows = table_of(run_lines(problems=1, repetitions=2))
+    assert (rows[0]["maj_ci_repeat"] is None, rows[1]["maj_ci_repeat"]) == (False, None)
+    assert run_tables(rows)[1].rows[1][2:] == ["–"] * 5
 
 
 def test_two_runs_are_compared_at_any_pooled_number():
@@ -186,7 +197,7 @@ def test_the_table_fits_80_columns_and_stays_short():
 
 def test_the_table_shows_the_half_widths_that_it_names():
     """Of problems beside the mean, and those of repeat noise in a table of their own; costs in a third."""
-    row = table_of(run_lines(problems=6, repetitions=6))[1]
+    row = table_of(run_lines(problems=6, repetitions=6))[1]  # three groups of two
     accuracy, noise, cost = (table.rows[1] for table in run_tables(table_of(run_lines(problems=6, repetitions=6))))
     metrics = ("pass1", "pass", "bon", "maj", "wmaj")
     assert [float(cell.split("±")[0]) for cell in accuracy[2:]] == [round(100 * row[f"{m}_m"], 1) for m in metrics]

@@ -89,7 +89,7 @@ def test_the_index_has_the_list_the_tables_and_what_each_run_was(run_path, tmp_p
 
 
 def test_the_list_counts_tokens_and_how_beams_ended(tmp_path):
-    """The counts of all repetitions; without recorded tokens, those of the final beams."""
+    """The counts of all repetitions; None where a line does not tell."""
     lines = [
         result(0, 0, 2, ["1", ""], [True, False], [0.5, 0.25], finish_reasons=["stop", "length"], tokens_generated=50),
         result(
@@ -103,9 +103,41 @@ def test_the_list_counts_tokens_and_how_beams_ended(tmp_path):
         "tokens": 120, "truncated": 0.75, "empty": 0.25, "searches": 2, "vote": "2", "any": True, "pass1": 0.5, "value": 0.5,
     }  # fmt: skip
     assert first["margin"] == pytest.approx((1.0 - 0.75) / 1.75)
-    assert (second["tokens"], second["vote"], second["margin"], second["any"]) == (7, "", 0.0, False)
+    assert (second["tokens"], second["truncated"], second["rescued"]) == (None, None, None)
+    assert (second["vote"], second["margin"], second["any"]) == ("", 0.0, False)
     assert (second["maj"], second["wmaj"], second["bon"]) == (0.0, 0.0, 0.0)
     assert second["disagreement"] == 0.0  # two beams without an answer do not differ
+
+
+def test_where_all_values_are_0_the_list_shows_the_answer_that_won(tmp_path):
+    """By count, as the vote does, with its own verdict, and its margin."""
+    lines = [
+        result(0, 0, 1, ["7", "1", "1", ""], [False, True, True, False], [0.0] * 4),
+        result(0, 1, 1, ["8", "8", "1", "7"], [False, False, True, False], [0.0] * 4),
+    ]
+    write_report(tmp_path / "out", write_run(tmp_path / "run.jsonl", lines))
+    (row,) = json.loads((tmp_path / "out/table.json").read_text())["runs"][0]["problems"]
+    assert (row["vote"], row["wmaj"], row["maj"]) == ("1", 1.0, 1.0)
+    assert row["margin"] == pytest.approx((3 - 2) / 7)
+
+
+def test_a_search_that_the_journal_lacks_leaves_open_what_was_rejected(tmp_path):
+    """In the list, the table and its JSON: not 0, and none of it where only the journals of some problems are whole."""
+    more = {"generated_ids": [[5] * 4], "finish_reasons": ["stop"]}
+    lines = [result(i, r, 2, ["2"], [False], [0.5], **more) for i, r in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    journal = [
+        journal_row(i, r, 0, [0, 0], [4, 4], [0.5, 0.25], [1, 0], ["stop", "stop"], ["\\boxed{2}", "\\boxed{1}"])
+        for i, r in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    found = {}
+    for name, rows in (("whole", journal), ("part", journal[:3]), ("none", [])):
+        path = write_run(tmp_path / f"{name}.jsonl", lines, rows, settings(2, 2, 2, 1, 2))
+        write_report(tmp_path / name, path)
+        found[name] = json.loads((tmp_path / name / "table.json").read_text())["runs"][0]
+    key = "searches_rescuable_by_a_rejected_candidate"
+    assert {name: ([row["rescued"] for row in run["problems"]], run[key]) for name, run in found.items()} == {
+        "whole": ([2, 2], 4), "part": ([2, None], None), "none": ([None, None], None),
+    }  # fmt: skip
 
 
 def test_a_long_answer_and_a_long_problem_are_cut_where_they_are_listed(tmp_path):

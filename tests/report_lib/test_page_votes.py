@@ -101,6 +101,21 @@ def test_filters_find_what_went_wrong(page, html):
     assert [row[9] for row in cells] == ["0", "1", "0"]
 
 
+def test_what_a_released_file_does_not_tell_is_a_dash(page, tmp_path):
+    """No finish reasons, no journal, no counts of tokens: not 0, in the columns and in the filters' counts."""
+    lines = [result(i, 0, 2, ["1", answer], [True, False], [0.5, 0.25]) for i, answer in enumerate(("2", ""))]
+    run = read_run(write_run(tmp_path / "run.jsonl", lines), "run")
+    report.write_report(tmp_path / "out", [run], None, lambda out, analyses: [])
+    page.open(tmp_path / "out/report.html", "#view=problems")
+    page.wait("document.querySelectorAll('.list tbody tr').length === 2")
+    heads = page.run("[...document.querySelectorAll('.list th')].map((th) => th.textContent.trim())")
+    cells = page.run("[...document.querySelector('.list tbody tr').cells].map((td) => td.textContent)")
+    shown = dict(zip(heads, cells, strict=True))
+    assert [shown[name] for name in ("Length-limited", "Pruned right", "Tokens")] == ["–"] * 3
+    count = "document.querySelector('[data-filter=%s] small').textContent"
+    assert [page.run(count % name) for name in ("pruned", "truncated", "wrong")] == ["–", "≥ 1", "0"]
+
+
 def test_a_block_says_its_rank_its_fate_and_how_it_ended(page, html):
     open_problem(page, html, "problem=1&search=0&node=6")
     facts = page.run("[...document.querySelectorAll('.facts dd')].map((dd) => dd.textContent)")

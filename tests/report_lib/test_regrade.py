@@ -94,3 +94,49 @@ def test_where_it_may_not_be_written(tmp_path, target, told):
     with pytest.raises(UserError, match=told):
         report.main([str(path), "--regrade", str(tmp_path / target)])
     assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+# ------------------------------------------------------------------------------------------------ from the token ids
+
+
+def test_without_a_journal_a_tokenizer_gives_the_text(tmp_path, capsys, shared):
+    """DeepSeek's own: what is after `</think>` counts, and its special tokens do not."""
+    folder = shared("tokenizer_r1_distill")
+    from transformers import AutoTokenizer
+
+    texts = [r"<think> \boxed{7} </think> It is \boxed{1}.", r"<think> \boxed{1}", r"<think>\n</think> \boxed{2}"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), 151643] for text in texts]
+    lines = [result(0, 0, 1, ["7", "1", ""], [False, True, False], [0.5] * 3, generated_ids=ids)]
+    path, new = write_run(tmp_path / "run.jsonl", lines), tmp_path / "new.jsonl"
+    assert report.main([str(path), "--tokenizer", str(folder), "--regrade", str(new)]) == 0
+    (row,) = rows_of(new)
+    assert (row["processed_answer"], row["reward"]) == (["1", "1", "2"], [True, True, False])
+    printed = capsys.readouterr().out
+    assert "1 of 3 rewards changed (1 now right, 0 now wrong); answers extracted again from the token ids" in printed
+    assert "as stored" not in printed
+
+
+def test_the_journals_text_goes_before_the_token_ids(tmp_path, monkeypatch, capsys):
+    """Of each search on its own, and how many are from what is said."""
+    path, new = run_of_two(tmp_path), tmp_path / "new.jsonl"
+    journal = RunPaths.of(path).tree
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))  # of repetition 0
+    monkeypatch.setattr(report, "load_decoder", lambda name: lambda ids: rf"\boxed{{{len(ids)}}} by {name}")
+    assert report.main([str(path), "--tokenizer", "T", "--regrade", str(new)]) == 0
+    answers = {row["repeat_idx"]: row["processed_answer"] for row in rows_of(new)}
+    assert answers == {0: ["1", "1.0"], 1: ["6", "6"]}
+    printed = capsys.readouterr().out
+    assert "the journal's text (of 1 searches), extracted again from the token ids (of 1 searches)" in printed
+    monkeypatch.setattr(report, "load_decoder", lambda name: None)
+    assert report.main([str(path), "--regrade", str(tmp_path / "third.jsonl")]) == 0
+    answers = {row["repeat_idx"]: row["processed_answer"] for row in rows_of(tmp_path / "third.jsonl")}
+    assert answers == {0: ["1", "1.0"], 1: ["8", "9"]}
+    assert "as stored (no journal to extract them from; --tokenizer extracts them" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_loaded_after_what_costs_nothing_was_checked(tmp_path, monkeypatch):
+    path = run_of_two(tmp_path)
+    monkeypatch.setattr(report, "load_decoder", lambda name: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="must be a file name"):
+        report.main([str(path), "--tokenizer", "T", "--regrade", str(tmp_path / "new.json")])
