@@ -30,7 +30,7 @@ VGS.figure = (plot) => VGS.el("figure", { class: plot.wide ? "wide" : null },
   VGS.el("figcaption", {}, VGS.textNodes(plot.caption)));
 
 /** One question: sentences, what to mind, what was chosen beforehand. */
-VGS.answer = function (answer) {
+VGS.comparison = function (answer) {
   const part = (css, text) => VGS.el("p", { class: css }, VGS.textNodes(text));
   return VGS.el("section", { class: "answer" }, VGS.el("h2", {}, VGS.textNodes(answer.title)),
     answer.sentences.map((text) => part("sentence", text)), answer.mind.map((text) => part("note mind", text)), answer.chosen ? part("note", answer.chosen) : "");
@@ -43,7 +43,7 @@ VGS.views.overview = function () {
   const notes = [...new Set(runs.flatMap((run) => run.notes))];
   const first = (plot) => answers.some((answer) => answer.plot === plot.stem); // stands beside the answers
   VGS.fill(
-    VGS.el("div", { class: "answers" }, VGS.el("div", {}, answers.map(VGS.answer)), VGS.el("div", {}, plots.filter(first).map(VGS.figure))),
+    VGS.el("div", { class: "answers" }, VGS.el("div", {}, answers.map(VGS.comparison)), VGS.el("div", {}, plots.filter(first).map(VGS.figure))),
     VGS.el("ul", { class: "notes", hidden: !notes.length }, notes.map((note) => VGS.el("li", {}, VGS.textNodes(note)))),
     ...tables.slice(0, runs.length).map(VGS.table),
     VGS.el("div", { class: "plots" }, plots.filter((plot) => !first(plot)).map(VGS.figure)),
