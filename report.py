@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 show(watch(args.runs, args.out, partial(read_runs, args), write))
             else:
-                show(write_report(args.out, runs, decode, write_plots, args.all_rows))
+                show(write_report(args.out, runs, decode, write_plots, all_rows=args.all_rows))
         else:
             show(terminal_text(*analyse_all(runs), args.all_rows))
     except OSError as error:
@@ -143,7 +143,7 @@ def analyse_all(
 
 
 def write_report(
-    folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw, all_rows: bool = False, live: int = 0
+    folder: Path, runs: Sequence[RunRecord], decode: Decode | None, draw: Draw, live: int = 0, all_rows: bool = False
 ) -> str:
     """All files of a report; returns its text. Where it fails, an earlier report in the folder is still whole.
 
