@@ -87,6 +87,7 @@ def wrong_answers(truth: str, others: Sequence[str], rng: random.Random) -> list
 def exact_value(text: str) -> list[object]:
     """What an answer says, in SymPy's own parser: its parts at commas. ValueError where it cannot be told."""
     text = re.sub(r"\\left|\\right|\\[ ,;!$]|\^\{?\\circ\}?|\s", "", text.replace("dfrac", "frac"))
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # 025
     for _ in range(9):
         text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
         text = re.sub(r"\\sqrt\{([^{}]*)\}", r"(sqrt(\1))", text)

@@ -28,7 +28,8 @@ def test_pairs_are_of_every_kind_and_wrong():
 @pytest.mark.parametrize(
     ("one", "other", "equal"),
     [
-        ("0", "-0", True), (r"\frac{2}{4}", r"\dfrac{1}{2}", True), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+        ("0", "-0", True), ("055", r"55^\circ", True), ("505", "55", False), ("0.05", "0.5", False),
+        (r"\frac{2}{4}", r"\dfrac{1}{2}", True), (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
         (r"\$36", r"36^\circ", True), ("1,2", "1, 2", True), (r"0,i\sqrt{6}", r"-0,i\sqrt{6}", True), (r"2\pi", r"\pi\cdot2", True),
         ("1,2", "2,1", False), ("1,2", "12", False), (r"\frac{1}{3}", "0.333333", False), ("x+1", "1+x", True), ("x+1", "x+2", False),
         (r"\text{east}", r"\text{east}", True), (r"\text{east}", r"\text{west}", False), ("204_8", "204", False), ("(1,2", "1,2", False),
