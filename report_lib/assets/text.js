@@ -6,6 +6,7 @@ VGS.NEXT_PIECE = 200000;
 VGS.MOST_FORMULAS = 1000; // in a piece
 // Controls, format characters (bidi marks, zero-width ...) and lone surrogates; newline and tab stay.
 VGS.HIDDEN = /((?![\n\t])[\p{Cc}\p{Cf}\p{Cs}])/u;
+VGS.LONG_WORD = /(\S{200})/u; // breaking a word into lines takes a browser time with the square of its length
 VGS.LANDMARK = /(<\/?think>|\\+boxed(?=\s*\{))/;
 
 /** A text in pieces, with what the pattern's group finds (every second piece of a split) replaced. */
@@ -17,10 +18,13 @@ VGS.textNodes = function (text, landmarks = false) {
     const name = "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     return VGS.el("span", { class: "hidden-character", title: `character ${name}` }, name);
   };
-  const shown = VGS.pieces(text, VGS.HIDDEN, label);
-  if (!landmarks) return shown;
   const mark = (word) => VGS.el("span", { class: "landmark" }, word);
-  return shown.flatMap((part) => (typeof part === "string" ? VGS.pieces(part, VGS.LANDMARK, mark) : [part]));
+  let nodes = VGS.pieces(text, VGS.HIDDEN, label);
+  const each = (pattern, replace) =>
+    (nodes = nodes.flatMap((part) => (typeof part === "string" ? VGS.pieces(part, pattern, replace).flat() : [part])));
+  if (landmarks) each(VGS.LANDMARK, mark);
+  each(VGS.LONG_WORD, (word) => [word, VGS.el("wbr", {})]);
+  return nodes;
 };
 
 /** One line for lists and bars: cut at `most` characters, without line breaks. */
