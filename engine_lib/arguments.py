@@ -102,7 +102,7 @@ def resolve_engine(args: argparse.Namespace) -> None:
         args.sglang_url = args.sglang_url or [f"http://localhost:{args.sglang_port}"]
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, flag: str = "--sglang_url") -> None:
     """Raises UserError for what is not the URL of a server."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -110,7 +110,7 @@ def check_url(url: str) -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise UserError(f"--sglang_url {url!r} is no URL of a server; give http://HOST:PORT")
+        raise UserError(f"{flag} {url!r} is no URL of a server; give http://HOST:PORT")
 
 
 def engine_config(

@@ -91,6 +91,7 @@ class SGLangServerEngine:
         self.patience = patience
         self.servers = [Server(url, patience.look_again_s) for url in dict.fromkeys(config.sglang_urls)]
         self.model_path, self.vocab_size = Path(config.model_path), config.vocab_size
+        self.model_flag, self.flag = config.model_flag, config.url_flag
         self.deterministic, self.request_timeout_s = config.deterministic, config.request_timeout_s
         self.seeded = config.seeded
         self.context_length = 0
@@ -285,7 +286,7 @@ class SGLangServerEngine:
             await gather_all(meet(server) for server in self.servers)
         if not any(server.up for server in self.servers):
             reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
-            raise EngineError(f"no SGLang server answers ({reasons}); start one, or give the right --sglang_url")
+            raise EngineError(f"no SGLang server answers ({reasons}); start one, or give the right {self.flag}")
         for server in self.servers:
             if not server.up:
                 logger.warning("%s does not answer (%s); it is used once it does", server.url, server.why)
@@ -335,7 +336,7 @@ class SGLangServerEngine:
         ours = tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
         if ours and info.architectures and ours != info.architectures:
             raise UserError(
-                f"{url} serves {info.model_path}, a {info.architectures[0]}; --piref_model {path} is a {ours[0]}"
+                f"{url} serves {info.model_path}, a {info.architectures[0]}; {self.model_flag} {path} is a {ours[0]}"
             )
         if self.deterministic and not info.deterministic:
             raise UserError(f"--deterministic: {url} runs without it; start it with --enable-deterministic-inference")
@@ -346,5 +347,6 @@ class SGLangServerEngine:
             raise UserError(f"{url} takes {info.longest} tokens a request; {self.context_length} are needed")
         if not wire.same_model(info.model_path, path) and not told:
             logger.warning(
-                "%s serves %s and --piref_model is %s: only you know that they are the same", url, info.model_path, path
-            )
+                "%s serves %s and %s is %s: only you know that they are the same",
+                url, info.model_path, self.model_flag, path,
+            )  # fmt: skip

@@ -17,7 +17,7 @@ import inference_eval
 import report
 import train_classifier
 from search_lib.run_reader import RESULT, ROUND, RunPaths
-from training_lib.collection import SCHEMA
+from training_lib.collection_folder import SCHEMA
 from training_lib.evaluation import POSITIONS, _pair_metrics, _rollout_metrics
 
 
