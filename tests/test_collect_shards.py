@@ -176,6 +176,13 @@ def test_another_seed_than_the_other_shards_is_told_by_name(inputs, stopped, mon
         collect(monkeypatch.setattr, inputs, stopped, shard="1/3", seed=4, **settings(inputs))
 
 
+def test_the_documentation_names_every_file_beside_the_data(stopped):
+    text = (kill_test.ROOT / "docs/run_files.md").read_text(encoding="utf-8")
+    rows = text[text.index("| file of `.collect/` |") :].split("\n\n")[0].splitlines()[2:]
+    documented = {re.sub(r"\d+", "0", row.split("`")[1]) for row in rows}
+    assert documented == {re.sub(r"\d+", "0", path.name) for path in (stopped / ".collect").iterdir()}
+
+
 def test_training_on_a_collection_that_has_not_ended_names_the_missing_file(stopped):
     with pytest.raises(UserError, match="lacks train-00004-of-00006.parquet: its collection has not ended") as error:
         load_rollouts(str(stopped), vocab_size=264, max_length=200, num_response=12)

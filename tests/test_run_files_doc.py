@@ -168,7 +168,7 @@ def in_words(kind: pa.DataType) -> str:
 
 
 def test_columns_of_a_collected_data_set(tables):
-    documented = table(tables, "A collected data set")
+    documented = table(tables, "A collected data set | column")
     assert list(documented) == SCHEMA.names
     for name, words in documented.items():
         assert words.startswith(f"{in_words(SCHEMA.field(name).type)} "), name
