@@ -11,19 +11,21 @@ or length-limited (2). Problems that never succeed are left out.
     python collect_rollouts.py --problems problems.jsonl --piref_model GENERATOR --output_dir rollouts --num_roll_ins 0 \
         --rollouts_per_prefix 4 --max_length 256
 
-Stopped at any moment, the same command goes on. `train_classifier.py --data_path rollouts` reads the result.
+Stopped at any moment, the same command goes on. `train_classifier.py --data_path rollouts` reads the result. On N machines
+that share a folder: the same command on each, with --shard 0/N to --shard N-1/N.
 """
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common_lib.cli import (
@@ -35,11 +37,12 @@ from common_lib.cli import (
     run_script,
     set_up_logging,
 )
-from common_lib.concurrency import run_bounded
+from common_lib.concurrency import gather_all, run_bounded
 from common_lib.devices import resolve_device
 from common_lib.files import OutputError
 from common_lib.models import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
 from common_lib.progress import Progress, format_count, format_seconds
+from common_lib.shards import Shard
 from common_lib.signals import Stopped, run_until_signal
 from data_utils import check_prompt_format, format_prompt
 from engine_lib.arguments import (
@@ -50,17 +53,20 @@ from engine_lib.arguments import (
     engine_rules,
     resolve_engine,
 )
-from engine_lib.base import EngineError, Reply, Request
+from engine_lib.base import Engine, EngineError, Reply, Request
 from engine_lib.choose import choose_engine, make_engine
 from engine_lib.retry import RequestsFailed, RetryPolicy, ask_until_whole
+from engine_lib.served_vocabulary import check_vocabulary
 from eval_utils import Grader, extract_answer
-from training_lib import collection
-from training_lib.collection import CollectionFolder, ProblemLines, SourceProblem, draw_seed
+from training_lib import collection, data_card
+from training_lib.collection import SourceProblem, draw_seed
+from training_lib.collection_folder import WHOLE, CollectionFolder, RollIns, check_output_dir, check_shard
+from training_lib.roll_in_servers import parse_roll_in_urls
 
 logger = logging.getLogger("collect_rollouts")
 
 # What may change when a stopped collection goes on; a change of anything else would change the data.
-FREE = FREE_ARGUMENTS | {"output_dir", "batch_size"}
+FREE = FREE_ARGUMENTS | {"output_dir", "batch_size", "shard", "roll_in_url"}
 
 
 # fmt: off
@@ -80,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--rollouts_per_prefix", type=int, default=1, help="roll-outs of the generator from each prefix")
     flag("--keep_unsolved", action="store_true", help="keep problems of which no roll-out succeeds")
     flag("--shard_size", type=int, default=500, help="problems of a parquet file")
+    flag("--shard", metavar="I/N", help="make every N-th parquet file from file I on (I from 0), beside processes that make the "
+         "others in the same --output_dir; the files are those of one process (default: all)")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--max_length", type=int, default=16384, help="response tokens of a trace, prefix included; a longer one is "
@@ -90,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("generators").add_argument
     flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="the generator: folder or hub name")
     flag("--roll_in_models", nargs="+", help="models that write roll-ins, in turn (default: the generator)")
+    flag("--roll_in_url", action="append", default=[], metavar="MODEL=URL", help="an SGLang server or router of a model of "
+         "--roll_in_models, which then is not loaded here; repeat for more models, or for more servers of one")
     flag("--batch_size", type=int, default=256, help="problems at once")
     add_engine_flags(flag, attention="auto", gpu_share=0.85)
     return parser
@@ -106,12 +116,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     ]
     check_rules(args, [*rules, *engine_rules(args)])
     resolve_engine(args)
+    shard_of(args)
     args.roll_in_models = args.roll_in_models or [args.piref_model]
-    if args.engine == "sglang-server" and set(args.roll_in_models) != {args.piref_model}:
+    alone = set(args.roll_in_models) - {args.piref_model} - set(parse_roll_in_urls(args))
+    if args.engine == "sglang-server" and alone:
         raise UserError(
-            "--roll_in_models: a server serves one model; give --engine sglang, which loads one after the other"
+            f"--roll_in_models {min(alone)}: a server serves one model; give --roll_in_url {min(alone)}=URL, or --engine sglang, "
+            "which loads one after the other"
         )
     return args
+
+
+def shard_of(args: argparse.Namespace) -> Shard:
+    return Shard.parse(args.shard, "--shard") if args.shard is not None else WHOLE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +143,7 @@ class CollectionPlan:
     prompts: list[list[int]]
     generator: ModelInfo
     roll_in_models: list[ModelInfo]
+    served: dict[int, tuple[str, ...]]  # URLs of the servers of those of the roll-in models that have some
     tokenizer: Any
     stop_ids: tuple[int, ...]
     engine: str
@@ -138,6 +156,7 @@ class CollectionPlan:
 def make_plan(args: argparse.Namespace) -> CollectionPlan:
     """Read problems, configs and tokenizers, and check that all fits. Raises UserError."""
     problems = collection.load_problems(args.problems, args.split, args.max_problems)
+    check_shard(shard_of(args), len(problems), args.shard_size)
     generator = inspect_generator(args.piref_model, "--piref_model")
     names = args.roll_in_models if args.num_roll_ins else []
     roll_in_models = [inspect_generator(name, "--roll_in_models") for name in names]
@@ -158,8 +177,10 @@ def make_plan(args: argparse.Namespace) -> CollectionPlan:
             raise UserError(
                 f"--roll_in_models {other} has another tokenizer than --piref_model {args.piref_model}; they must share one"
             )
+    urls = parse_roll_in_urls(args)
+    served = {model: urls[name] for model, name in enumerate(names) if name in urls}
     stop_ids = stop_token_ids(path, tokenizer)
-    return CollectionPlan(problems, prompts, generator, roll_in_models, tokenizer, stop_ids, engine, device)
+    return CollectionPlan(problems, prompts, generator, roll_in_models, served, tokenizer, stop_ids, engine, device)
 
 
 def inspect_generator(name: str, flag: str) -> ModelInfo:
@@ -181,47 +202,83 @@ def settings_of(args: argparse.Namespace, plan: CollectionPlan) -> dict[str, Any
 
 
 async def collect(args: argparse.Namespace, plan: CollectionPlan, output: CollectionFolder, grader: Grader) -> None:
-    """Roll-ins of the models that are not the generator, one model after the other; then everything of the generator."""
+    """Roll-ins of the models that are loaded for them alone, one after the other; then everything of the generator, and
+    roll-ins of models that servers have."""
     missing = output.missing()
     if not missing:
         return
-    roll_ins: dict[int, dict[int, list[int]]] = {number: {} for number in missing}  # problem -> roll-in -> its tokens
-    own = []  # which of the roll-in models are the generator itself
-    for model, info in enumerate(plan.roll_in_models):
-        if info.fingerprint == plan.generator.fingerprint:
-            own.append(model)
-            continue
-        lines = output.open_lines(f"roll_ins-{model:02d}")
-        if numbers := [number for number in missing if number not in lines.done]:
-            stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
-            await write_roll_ins(stage, model, lines, numbers)
-        for record in lines.records():
-            roll_ins.get(record["i"], {}).update({int(key): ids for key, ids in record["roll_ins"].items()})
+    async with contextlib.AsyncExitStack() as at_end:
+        served = await meet_servers(args, plan, len(missing), at_end)
+        traces: dict[int, dict[int, list[int]]] = {number: {} for number in missing}  # by problem and roll-in
+        now = []  # models whose roll-ins are written with the roll-outs
+        for model, info in enumerate(plan.roll_in_models):
+            if model not in served and info.fingerprint == plan.generator.fingerprint:
+                now.append(model)
+                continue
+            kept = output.roll_ins(model)
+            numbers = [number for number in missing if not kept.has(number)]
+            if model in served:
+                now.append(model)
+            elif numbers:
+                stage = Stage(args, plan, info, f"roll-ins of {Path(info.path).name}", len(numbers))
+                await write_roll_ins(stage, model, kept, numbers)
+            for number, written in kept.read().items():
+                traces.get(number, {}).update(written)
 
-    stage = Stage(args, plan, plan.generator, "roll-outs", len(missing))
+        stage = Stage(args, plan, plan.generator, "roll-outs", len(missing), served)
+
+        async def work(number: int) -> None:
+            found = traces.pop(number)
+            wanted = [model for model in now if not stage.roll_ins_of(model) <= found.keys()]
+            for written in await gather_all(sample_roll_ins(stage, number, model) for model in wanted):
+                found |= written
+            output.add(number, await make_row(stage, grader, number, found))
+
+        await stage.run(missing, work)
+
+
+async def meet_servers(
+    args: argparse.Namespace, plan: CollectionPlan, todo: int, at_end: contextlib.AsyncExitStack
+) -> dict[int, Engine]:
+    """The engines of roll-in models that servers have, by model. Raises UserError where one serves something else."""
+    engines = {}
+    for model, urls in plan.served.items():
+        info, what = plan.roll_in_models[model], f"--roll_in_models {args.roll_in_models[model]}"
+        config = engine_config(args, info, plan.device, todo, requests_each(args))
+        config = replace(
+            config, sglang_urls=urls, model_flag="--roll_in_models", url_flag="--roll_in_url", gpu_share_given=False
+        )
+        engines[model] = make_engine("sglang-server", config)
+        at_end.push_async_callback(engines[model].close)
+        check_context(args, plan, engines[model])
+        await check_vocabulary(engines[model].describe()["servers"], plan.tokenizer, info.vocab_size, what)
+    return engines
+
+
+def check_context(args: argparse.Namespace, plan: CollectionPlan, engine: Engine) -> None:
+    """SGLang's KV pool may hold less than the model's positions. Raises UserError."""
+    longest = max(map(len, plan.prompts)) + args.max_length
+    if longest > engine.context_length:
+        raise UserError(
+            f"the longest prompt and --max_length {args.max_length} make {longest} tokens, more than the "
+            f"{engine.context_length} that the {engine.name} engine takes; give a smaller --max_length"
+        )
+
+
+async def write_roll_ins(stage: "Stage", model: int, kept: RollIns, numbers: Sequence[int]) -> None:
+    """Roll-ins of these problems by one model, kept in files: its engine makes room for the generator's."""
 
     async def work(number: int) -> None:
-        traces = roll_ins.pop(number)
-        for model in own:
-            traces |= await sample_roll_ins(stage, number, model)
-        output.add(number, await make_row(stage, grader, number, traces))
-
-    await stage.run(missing, work)
-
-
-async def write_roll_ins(stage: "Stage", model: int, lines: ProblemLines, numbers: Sequence[int]) -> None:
-    """Roll-ins of these problems by one model, kept in a file: its engine makes room for the generator's."""
-
-    async def work(number: int) -> None:
-        lines.add(number, {"roll_ins": await sample_roll_ins(stage, number, model)})
+        kept.add(number, await sample_roll_ins(stage, number, model))
 
     await stage.run(numbers, work)
 
 
 async def sample_roll_ins(stage: "Stage", number: int, model: int) -> dict[int, list[int]]:
     """Roll-ins of one problem by one model: response tokens by roll-in number; a stop token is not part of them."""
-    mine = range(model, stage.args.num_roll_ins, len(stage.plan.roll_in_models))
-    replies = await stage.sample([stage.request(number, [], 0, roll_in) for roll_in in mine])
+    mine = sorted(stage.roll_ins_of(model))
+    requests = [stage.request(number, [], 0, roll_in) for roll_in in mine]
+    replies = await stage.sample(requests, stage.served.get(model))
     stops = set(stage.plan.stop_ids)
     return {
         roll_in: reply.token_ids[:-1] if reply.token_ids[-1] in stops else reply.token_ids
@@ -268,8 +325,12 @@ def requests_each(args: argparse.Namespace) -> int:
 class Stage:
     """One model's turn: its engine, and what is shown of its progress."""
 
-    def __init__(self, args: argparse.Namespace, plan: CollectionPlan, model: ModelInfo, title: str, todo: int):
-        self.args, self.plan, self.title, self.todo = args, plan, title, todo
+    def __init__(
+        self, args: argparse.Namespace, plan: CollectionPlan, model: ModelInfo, title: str, todo: int,
+        served: Mapping[int, Engine] = MappingProxyType({}),
+    ):  # fmt: skip
+        """served: engines of roll-in models that are not the stage's own."""
+        self.args, self.plan, self.title, self.todo, self.served = args, plan, title, todo, served
         self.engine = make_engine(plan.engine, engine_config(args, model, plan.device, todo, requests_each(args)))
         self.begun = time.perf_counter()
         self.done = self.tokens = self.rollouts = self.right = 0
@@ -283,17 +344,16 @@ class Stage:
             self.done += 1
             self.progress.update()
 
-        longest = max(map(len, self.plan.prompts)) + self.args.max_length
         try:
-            if longest > self.engine.context_length:  # SGLang's KV pool may hold less than the model's positions
-                raise UserError(
-                    f"the longest prompt and --max_length {self.args.max_length} make {longest} tokens, more than the "
-                    f"{self.engine.context_length} that the {self.engine.name} engine takes; give a smaller --max_length"
-                )
+            check_context(self.args, self.plan, self.engine)
             await run_bounded(numbers, one, self.args.batch_size)
             self.progress.close()
         finally:
             await self.engine.close()
+
+    def roll_ins_of(self, model: int) -> set[int]:
+        """Which roll-ins of a problem a model writes: the models take turns."""
+        return set(range(model, self.args.num_roll_ins, len(self.plan.roll_in_models)))
 
     def request(self, number: int, prefix: Sequence[int], *key: int) -> Request:
         """A continuation of a problem's prompt and a prefix of its response."""
@@ -304,10 +364,11 @@ class Stage:
             seed=draw_seed(args.seed, number, *key), group=str(number),
         )  # fmt: skip
 
-    async def sample(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in order. Raises EngineError, RequestsFailed."""
+    async def sample(self, requests: Sequence[Request], engine: Engine | None = None) -> list[Reply]:
+        """Replies in order, of the stage's own engine or another. Raises EngineError, RequestsFailed."""
+        writer = engine or self.engine
         replies = await ask_until_whole(
-            lambda wanted: self.engine.generate([requests[i] for i in wanted]),
+            lambda wanted: writer.generate([requests[i] for i in wanted]),
             [request.max_new_tokens for request in requests],
             RetryPolicy(),
         )
@@ -326,9 +387,13 @@ class Stage:
 
 
 def report(output: CollectionFolder) -> None:
-    """The data card, and its main figures on the screen."""
-    figures = collection.count(output)
-    collection.write_card(output, figures)
+    """Once all files are there: the data card, and its main figures on the screen. The last shard to end finds them."""
+    if left := len(output.elsewhere()):
+        print(f"shard {output.shard} is done: {len(output.files)} of {output.num_files} parquet files. {left} of other shards "
+              "are not there yet; the shard that ends last writes the data card", flush=True)  # fmt: skip
+        return
+    figures = data_card.count(output)
+    data_card.write_card(output, figures)
     left_out = f"{figures['dropped']} without a success left out"
     print(f"{figures['rows']} problems ({left_out}), {figures['rollouts']} roll-outs: {figures['labels']}")
     print(f"written to {output.folder}; next: train_classifier.py --data_path {output.folder}", flush=True)
@@ -338,25 +403,31 @@ def report(output: CollectionFolder) -> None:
         )
 
 
+def progress_of(output: CollectionFolder) -> str:
+    mine = "" if output.shard == WHOLE else f" of shard {output.shard}"
+    return f"{output.num_done} of {output.num_mine} problems{mine} are done"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     enable_fast_transfers()
     args = parse_args(argv)
     folder = Path(args.output_dir)
-    collection.check_output_dir(folder)
+    check_output_dir(folder)
     plan = make_plan(args)
-    total, output = len(plan.problems), None
+    output = None
     try:
-        with closing(CollectionFolder(folder, settings_of(args, plan))) as output:
+        with contextlib.closing(CollectionFolder(folder, settings_of(args, plan), shard_of(args))) as output:
             if output.num_done:
-                logger.info("going on: %d of %d problems are done", output.num_done, total)
+                logger.info("going on: %s", progress_of(output))
             quiet_transformers()
             with Grader() as grader:
                 asyncio.run(run_until_signal(collect(args, plan, output, grader)))
             report(output)
         return 0
     except (Stopped, EngineError, RequestsFailed, OutputError) as error:
-        done = f"{output.num_done if output else 0} of {total} problems are done; the same command goes on"
+        done = progress_of(output) if output else f"0 of {len(plan.problems)} problems are done"
+        done += "; the same command goes on"
         stopped = isinstance(error, Stopped)
         print(f"{error}: {done}" if stopped else f"error: {error} ({done})", file=sys.stderr)
         return error.status if stopped else 1

@@ -48,6 +48,8 @@ class EngineConfig:
     gpu_share_given: bool = False  # by the user
     sglang_args: tuple[str, ...] = ()  # KEY=VALUE
     sglang_urls: tuple[str, ...] = ()
+    model_flag: str = "--piref_model"  # which flags gave model and servers, for messages
+    url_flag: str = "--sglang_url"
 
 
 class EngineError(RuntimeError):

@@ -34,6 +34,7 @@ class SGLangServerEngine(ServerPool):
         Raises UserError for a server of another model, EngineError where none answers.
         """
         self.model_path, self.vocab_size = Path(config.model_path), config.vocab_size
+        self.model_flag, self.flag = config.model_flag, config.url_flag
         self.deterministic, self.seeded = config.deterministic, config.seeded
         at_once = (config.groups_at_once, config.requests_at_once)
         super().__init__(config.sglang_urls, patience, config.request_timeout_s, *at_once)
@@ -85,7 +86,7 @@ class SGLangServerEngine(ServerPool):
         ours = tuple(json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or ())
         if ours and info.architectures and ours != info.architectures:
             raise UserError(
-                f"{url} serves {info.model_path}, a {info.architectures[0]}; --piref_model {path} is a {ours[0]}"
+                f"{url} serves {info.model_path}, a {info.architectures[0]}; {self.model_flag} {path} is a {ours[0]}"
             )
         if self.deterministic and not info.deterministic:
             raise UserError(f"--deterministic: {url} runs without it; start it with --enable-deterministic-inference")
@@ -96,5 +97,6 @@ class SGLangServerEngine(ServerPool):
             raise UserError(f"{url} takes {info.longest} tokens a request; {self.context_length} are needed")
         if not wire.same_model(info.model_path, path) and not told:
             logger.warning(
-                "%s serves %s and --piref_model is %s: only you know that they are the same", url, info.model_path, path
-            )
+                "%s serves %s and %s is %s: only you know that they are the same",
+                url, info.model_path, self.model_flag, path,
+            )  # fmt: skip

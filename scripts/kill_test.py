@@ -4,13 +4,16 @@
     python scripts/kill_test.py --times 20 --engine transformers # search, tiny real models: scores within 1e-6
     python scripts/kill_test.py --shards 4 --times 10            # four shards, two killed: lines and report of one run
     python scripts/kill_test.py --train --times 20               # training: losses bit-identical
+    python scripts/kill_test.py --collect --times 20             # collection in three shards, simulated generators: byte-identical
 
 A search is killed one to three times a trial. A training run is stopped `--times` times in every way in turn: SIGKILL and
 SIGTERM at a random moment of a random step, SIGKILL and SIGTERM during a save, SIGKILL while starting; after SIGKILL at
-most `save_every` steps are lost, after SIGTERM none. Prints one line a trial and a summary; exit status 1 if anything
+most `save_every` steps are lost, after SIGTERM none. Of a collection one shard is killed one to three times while the others
+run, and started again; the whole is compared with one process's. Prints one line a trial and a summary; exit status 1 if anything
 differs.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -307,6 +310,89 @@ def log_changed(run_dir: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Collection
+
+SHARDS, PROBLEMS_EACH = 3, 2  # problems of a parquet file
+
+
+def collect_trials(times: int, problems: int, seed: int, folder: Path) -> int:
+    """Number of trials that failed. There must be problems for a parquet file of each shard."""
+    import tiny
+
+    make_inputs(folder, problems)
+    tiny.save_generator(folder / "other", seed=1)
+    rng, reference, failed, total_kills = random.Random(seed), folder / "reference", 0, 0
+    run_to_end(collect_command(folder, reference))
+    for trial in range(times):
+        output, victim = folder / f"trial{trial}", rng.randrange(SHARDS)
+        commands = [[*collect_command(folder, output), "--shard", f"{index}/{SHARDS}"] for index in range(SHARDS)]
+        cmd = commands.pop(victim)
+        others = [Popen(other, env=environment(), stdout=DEVNULL, stderr=PIPE, text=True) for other in commands]
+        files, kills = range(victim, -(-problems // PROBLEMS_EACH), SHARDS), 0
+        try:
+            for _ in range(rng.randint(1, 3)):
+                wanted = rng.randint(collected(output, files), collected(reference, files) - 1)
+                kills += stop_when(after_lines(output, files, wanted), cmd)
+            run_to_end(cmd)
+            for other in others:
+                said = other.communicate(timeout=120)[1]
+                if other.returncode:
+                    raise ValueError(f"another shard failed: {said}")
+            compare_collections(output, reference)
+            result = "equal"
+        except ValueError as error:
+            failed += 1
+            result = f"DIFFERENT: {error}"
+            for other in others:
+                other.kill()
+                other.communicate()
+        total_kills += kills
+        print(f"trial {trial + 1}/{times}: shard {victim} killed {kills} times, {result}", flush=True)
+    print(f"{times} collections in {SHARDS} shards, {total_kills} kills, {failed} failed (seed {seed})")
+    return failed
+
+
+def collect_command(folder: Path, output: Path) -> list[str]:
+    """Of two roll-in models one is the generator itself."""
+    flags = (
+        f"--num_roll_ins 2 --prefixes_per_roll_in 2 --max_length 32 --batch_size 2 --shard_size {PROBLEMS_EACH} --keep_unsolved "
+        f"--problems {folder}/problems.jsonl --piref_model {folder}/generator --roll_in_models {folder}/generator {folder}/other"
+    )
+    return [sys.executable, str(ROOT / "tests/simulated_collect.py"), *flags.split(), "--output_dir", str(output)]
+
+
+def after_lines(output: Path, files: Sequence[int], wanted: int) -> Callable[[], bool]:
+    return lambda: collected(output, files) >= wanted
+
+
+def collected(output: Path, files: Sequence[int]) -> int:
+    """How far these parquet files are: lines of their journals, of which a finished one has had all."""
+    lines = 0
+    for file in files:
+        if any(output.glob(f"data/train-{file:05d}-of-*.parquet")):
+            lines += 2 * PROBLEMS_EACH  # a problem's roll-ins, and its row
+            continue
+        for path in output.glob(f".collect/*-{file:05d}.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # it has just been finished
+                lines += path.read_text(encoding="utf-8").count("\n")
+    return lines
+
+
+def files_of(collection: Path) -> dict[str, bytes]:
+    """All but locks, by path."""
+    paths = {str(path.relative_to(collection)): path for path in collection.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not name.startswith(".collect/lock")}
+
+
+def compare_collections(output: Path, reference: Path) -> None:
+    """Raises ValueError where two finished collections differ in a byte, or a journal is left."""
+    found, expected = files_of(output), files_of(reference)
+    if found != expected:
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise ValueError(f"{', '.join(names)} differ")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10, help="trials, or stops of training")
@@ -315,11 +401,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shards", type=int, default=1, metavar="N", help="search in N shards, two of which are killed once"
     )
-    parser.add_argument("--train", action="store_true", help="training in the place of a search")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--train", action="store_true", help="training in the place of a search")
+    what.add_argument("--collect", action="store_true", help="a collection in three shards in the place of a search")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
+        if args.collect:
+            return 1 if collect_trials(args.times, args.problems, args.seed, Path(folder)) else 0
         if args.shards > 1:
             return (
                 1 if shard_trials(args.times, args.engine, args.problems, args.shards, args.seed, Path(folder)) else 0

@@ -76,6 +76,9 @@ class SpyEngine:
     async def close(self) -> None:
         self.closed = True
 
+    def describe(self) -> dict[str, Any]:
+        return {"servers": dict.fromkeys(self.config.sglang_urls)}
+
 
 class SpyGrader:
     """Equal texts are equal."""
@@ -100,6 +103,7 @@ class Run:
     running: int = 0
     most_at_once: int = 0
     status: int | None = None
+    checked: list[tuple] = field(default_factory=list)  # servers whose vocabulary was asked for, embeddings, what for
 
     @property
     def config(self) -> EngineConfig:
@@ -146,7 +150,11 @@ def flags(inputs: Path, output: Path, **changes: Any) -> list[str]:
     for name, value in (settings | changes).items():
         if value is not None and value is not False:
             values = [] if value is True else value if isinstance(value, list) else [value]
-            words += [f"--{name}", *map(str, values)]
+            words += (
+                [word for text in values for word in (f"--{name}", text)]
+                if name == "roll_in_url"
+                else [f"--{name}", *map(str, values)]
+            )
     return words
 
 
@@ -158,7 +166,11 @@ def collect(patch: Callable, inputs: Path, output: Path, **changes: Any) -> Run:
         run.engines.append(SpyEngine(run, name, config))
         return run.engines[-1]
 
+    async def check_vocabulary(urls, tokenizer, num_embeddings, what):
+        run.checked.append((list(urls), num_embeddings, what))
+
     patch(collect_rollouts, "make_engine", make_engine)
+    patch(collect_rollouts, "check_vocabulary", check_vocabulary)
     patch(collect_rollouts, "Grader", SpyGrader)
     run.status = collect_rollouts.main(flags(inputs, output, **changes))
     return run

@@ -35,6 +35,10 @@ class FakeServer:
         self.script, self.info, self.pages = script, info, pages
         self.bodies, self.keys, self.aborted = [], [], []
         self.healthy, self.seconds, self.accepted = True, seconds, 0  # connections
+        self.vocabulary, self.decode = (
+            info.pop("vocabulary", 264),
+            info.pop("decode", None),
+        )  # number of ids; ids to a text
         self.workers: list[str] | None = None  # a router has some
         self._connections: set = set()
         self._listen(port)
@@ -74,7 +78,15 @@ class FakeServer:
         if path == "/abort_request":
             self.aborted.append(body["rid"])
             return 200, ""
+        if path == "/detokenize":
+            return (
+                (400, "no tokenizer")
+                if self.decode is None
+                else (200, {"text": list(map(self.decode, body["tokens"]))})
+            )
         assert (method, path) == ("POST", "/generate")
+        if any(int(number) >= self.vocabulary for number in body["sampling_params"].get("logit_bias", ())):
+            return 400, f"logit_bias must has keys in [0, {self.vocabulary - 1}]"
         self.bodies.append(body)
         self.keys.append(headers.get("x-smg-routing-key"))
         answer = self.script(body)

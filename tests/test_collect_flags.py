@@ -83,6 +83,23 @@ MANY_CUTS = {
 }  # fmt: skip
 
 
+def second_file_only(run, base):
+    return set(run.prompts) == {"4", "5"} and not (run.folder / "README.md").exists()
+
+
+def served_roll_ins(run, base):
+    """A server writes the roll-ins of its model, with the roll-outs: no turn of its own, and none loaded for it."""
+    served, own = run.engines
+    assert (served.name, served.config.sglang_urls) == ("sglang-server", ("http://a:1", "http://b:2"))
+    assert (served.config.model_flag, served.config.url_flag) == ("--roll_in_models", "--roll_in_url")
+    assert [engine.config.model_path.rsplit("/", 1)[1] for engine in run.engines] == ["other", "policy"]
+    assert [(urls, size, what.rsplit("/", 1)[1]) for urls, size, what in run.checked] == [
+        (["http://a:1", "http://b:2"], 264, "other")
+    ]
+    assert [len(engine.requests) for engine in run.engines] == [6 * 1, 6 * (2 + 12)]
+    return served.closed and own.closed and own.name == "transformers"
+
+
 def max_length_is_what_is_left(run, base):
     for run_, most in ((run, 90), (base, 60)):
         prompts = run_.prompts
@@ -161,6 +178,7 @@ FLAGS = {
                             lambda run, base: asked(run, base, roll_ins=3, roll_outs=18)),
     "keep_unsolved": (lambda i: {"keep_unsolved": True}, unsolved_are_kept),
     "shard_size": (lambda i: {"shard_size": 1, "keep_unsolved": True}, shards),
+    "shard": (lambda i: {"shard": "1/2"}, second_file_only),
     "max_length": (lambda i: {"max_length": 90}, max_length_is_what_is_left),
     "temperature": (lambda i: {"temperature": 0.3}, in_all_requests("temperature", 0.3)),
     "top_p": (lambda i: {"top_p": 0.55}, in_all_requests("top_p", 0.55)),
@@ -170,6 +188,8 @@ FLAGS = {
                     lambda run, base: run.config.model_path.endswith("/other") and len(run.engines) == 1),
     "roll_in_models": (lambda i: {"roll_in_models": [i / "other", i / "third", i / "policy"], "num_roll_ins": 6,
                                   "keep_unsolved": True}, in_turn),
+    "roll_in_url": (lambda i: {"roll_in_models": [i / "policy", i / "other"],
+                               "roll_in_url": [f"{i / 'other'}=http://a:1", f"{i / 'other'}=http://b:2/"]}, served_roll_ins),
     "batch_size": (lambda i: {"batch_size": 2}, lambda run, base: at_once(run) == (2, 2, 24) and at_once(base) == (4, 4, 48)),
     "engine": (lambda i: {"engine": "sglang"}, lambda run, base: run.engines[0].name == "sglang"),
     "device": (lambda i: {"device": "cuda:1"}, in_config("device", "cuda:1")),

@@ -15,7 +15,8 @@ from tiny import save_generator
 import collect_rollouts
 from common_lib.cli import UserError
 from eval_utils import Grader
-from training_lib.collection import CollectionFolder, ProblemLines, cut_positions, load_problems
+from training_lib.collection import cut_positions, load_problems
+from training_lib.collection_folder import CollectionFolder, ProblemLines
 
 
 @pytest.fixture(autouse=True)
@@ -170,13 +171,14 @@ def test_problems_keep_their_names_and_texts(tmp_path):
 
 # Where and how fast; anything else would make other data, and is refused.
 FREE = {"output_dir", "batch_size", "engine", "use_sglang_server", "device", "attention_impl", "piref_gpu_util",
-        "sglang_port", "sglang_url", "sglang_args", "request_timeout"}  # fmt: skip
+        "sglang_port", "sglang_url", "sglang_args", "request_timeout", "shard", "roll_in_url"}  # fmt: skip
 OTHER = {
     "split": "test", "max_problems": 5, "num_roll_ins": 4, "prefixes_per_roll_in": 3, "cut_weight": "uniform",
     "rollouts_per_prefix": 1, "keep_unsolved": False, "shard_size": 5, "max_length": 61, "temperature": 0.8, "top_p": 0.7,
     "prompt_format": "chat", "seed": 4, "deterministic": True, "seeded": True, "engine": "sglang", "use_sglang_server": True,
     "device": "cuda:1", "attention_impl": "eager", "piref_gpu_util": 0.2, "sglang_port": 4000, "sglang_url": "http://a:1",
     "sglang_args": ["tp_size=2"], "request_timeout": 9, "batch_size": 1, "output_dir": None,
+    "shard": "1/2",
 }  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def name_of(action: argparse.Action) -> str:
 def test_going_on_with_another_argument(name, inputs, base, begun, monkeypatch):
     other = OTHER | {
         "problems": inputs / "policy/problems.jsonl", "piref_model": inputs / "third",
-        "roll_in_models": [inputs / "policy", inputs / "other"],
+        "roll_in_models": [inputs / "policy", inputs / "other"], "roll_in_url": f"{inputs / 'policy'}=http://a:1",
     }  # fmt: skip
     shutil.copy(inputs / "problems.jsonl", inputs / "policy/problems.jsonl")
     changes = {} if name == "output_dir" else {name: other[name]}
@@ -285,7 +287,7 @@ def test_a_shard_of_which_all_is_left_out_is_not_done_again(inputs, tmp_path, mo
 def test_lines_of_problems_are_in_their_order_and_the_folder_counts_them(tmp_path):
     settings = {"num_problems": 5, "shard_size": 3, "keep_unsolved": True}
     folder = CollectionFolder(tmp_path, settings)
-    assert (folder.num_shards, folder.missing(), folder.num_done) == (2, [0, 1, 2, 3, 4], 0)
+    assert (folder.num_files, folder.missing(), folder.num_done) == (2, [0, 1, 2, 3, 4], 0)
     row = {"labels": [1], "roll_in_ids": [[1]], "roll_outs_ids": [[2]], "reward": [1.0], "processed_answer": ["1"],
            "message_id": "m", "problem": "p", "solution": "", "answer": "1"}  # fmt: skip
     for number in (4, 2, 0):

@@ -17,7 +17,7 @@ import inference_eval
 import report
 import train_classifier
 from search_lib.run_reader import RESULT, ROUND, RunPaths
-from training_lib.collection import SCHEMA
+from training_lib.collection_folder import SCHEMA
 from training_lib.evaluation import POSITIONS, _pair_metrics, _rollout_metrics
 
 
@@ -168,7 +168,7 @@ def in_words(kind: pa.DataType) -> str:
 
 
 def test_columns_of_a_collected_data_set(tables):
-    documented = table(tables, "A collected data set")
+    documented = table(tables, "A collected data set | column")
     assert list(documented) == SCHEMA.names
     for name, words in documented.items():
         assert words.startswith(f"{in_words(SCHEMA.field(name).type)} "), name

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from common_lib.cli import UserError
 from data_utils import open_dataset
+from training_lib.rollout_files import check_all_there
 from training_lib.rollout_table import ROLL_INS, ROLL_OUTS, RolloutTable, ids_outside, outside_words, place_in_run
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ def load_rollouts(
 
     Checked for all rows: lists of one row agree in length, labels are classes, no roll-out is empty, and ids lie in the
     vocabulary (beyond the first `ids_checked_at_start` ids only when a roll-out is read). The first fault is a UserError
-    with its row and column; `skip_bad_rows` checks every id, leaves such rows out and logs how many there were.
+    with its row and column, or names missing files; `skip_bad_rows` checks every id, leaves such rows out and logs how many.
     """
+    check_all_there(path)
     dataset = _select(open_dataset(path), path, label_key, max_rows)
     parts, start, seen, num_bad, first_fault = [], 0, 0, 0, ""
     problems: dict[object, int] = {}

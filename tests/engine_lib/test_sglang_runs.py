@@ -24,8 +24,9 @@ import torch
 from sglang_host import SGLANG_ARGS, Host, free_port, wait_until
 
 from common_lib.cli import UserError
-from common_lib.models import inspect_model
+from common_lib.models import inspect_model, load_tokenizer
 from engine_lib.base import EngineConfig, EngineError, Request
+from engine_lib.served_vocabulary import check_vocabulary
 from engine_lib.sglang_remote import SGLangServerEngine
 from engine_lib.transformers_engine import TransformersEngine
 from search_lib.search import select
@@ -112,6 +113,23 @@ def generator_tokens(output: Path) -> tuple[int, int]:
         given += sum(nodes[parent] for parent in row["parent"])
         nodes += [nodes[parent] + len(tokens) for parent, tokens in zip(row["parent"], row["tokens"], strict=True)]
     return given, sum(row["tokens_cached"] for row in journal(output))
+
+
+# What a collection asks servers of roll-in models
+
+
+def test_vocabularies_are_told_apart(servers, generator, tmp_path):
+    """Of a server that has a tokenizer and one that has not; by the number of ids, and by what they mean."""
+    urls, tokenizer = [server.url for server in servers], load_tokenizer(generator, "--piref_model")
+    asyncio.run(check_vocabulary(urls, tokenizer, 264, "M"))
+    for size, word in ((263, "more"), (265, "fewer")):
+        for url in urls:
+            with pytest.raises(UserError, match=f"{url} has {word} token ids than the {size} of M"):
+                asyncio.run(check_vocabulary([url], tokenizer, size, "M"))
+    other = tiny.tiny_tokenizer()
+    other.decode = lambda ids, **_: "".join(map(chr, ids))
+    with pytest.raises(UserError, match=f"{urls[0]} has another tokenizer than M"):
+        asyncio.run(check_vocabulary(urls, other, 264, "M"))
 
 
 # Item 1 of the issue: the engine, two servers, and the router give what transformers gives

@@ -130,17 +130,36 @@ def test_the_study_depends_on_its_seed_its_runs_and_its_problems(monkeypatch):
     assert [row[3] * 40 % 2 for row in rows[0]] == [0.0] * len(rows[0])  # shares of 20 runs
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_flags_of_the_kill_test(monkeypatch, train):
+@pytest.mark.parametrize("what", ["search", "train", "collect"])
+def test_flags_of_the_kill_test(monkeypatch, what):
     calls = []
     monkeypatch.setattr(kill_test, "kill_trials", lambda *given: calls.append(given[:4]) or 1)
     monkeypatch.setattr(kill_test, "train_trials", lambda *given: calls.append(given[:3]))
+    monkeypatch.setattr(kill_test, "collect_trials", lambda *given: calls.append(given[:3]) or 1)
     flags = ["--times", "7", "--engine", "transformers", "--problems", "3", "--ranks", "4", "--seed", "9"]
-    status = kill_test.main([*flags, "--train"] if train else flags)
-    assert status == (0 if train else 1)
+    status = kill_test.main(flags if what == "search" else [*flags, f"--{what}"])
+    assert status == (0 if what == "train" else 1)
     kinds = [*kill_test.KINDS, *kill_test.KINDS[:2]]
-    assert calls == ([(kinds, 4, 9)] if train else [(7, "transformers", 3, 9)])
-    assert flags_of(kill_test.main, monkeypatch) == {"times", "engine", "problems", "train", "ranks", "seed"}
+    assert calls == [{"search": (7, "transformers", 3, 9), "train": (kinds, 4, 9), "collect": (7, 3, 9)}[what]]
+    assert flags_of(kill_test.main, monkeypatch) == {
+        "times", "engine", "problems", "train", "collect", "ranks", "seed",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="--collect: not allowed with argument --train"):
+        kill_test.main(["--train", "--collect"])
+
+
+def test_the_kill_test_sees_a_byte_and_a_journal_of_a_collection(tmp_path):
+    """compare_collections: the same files but for locks; what differs, is missing or is left is named."""
+    for name in ("one", "other"):
+        (tmp_path / name / ".collect").mkdir(parents=True)
+        (tmp_path / name / ".collect/settings.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text("card")
+    (tmp_path / "one/.collect/lock.shard-0-of-3").touch()
+    kill_test.compare_collections(tmp_path / "one", tmp_path / "other")
+    (tmp_path / "one/README.md").write_text("cars")
+    (tmp_path / "one/.collect/rows-00000.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^\.collect/rows-00000\.jsonl, README\.md differ$"):
+        kill_test.compare_collections(tmp_path / "one", tmp_path / "other")
 
 
 def test_the_kill_test_sees_what_was_lost_or_done_twice(tmp_path):
