@@ -14,6 +14,7 @@ import kill_test
 import make_real_models
 import make_synthetic_run
 import pytest
+import scaling_study
 import tiny
 import torch
 from parser_flags import flags_of, words
@@ -128,6 +129,33 @@ def test_the_study_depends_on_its_seed_its_runs_and_its_problems(monkeypatch):
     assert str(rows[0]) != str(rows[2])
     assert str(rows[0]) != str(rows[3])
     assert [row[3] * 40 % 2 for row in rows[0]] == [0.0] * len(rows[0])  # shares of 20 runs
+
+
+def test_flags_of_the_scaling_study(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def simulate(scale):
+        asked.append(scale)
+        return scaling_study.Outcome(scale, 1.0, {"generators": 1.0}, 1.0, 1.0, 1)
+
+    monkeypatch.setattr(scaling_study, "simulate", simulate)
+    flags = {
+        "searches": 3, "waves": 4, "request_rate": 55.0, "assignment": "random", "piece": 64, "seed": 6,
+        "json": tmp_path / "x",
+    }  # fmt: skip
+    lists = ["--generators", "5", "16", "--ratios", "5", "2", "--pool_gb", "0", "7.5"]
+    assert scaling_study.main([*words(flags), *lists]) == 0
+    numbers = [(scale.generators, scale.value_servers, scale.pool_gb) for scale in asked]
+    assert numbers == [(g, s, p) for g, each in ((5, (1, 3)), (16, (4, 8))) for s in each for p in (0.0, 7.5)]
+    rest = {(s.searches, s.waves, s.writes_each, s.assignment, s.piece, s.seed) for s in asked}
+    assert rest == {(3, 4, 55.0, "random", 64, 6)}
+    asked.clear()
+    assert scaling_study.main(["--generators", "8", "16"]) == 0
+    assert [(scale, scale.assignment) for scale in asked] == [
+        (scaling_study.Scale(8, 2, assignment="placement"), "placement"),
+        (scaling_study.Scale(16, 4, assignment="min_group"), "min_group"),
+    ]
+    assert flags_of(scaling_study.main, monkeypatch) == {*flags, "generators", "ratios", "pool_gb"}
 
 
 @pytest.mark.parametrize("train", [False, True])
