@@ -27,7 +27,7 @@ DESCRIBED_SETTINGS = (
 )  # fmt: skip
 FAILED = "one of its processes failed"
 # A process says that it failed before it has ended, and on a GPU it may take seconds to end.
-PATIENCE_S = 5.0
+PATIENCE_S = 10.0
 
 
 class SGLangProcess:
@@ -38,13 +38,15 @@ class SGLangProcess:
     is caught here and becomes an EngineError of every request.
     """
 
-    def __init__(self, what: str, settings: Mapping[str, Any], start_grace_s: float = 20.0):
-        """Start it. `what` names it in messages. A start that failed has `start_grace_s` to say why. Raises UserError
-        where sglang is not installed, EngineError where the engine does not start."""
-        self.what = what
+    def __init__(self, what: str, settings: Mapping[str, Any], start_grace_s: float = 20.0, guest: bool = False):
+        """Start it. `what` names it in messages; a `guest` leaves what SGLang keeps for the process to the engine beside
+        it. A start that failed has `start_grace_s` to say why. Raises UserError where sglang is not installed, EngineError
+        where the engine does not start."""
+        self.what, self._guest = what, guest
         self.package = import_sglang()
         warn_of_version(self.package.__version__)
         self.engine: Any = None
+        self.thread: threading.Thread | None = None
         self.end = ""  # why nothing can be asked any more
         self._closed = False
         self._running: set[Future] = set()
@@ -79,6 +81,8 @@ class SGLangProcess:
             raise EngineError(self.end)
         future = asyncio.run_coroutine_threadsafe(work(), self._loop)
         self._running.add(future)
+        if self.end:  # since the line above; another thread says so
+            future.cancel()
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.wrap_future(future)
@@ -126,7 +130,7 @@ class SGLangProcess:
         asyncio.set_event_loop(self._loop)
         others = _zmq_contexts()
         try:
-            with _first_config_kept(_DEATHS.others_live(self)):
+            with _config_kept(self._guest and _DEATHS.others_live(self)):
                 engine = self.package.Engine(**settings)
             manager: Any = importlib.import_module("sglang.srt.managers.tokenizer_manager")
             # An error in a manager's own loop would end this process without a line; the function is every engine's.
@@ -139,10 +143,10 @@ class SGLangProcess:
             started.set_result(engine)
             with contextlib.suppress(SystemExit):  # of a manager that failed
                 self._loop.run_forever()
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=5)) if tasks else None
+            if tasks := asyncio.all_tasks(self._loop):
+                for task in tasks:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
         for context in own:  # messages to processes that are gone would keep this one from ending
             context.destroy(linger=0)
         self._loop.close()
@@ -160,7 +164,8 @@ class SGLangProcess:
         _kill(families(*self.pids()))
         with contextlib.suppress(RuntimeError):  # its loop has ended
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self.thread.join(timeout=10)
+        if self.thread is not None:
+            self.thread.join(timeout=10)
 
 
 class _Deaths:
@@ -169,6 +174,7 @@ class _Deaths:
 
     def __init__(self) -> None:
         self._engines: list[SGLangProcess] = []
+        self._some_gone = False  # closed, or did not start
         self._old_quit: Any = None
 
     def add(self, engine: SGLangProcess) -> None:
@@ -178,6 +184,7 @@ class _Deaths:
 
     def remove(self, engine: SGLangProcess) -> None:
         self._engines.remove(engine)
+        self._some_gone = bool(self._engines)
         main = threading.current_thread() is threading.main_thread()
         if not self._engines and main and self._old_quit is not None:
             signal.signal(signal.SIGQUIT, self._old_quit)
@@ -197,23 +204,27 @@ class _Deaths:
 
     def _told(self, *_) -> None:
         living = [engine for engine in self._engines if not engine.end]
-        if len(living) > 1:  # a signal handler must not wait
-            threading.Thread(target=self._find, daemon=True).start()
-        elif len(living) == len(self._engines):  # else it was the dead one's second word
-            living[0].died(FAILED)
+        starting = [engine for engine in living if engine.engine is None]
+        if len(starting) < len(living):  # a signal handler must not wait
+            threading.Thread(target=self._find, args=(living, starting), daemon=True).start()
+        for engine in starting if len(starting) == len(living) else ():
+            engine.died(FAILED)
 
-    def _find(self) -> None:
-        """Look whose process has ended; where none does, it is the engine that is starting, or nobody knows."""
+    def _find(self, living: list[SGLangProcess], starting: list[SGLangProcess]) -> None:
+        """Look whose process has ended. Where none does, it is the engine that was starting; else it may be a late word
+        of an engine that is gone, and only where there was none nobody else can be meant."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
-            if gone := [engine for engine in self._engines if not engine.end and any(map(_ended, engine.pids()))]:
-                for engine in gone:
+            if ended := [engine for engine in living if any(map(_ended, engine.pids()))]:
+                for engine in ended:
                     engine.died(FAILED)
                 return
+            if not all(engine in self._engines for engine in living):  # it did not start, or was closed
+                return
             time.sleep(0.02)
-        if not any(engine.end for engine in self._engines):
-            for engine in [engine for engine in self._engines if engine.engine is None] or self._engines:
-                engine.died(FAILED)
+        explained = self._some_gone or any(engine.end for engine in self._engines)
+        for engine in starting or ([] if explained else living):
+            engine.died(FAILED)
 
 
 _DEATHS = _Deaths()
@@ -233,9 +244,9 @@ def refusals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _first_config_kept(wanted: bool) -> Iterator[None]:
+def _config_kept(wanted: bool) -> Iterator[None]:
     """SGLang keeps one engine's settings for this process, the last one's, and asks them about every engine's requests:
-    whether they may bring a sampler, which rank they may name. Those of the generator, which is first, are put back."""
+    whether they may bring a sampler, which rank they may name. A generator beside a value model needs its own."""
     if not wanted:
         yield
         return

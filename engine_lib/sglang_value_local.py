@@ -32,7 +32,7 @@ class SGLangValueEngine:
         self.request_timeout_s = config.request_timeout_s
         self.retry = RetryPolicy()
         with model_package():
-            self._process = SGLangProcess("SGLang value engine", settings, start_grace_s)
+            self._process = SGLangProcess("SGLang value engine", settings, start_grace_s, guest=True)
         self._engine = self._process.engine
         self.context_length = longest_request(self._process.info["max_req_input_len"])
         self.pool_tokens = self._process.info["max_total_num_tokens"]

@@ -74,7 +74,7 @@ class SGLangValueServers(ServerPool):
             "urls": [server.url for server in self.servers],
             "servers": {url: asdict(info) for server in self.servers for url, info in server.info.items()},
             "context_length": self.context_length,
-            "pool_tokens": self.pool_tokens,
+            "kv_pool_tokens": self.pool_tokens,
         }
 
     async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:

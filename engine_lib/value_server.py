@@ -7,6 +7,7 @@ here; those that would make values wrong are refused. Searches use it with --val
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 
@@ -74,6 +75,7 @@ def serve(flags: list[str], given: Sequence[str]) -> None:
     parser = command_line()
     check_given(given, parser)
     parser.parse_args(flags)  # its mistakes in one line
+    logging.getLogger("sglang").setLevel(logging.NOTSET)  # quieted for searches; a server says what it does
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -2,6 +2,7 @@
 
     python scripts/gpu_check.py                         # on a GPU: the shapes of the 1.5B models, random weights
     python scripts/gpu_check.py --parts scoring --minutes 2
+    python scripts/gpu_check.py --parts values --minutes 4  # the value model by itself, in SGLang and on a server of it
     python scripts/gpu_check.py --device cpu            # small models: what is counted, and ratios of times
     python scripts/gpu_check.py --device cpu --tiny     # under a minute: does everything run?
 
@@ -30,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from gpu_parts.needs import NEEDS
+from gpu_parts.needs import ASKED_FOR, NEEDS
 
 from common_lib.cli import ArgumentParser, UserError, check_rules, run_script
 from common_lib.files import write_json, write_text
@@ -38,8 +39,8 @@ from common_lib.progress import format_seconds
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "triton", "sglang", "flash-attn", "flash-attn-4")
 LEAVE_S = 8.0  # before a part's time is over it should stop by itself
-# Of each its module and its share of the time; a later one is a file and a row of NEEDS.
-PARTS = {name: (f"gpu_parts.{name}", sum(needs.values()) + LEAVE_S) for name, needs in NEEDS.items()}
+# Of each its module and its share of the time; a later one is a file and a row of NEEDS, or of ASKED_FOR.
+PARTS = {name: (f"gpu_parts.{name}", sum(needs.values()) + LEAVE_S) for name, needs in (NEEDS | ASKED_FOR).items()}
 SAID_LINES = 20  # of what a part said that did not end well
 Part = dict[str, Any]  # status, seconds, figures and what else it told: docs/run_files.md
 
@@ -235,7 +236,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="the first GPU, or the CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny models and a minute: does everything run?")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="which, in this order")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(NEEDS),
+        help=f"which, in this order (default: all but {', '.join(ASKED_FOR)}, for which there is no time)",
+    )
     parser.add_argument("--minutes", type=float, help="for all parts together (default: 9, or 1 with --tiny)")
     parser.add_argument("--out", default=".", metavar="DIR", help="where gpu_check.json and gpu_check.md go")
     args = parser.parse_args(argv)

@@ -20,5 +20,5 @@ fi
 
 if [ -z "${NO_SGLANG:-}" ]; then
   bash scripts/install_sglang_cpu.sh "$SGLANG_VENV"
-  "$SGLANG_VENV/bin/python" -m pytest tests/engine_lib/test_sglang_{local,runs,readme,seeded,value_local}.py
+  "$SGLANG_VENV/bin/python" -m pytest tests/engine_lib/test_sglang_{local,runs,readme,seeded,value_local,value_remote,value_runs}.py
 fi

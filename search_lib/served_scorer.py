@@ -44,9 +44,8 @@ class ServedScorer:
         for parent, tokens in history:
             traces.append(traces[parent] + list(tokens))
         first = asyncio.create_task(self._engine.values([traces[0]], tree_id))
-        first.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # else asyncio logs what nobody waited for
+        # Else asyncio logs the error of one that nobody has waited for.
+        first.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._trees[tree_id] = _SentTree(traces, {0}, first, len(prompt_ids) if len(traces) == 1 else 0)
 
     async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
@@ -61,9 +60,8 @@ class ServedScorer:
         if tree.first is not None:
             before += await tree.first
             tree.first = None
-        for node in sorted(
-            {parent for parent, _ in items} - tree.computed
-        ):  # parents have lower numbers than their children
+        parents = {parent for parent, _ in items} - tree.computed
+        for node in sorted(parents):  # they have lower numbers than their children
             before += await self._engine.values([tree.traces[node]], tree_id)
             tree.computed.add(node)
         valued = await self._engine.values(traces, tree_id)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 
+from engine_lib.value_settings import PACKAGE, VALUE_SETTINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 # What an engine on a CPU needs, small and fast.
 CPU_FLAGS = {
     "device": "cpu", "dtype": "float32", "attention_backend": "torch_native", "sampling_backend": "pytorch",
     "max_total_tokens": 16384, "max_running_requests": 64, "disable_overlap_schedule": True,
 }  # fmt: skip
-VALUE_FLAGS = {"is_embedding": True, "skip_tokenizer_init": True, "page_size": 1}
-VALUE_ENVIRONMENT = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "engine_lib.sglang_value_model"}
 # Data-parallel ranks on a CPU each want cores of their own.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": f"0|{(os.cpu_count() or 1) - 1}"}
 SGLANG_ARGS = [
@@ -145,7 +145,8 @@ class Host:
 
     def value_server(self, model: Path, port: int | None = None, environment: dict | None = None, **settings) -> Server:
         """Of a value model, with all that engine_lib.value_server sets. Started, not yet up."""
-        return self.server(model, port, VALUE_ENVIRONMENT | (environment or {}), **(VALUE_FLAGS | settings))
+        environment = {"SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE} | (environment or {})
+        return self.server(model, port, environment, **({"skip_tokenizer_init": True} | VALUE_SETTINGS | settings))
 
     def router(self, servers: list[Server], policy: str = "manual") -> Server:
         """sglang-router, a program of its own, in front of servers."""

@@ -11,7 +11,7 @@ from sglang.srt.models.qwen2 import Qwen2ForCausalLM, Qwen2Model
 from sglang.srt.utils import add_prefix
 from torch import nn
 
-from engine_lib.sglang_value_model.progress import Progress, ProgressTable
+from engine_lib.sglang_value_model.progress import ProgressTable, RequestProgress
 
 HEAD_KEYS = ("score.0.weight", "score.2.weight")
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # SGLang's own
@@ -51,7 +51,7 @@ class Qwen2ValueModel(nn.Module):
         computed = logits.new_tensor([request.computed for request in progress])
         return EmbeddingPoolerOutput(torch.cat([logits, computed[:, None]], dim=1))
 
-    def _advance(self, forward_batch) -> list[Progress]:
+    def _advance(self, forward_batch) -> list[RequestProgress]:
         lengths = forward_batch.extend_seq_lens_cpu
         return [
             self.progress.advance(*chunk)
@@ -64,7 +64,7 @@ class Qwen2ValueModel(nn.Module):
             )
         ]
 
-    def _rows_at_positions(self, hidden, forward_batch, progress: list[Progress]) -> list[torch.Tensor]:
+    def _rows_at_positions(self, hidden, forward_batch, progress: list[RequestProgress]) -> list[torch.Tensor]:
         rows, begin = [], 0
         for request, wanted, prefix, length in zip(
             progress, forward_batch.token_indices_to_pool, forward_batch.extend_prefix_lens_cpu,

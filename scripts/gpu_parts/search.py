@@ -9,15 +9,8 @@ import contextlib
 import dataclasses
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +25,7 @@ from gpu_parts.drawing import drawing
 from gpu_parts.models import SHAPES, memory_given_back, value_model
 from gpu_parts.needs import need
 from gpu_parts.report import Report
+from gpu_parts.servers import server
 from search_lib.tree import SearchConfig
 
 before_cuda = use_expandable_segments  # as a search does
@@ -39,9 +33,7 @@ TABLE = "searches"
 FULL_SEARCHES, BLOCKS, PROMPT, ROUNDS = 32, (256, 512, 1024), 500, 2
 NUM_BEAMS, BEAM_WIDTH = 4, 2
 GPU_SHARE = 0.5  # of the memory, for SGLang: the value model needs the rest
-WITH_PARENT = f"""import os, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-from training_lib.launch import end_with_parent; end_with_parent("gpu_check.py is gone"); os.execv(sys.argv[1], sys.argv[1:])"""
-SERVER_FLAGS = ("--skip-tokenizer-init", "--host", "127.0.0.1", "--log-level", "error")
+SERVER_FLAGS = ("--skip-tokenizer-init", "--log-level", "error")
 CPU_FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
              "--disable-overlap-schedule", "--max-total-tokens", "65536")  # fmt: skip
 
@@ -108,7 +100,7 @@ def compare(report: Report, kind: str, sizes: Sizes, folder: Path, keep: float =
         config = dataclasses.replace(config, sglang_args=("max_total_tokens=65536",))
     with contextlib.ExitStack() as at_end:
         if kind == "sglang-server":
-            url = at_end.enter_context(server(report, generator))
+            url = at_end.enter_context(server(server_program(report, generator)))
             config = dataclasses.replace(config, sglang_urls=(url,))
         engine = make_engine(kind, config)
         bench = Bench(engine, model, SearchConfig(1, 1, 1, 1), [])
@@ -154,48 +146,6 @@ def figures(report: Report, case: str, lock_step: dict[str, float], this: dict[s
     report.figure(TABLE, "tokens / lock-step", same, "x", case=name, at_most=1.0, at_least=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A server
-
-
-@contextlib.contextmanager
-def server(report: Report, generator: str, patience_s: float = 180.0) -> Iterator[str]:
-    """A server of SGLang on a free port, ended with all its processes; its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def server_program(report: Report, generator: str) -> list[str]:
     flags = CPU_FLAGS if report.device == "cpu" else ("--mem-fraction-static", str(GPU_SHARE))
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", generator, "--port", str(port)]
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1"}
-    # A group of its own, so that all of it can be ended here; and where this part is killed, which takes its own group
-    # only, the server ends with its parent, and SGLang's other processes with the server.
-    process = subprocess.Popen(
-        [sys.executable, "-c", WITH_PARENT, *command, *SERVER_FLAGS, *flags], env=quiet, process_group=0
-    )
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + patience_s
-    try:
-        while not answers(f"{url}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the SGLang server did not start; its messages are above")
-            time.sleep(1)
-        yield url
-    finally:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen, patience_s: float = 10.0) -> None:
-    """End a process that leads its group, and whatever is in the group: it may be gone, and its children not."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=patience_s)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+    return ["-m", "sglang.launch_server", "--model-path", generator, *SERVER_FLAGS, *flags]

@@ -42,10 +42,17 @@ class HTTPException(Exception):
         self.detail = detail
 
 
+def kept_settings() -> SimpleNamespace:
+    """What sglang keeps for a process."""
+    names = ("_server_args", "_config_bags", "_overrides_log", "_publish_role")
+    return SimpleNamespace(**dict.fromkeys(names), parallel=SimpleNamespace(_config=None))
+
+
 class FakeEngine:
     """`sgl.Engine` with a process of its own; `on_start` and `answer` may be changed before it is made."""
 
     made: "list[FakeEngine]"
+    process: SimpleNamespace
     on_start = staticmethod(lambda: None)
     answer = None  # to a prompt; None: it writes forever
 
@@ -53,6 +60,8 @@ class FakeEngine:
         self.settings, self.asked, self.aborted, self.routed = settings, asyncio.Event(), 0, []
         self.child, self.context = subprocess.Popen(["sleep", "60"]), Context()
         self.made.append(self)
+        for owner in (self.process, self.process.parallel):  # the last one's for all
+            vars(owner).update({name: settings["model_path"] for name in vars(owner) if name != "parallel"})
         logging.getLogger().setLevel(logging.DEBUG)  # as sglang does, or worse
         logging.getLogger().handlers.clear()
         asyncio.set_event_loop_policy(None)
@@ -91,10 +100,11 @@ def written(ids, params) -> dict:
 @pytest.fixture
 def package(monkeypatch):
     """A fake sglang, of the tested version; its manager module, with the function that is patched there."""
-    fake = type("Engine", (FakeEngine,), {"made": []})
+    fake = type("Engine", (FakeEngine,), {"made": [], "process": kept_settings()})
     modules = {
         "sglang": {"__version__": TESTED_VERSION, "Engine": fake},
         "sglang.srt": {},
+        "sglang.srt.runtime_context": {"get_context": lambda: fake.process},
         "sglang.srt.managers": {},
         "sglang.srt.managers.tokenizer_manager": {"kill_process_tree": None},
         "zmq": {"Context": Context},
@@ -380,6 +390,7 @@ def test_its_death_ends_every_request_with_one_line(package, how):
     async def main(engine):
         running = [await asked(package, [REQUEST], engine) for _ in range(3)]
         if how == "its process":
+            package.Engine.made[0].child.kill()
             os.kill(os.getpid(), signal.SIGQUIT)  # as sglang's children do
         else:  # as the manager would end this process, from its own thread
             manager = sys.modules["sglang.srt.managers.tokenizer_manager"]

@@ -4,9 +4,11 @@ installed: see scripts/install_sglang_cpu.sh. The tests use up the engines: they
 import asyncio
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import signal
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -17,15 +19,16 @@ if importlib.util.find_spec("sglang") is None:
 import tiny
 import torch
 from sglang.srt.managers.io_struct import EmbeddingReqInput
-from sglang_host import wait_until
+from sglang_host import Server, free_port, wait_until
 
+from engine_lib import value_server
 from engine_lib.base import EngineConfig, EngineError, Request
 from engine_lib.sglang_import import TESTED_VERSION
 from engine_lib.sglang_local import SGLangEngine
 from engine_lib.sglang_value_local import SGLangValueEngine
 from engine_lib.sglang_value_model.qwen2 import EntryClass
 from engine_lib.value_base import ValueConfig
-from engine_lib.value_wire import read_positions, row_of
+from engine_lib.value_wire import read_positions, read_row, row_of
 
 POISON = 263  # a token whose embedding is NaN, in the model of 3 labels
 ARGS = ("max_running_requests=64", "chunked_prefill_size=64")
@@ -93,6 +96,40 @@ def full_pass(model, trace):
 
 def write(generator, seed=5):
     return asyncio.run(generator.generate([Request([1, 2, 3], 6, 1.0, 1.0, (), seed)]))[0].token_ids
+
+
+def test_a_server_is_started_by_its_module(fork, config, models):
+    """As a process that has SGLang imported, which saves half a minute."""
+    port = free_port()
+    flags = [
+        "--classifier_ckpt_path",
+        config.model_path,
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--log-level",
+        "error",
+    ]
+    server = multiprocessing.get_context("fork").Process(
+        target=value_server.main, args=([*flags, "--max-total-tokens", "2048", "--skip-server-warmup"],)
+    )
+    server.start()
+    served = Server(server.pid, None, port)
+    try:
+        wait_until(lambda: served.running and served.is_up(), 90)
+        assert served.get("model_info")["architectures"] == ["Qwen2ForClassifier"]
+        body = json.dumps({"input_ids": [[1, 2, 3], [4, 5]]}).encode()
+        request = urllib.request.Request(f"{served.url}/encode", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            valued = [read_row(row_of(output), 3) for output in json.load(reply)]
+        assert [got.value for got in valued] == pytest.approx(
+            [full_pass(models[3], trace)[-1] for trace in ([1, 2, 3], [4, 5])], abs=1e-5
+        )
+        assert [got.tokens_computed for got in valued] == [3, 2]
+    finally:
+        served.kill()
+        server.join(10)
 
 
 def test_values_are_the_classifiers_and_each_token_is_computed_once(engine, models):

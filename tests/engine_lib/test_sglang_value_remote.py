@@ -60,6 +60,7 @@ def folder(model, tmp_path_factory):
 def servers(host, folder):
     """Two, up."""
     two = [host.value_server(folder, chunked_prefill_size=CHUNK) for _ in range(2)]
+    host.router(two)  # it starts beside them
     for server in two:
         wait_until(server.is_up, 120, server)
     return two
@@ -67,7 +68,7 @@ def servers(host, folder):
 
 @pytest.fixture(scope="module")
 def router(host, servers):
-    router = host.router(servers)
+    router = host.children[2]
     wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
     return router
 
@@ -133,24 +134,21 @@ def test_values_are_a_forward_passs_and_cost_what_is_new(folder, servers, plain,
     with_engine(config_of(folder, *urls), main)
 
 
-def test_one_of_two_is_killed_in_mid_use_and_used_again(host, folder, servers, plain):
-    """All values come, and are right; its groups move, and some come back."""
+def test_one_of_two_is_killed_in_mid_use_and_used_again(host, folder, servers, router, plain):
+    """All values come, and are right, through a router too; groups move, and some come back."""
     rng = random.Random(5)
-    traces = [tokens(rng, 60) for _ in range(8)]
+    traces = [tokens(rng, 60) for _ in range(12)]
     expected = plain(traces)
 
-    async def main(engine):
-        async def once(i):
+    async def round_and_round(engine, i, done):
+        while not done.is_set():
             (one,) = await engine.values([traces[i]], f"{i}")
             assert one.value == pytest.approx(expected[i], abs=1e-5)
+            await asyncio.sleep(0.02)
 
-        async def round_and_round(i):
-            while not done.is_set():
-                await once(i)
-                await asyncio.sleep(0.02)
-
-        done = asyncio.Event()
-        running = [asyncio.create_task(round_and_round(i)) for i in range(8)]
+    async def main(engine):
+        done, routed = asyncio.Event(), SGLangValueServers(config_of(folder, router.url))
+        running = [asyncio.create_task(round_and_round(routed if i > 7 else engine, i, done)) for i in range(12)]
         await asyncio.sleep(0.5)
         await asyncio.to_thread(servers[0].kill)
         while engine.servers[0].up:
@@ -162,6 +160,8 @@ def test_one_of_two_is_killed_in_mid_use_and_used_again(host, folder, servers, p
             await asyncio.sleep(0.001)
         done.set()
         await asyncio.gather(*running)
+        assert routed.servers[0].up
+        await routed.close()
 
     with_engine(config_of(folder, *(server.url for server in servers)), main)
 
@@ -269,4 +269,4 @@ def test_a_generators_checkpoint_and_packages_that_are_not_ours_are_refused(host
             SGLangValueServers(config_of(folder, server.url))
         server.kill()
     wait_until(lambda: not broken.running, 60, broken)
-    assert "Qwen2ForClassifier has no SGlang implementation" in broken.output
+    assert "'Qwen2ForClassifier' is not a registered model" in broken.output

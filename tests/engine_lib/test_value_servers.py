@@ -134,7 +134,7 @@ def test_the_pool_is_that_of_all_servers(model, servers):
     engine = new_engine(model, one, two)
     assert engine.pool_tokens == 1700
     told = json.loads(json.dumps(engine.describe()))
-    assert (told["name"], told["pool_tokens"], told["urls"]) == ("sglang-server", 1700, [one.url, two.url])
+    assert (told["name"], told["kv_pool_tokens"], told["urls"]) == ("sglang-server", 1700, [one.url, two.url])
     assert told["servers"][two.url]["prefix_cache"] is True
 
 
@@ -156,6 +156,7 @@ ABORT = {"meta_info": {"finish_reason": {"type": "abort", "message": "by hand"}}
         (500, "Internal Server Error"),
         (502, {"error": {"message": "bad gateway"}}),
         (200, [reply_of([0.0, 1.0, 0.0, 2.0]), ABORT, ABORT]),
+        (200, [reply_of([0.0, 1.0, 0.0, 2.0]) | ABORT] * 3),  # of the chunk before
         (200, [reply_of([0.0, 1.0, 0.0, 2.0])]),
         (200, "not JSON"),
         (200, {"text": "of a generator"}),
@@ -351,6 +352,10 @@ def test_nobody_answers_names_the_flag(model):
 def test_what_costs_tokens_is_said(model, servers, info, said, caplog):
     caplog.set_level(logging.WARNING)
     server = servers(**info)
-    assert with_engine(model, [server], lambda e: e.values(TRACES, "g")) == expected(TRACES)
+
+    async def main(engine):
+        assert engine._places_of(engine.servers[0]) == [(engine.servers[0], None)], "a rank cannot be named"
+        assert await engine.values(TRACES, "g") == expected(TRACES)
+
+    with_engine(model, [server], main)
     assert caplog.text.count(said) == 1
-    assert "routed_dp_rank" not in server.bodies[0]

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from fake_parts import give_fake_parts
 from gpu_parts import drawing, models, scoring, training
+from gpu_parts.needs import NEEDS
 from gpu_parts.report import Report
 from parser_flags import flags_of
 
@@ -132,7 +133,7 @@ def tiny_run(tmp_path_factory):
 
 def test_every_part_reports_every_figure_where_only_four_packages_are_installed(tiny_run):
     results, table, printed = tiny_run
-    assert list(results["parts"]) == list(gpu_check.PARTS) == list(FIGURES)
+    assert list(results["parts"]) == list(NEEDS) == list(FIGURES)
     for name, part in results["parts"].items():
         assert (part["status"], part["failed"]) == ("done", []), name
         found = {(row["table"], row.get("case", ""), row["figure"]) for row in part["figures"]}
@@ -149,7 +150,7 @@ def test_the_table_says_what_was_measured_on_what(tiny_run):
     assert {name: results["versions"][name] for name in NEEDED} == {name: metadata.version(name) for name in NEEDED}
     assert re.match(rf"# GPU check: .+\n\n{results['date']}, [\dms]+, tiny models, random weights. CUDA ", table)
     assert f"torch {torch.__version__}" in table and "All parts ran, and every figure is within its bound." in table
-    for part in gpu_check.PARTS:
+    for part in NEEDS:
         assert f"\n## {part}: done, " in table
     assert "- not measured: MFU, peak over the weights" not in table.replace("\n", " ")  # each with its own reason
     for left_out in (

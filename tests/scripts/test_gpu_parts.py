@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import gpu_check
 import pytest
 import torch
-from gpu_parts import drawing, memory, models, scoring, search, training
+from gpu_parts import drawing, memory, models, scoring, search, servers, training, values
 from gpu_parts import report as report_module
-from gpu_parts.needs import EXTRA, NEEDS
+from gpu_parts.needs import ASKED_FOR, EXTRA, NEEDS
 from gpu_parts.report import Report
 
 from common_lib.files import LineFile
@@ -123,8 +123,20 @@ def set_up_search(monkeypatch, spend):
     monkeypatch.setattr(search, "compare", compare)
 
 
-SET_UP = {"scoring": set_up_scoring, "training": set_up_training, "memory": set_up_memory, "search": set_up_search}
-MODULES = {"scoring": scoring, "training": training, "memory": memory, "search": search}
+def set_up_values(monkeypatch, spend):
+    model = SimpleNamespace(save_pretrained=lambda folder: None)
+    info = SimpleNamespace(path="", vocab_size=9, num_labels=3)
+    monkeypatch.setattr(values, "find_spec", lambda name: True)
+    monkeypatch.setattr(values, "memory_given_back", nothing)
+    monkeypatch.setattr(values, "value_model", lambda *_: model)
+    monkeypatch.setattr(values, "inspect_model", lambda *_: info)
+    monkeypatch.setattr(values, "one_kind", lambda report, kind, *_: spend(kind))
+
+
+SET_UP = {"scoring": set_up_scoring, "training": set_up_training, "memory": set_up_memory, "search": set_up_search,
+          "values": set_up_values}  # fmt: skip
+MODULES = {"scoring": scoring, "training": training, "memory": memory, "search": search, "values": values}
+STATED = NEEDS | ASKED_FOR
 
 
 def run_with(monkeypatch, clock, report, part, slow=1.0):
@@ -133,22 +145,22 @@ def run_with(monkeypatch, clock, report, part, slow=1.0):
 
     def spend(*names):
         done.extend(names)
-        clock.spend(slow * sum(NEEDS[part].get(name) or EXTRA.get(part, {}).get(name, 40.0) for name in names))
+        clock.spend(slow * sum(STATED[part].get(name) or EXTRA.get(part, {}).get(name, 40.0) for name in names))
 
     SET_UP[part](monkeypatch, spend)
-    clock.spend(NEEDS[part]["start"])
+    clock.spend(STATED[part]["start"])
     MODULES[part].run(report)
     return done
 
 
-@pytest.mark.parametrize("part", list(NEEDS))
+@pytest.mark.parametrize("part", list(STATED))
 def test_a_part_does_all_that_it_states_in_the_time_that_it_states(monkeypatch, clock, new_report, part):
     """And asks for it: with half a second less something is left out."""
     for less, count in ((0.0, 0), (0.5, 1)):
-        report = new_report(sum(NEEDS[part].values()) - less)
+        report = new_report(sum(STATED[part].values()) - less)
         done = run_with(monkeypatch, clock, report, part)
         left_out = {row["left_out"].removeprefix("search through ") for row in report.rows("left_out")}
-        assert len(left_out & set(NEEDS[part])) == count and (count or set(NEEDS[part]) <= set(done))
+        assert len(left_out & set(STATED[part])) == count and (count or set(STATED[part]) <= set(done))
 
 
 def test_a_slow_machine_leaves_the_last_things_out_and_is_not_killed(monkeypatch, clock, new_report):
@@ -232,6 +244,33 @@ def test_drawing_is_timed_with_the_shortlist_and_with_all(monkeypatch, new_repor
     assert all(row["value"] > 0 for row in report.rows("figure"))
 
 
+def test_values_are_measured_of_all_that_is_here_and_the_rest_is_told(new_report):
+    report = new_report(100.0, "cpu", "tiny")
+    values.run(report)
+    figures = {row["figure"]: row for row in report.rows("figure")}
+    assert {row["case"] for row in figures.values()} == {"local"}
+    assert (figures["tokens computed a new one"]["value"], figures["tokens computed a new one"]["at_most"]) == (
+        1.0,
+        1.01,
+    )
+    assert [row["left_out"] for row in report.rows("left_out")] == ["values, sglang", "values, sglang-server"]
+
+
+def test_served_values_that_are_off_or_are_read_again_are_faults(monkeypatch, new_report):
+    told, report = {"tokens computed a new one": 1.5}, new_report(10.0, "cpu", "small")
+    found = {"local": {(1,): 0.5}, "sglang": {(1,): 0.6}}
+    monkeypatch.setattr(values, "run_kind", lambda kind, bench: (told, found[kind]))
+    bench, local = SimpleNamespace(values=SimpleNamespace(dtype="fp32")), {}
+    for kind in found:
+        local = values.one_kind(report, kind, bench, local)
+    bad = [(row["case"], row["figure"]) for row in report.rows("figure") if not row["good"]]
+    assert bad == [
+        ("local", "tokens computed a new one"),
+        ("sglang", "tokens computed a new one"),
+        ("sglang", "off local values"),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is left behind
 
@@ -292,7 +331,7 @@ def test_a_server_is_ended_with_what_it_started(tmp_path, server):
     process = subprocess.Popen([sys.executable, "-c", SERVER, str(told), server], process_group=0)
     wait_until(told.exists)
     _, child = map(int, told.read_text().split())
-    search.end_group(process, patience_s=0.5)
+    servers.end_group(process, patience_s=0.5)
     try:
         assert process.poll() is not None
         wait_until(lambda: not alive(child))
@@ -309,7 +348,7 @@ def test_a_server_ends_with_a_part_that_is_killed(tmp_path):
         "subprocess.Popen(sys.argv[1:], process_group=0)\n"
         "time.sleep(600)\n"
     )  # fmt: skip
-    server = [sys.executable, "-c", search.WITH_PARENT, sys.executable, "-c", SERVER, str(told), "stays"]
+    server = [sys.executable, "-c", servers.WITH_PARENT, sys.executable, "-c", SERVER, str(told), "stays"]
     process = subprocess.Popen([sys.executable, "-c", part, *server], start_new_session=True)
     wait_until(told.exists)
     leader, child = map(int, told.read_text().split())

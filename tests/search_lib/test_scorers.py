@@ -198,13 +198,22 @@ def test_a_tree_goes_where_the_least_is_held():
     asyncio.run(homes())
 
 
+def test_trees_that_start_together_are_counted_by_what_they_will_hold():
+    """One long prompt is not worth ten searches."""
+    threads = [Noting() for _ in range(2)]
+    scorer = LocalScorers(threads, round_tokens=1000)
+    for number in range(12):
+        scorer.start(f"{number}", [1] * (500 if number == 0 else 50), [])
+    assert [len(thread.started) for thread in threads] == [6, 6]
+
+
 def test_a_search_that_goes_on_counts_what_its_journal_holds_until_a_round_tells_which_beams_go_on():
     scorer = LocalScorers([Noting(), Noting()], round_tokens=0)
 
     async def held():
         scorer.start("a", [1] * 5, [(0, [2] * 4), (0, [3] * 3), (1, [4] * 2)])
         before = scorer._trees["a"].tokens_held
-        await scorer.score("a", [(3, [5])], [False])
+        await scorer.score("a", [(3, [5]), (3, [6] * 9)], [False, True])
         return before, scorer._trees["a"].tokens_held
 
     assert asyncio.run(held()) == (14, 5 + 4 + 2 + 1)
