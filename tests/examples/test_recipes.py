@@ -90,11 +90,19 @@ def test_models_and_shares_of_the_gpus_come_from_the_environment(stubs):
     process = task(stubs, 1, 2, GENERATOR="g", VALUE_MODEL="v", GENERATORS="2", GPUS="3", SEARCHES="9", PORT="41000")
     assert process.wait(timeout=60) == 0
     calls = stubs.calls()
-    assert sorted((call.gpus, call.value("--port")) for call in of(calls, GENERATOR)) == [("0", "41000"), ("1", "41001")]
+    assert sorted((call.gpus, call.value("--port")) for call in of(calls, GENERATOR)) == [
+        ("0", "41000"),
+        ("1", "41001"),
+    ]
     assert [(call.gpus, call.value("--port")) for call in of(calls, VALUES)] == [("2", "41002")]
     assert {call.value("--model-path") for call in of(calls, GENERATOR)} == {"g"}
     (search,) = of(calls, SEARCH)
-    wanted = {"--piref_model": "g", "--classifier_ckpt_path": "v", "--batch_size": "18", "--value_url": "http://localhost:41002"}
+    wanted = {
+        "--piref_model": "g",
+        "--classifier_ckpt_path": "v",
+        "--batch_size": "18",
+        "--value_url": "http://localhost:41002",
+    }
     assert {flag: search.value(flag) for flag in wanted} == wanted
 
 
