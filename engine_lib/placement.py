@@ -42,7 +42,9 @@ class Placement(Generic[Place]):
     def __init__(self, at_once: int = 0, clock: Callable[[], float] = time.monotonic):
         """at_once: most groups that are under way together; 0: not known."""
         self._at_once, self._clock = at_once, clock
-        self._groups: dict[Hashable, _Group[Place]] = {}  # the last used one last
+        self._groups: dict[Hashable, _Group[Place]] = {}  # all that are remembered
+        self._idle: dict[Hashable, _Group[Place]] = {}  # of them, the last used one last
+        self._busy, self._requests = Counter[Place](), Counter[Place]()  # of the others: groups, requests that run
         self._longest_pause = SHORTEST_PAUSE_S  # of late
 
     @contextlib.contextmanager
@@ -52,13 +54,18 @@ class Placement(Generic[Place]):
         key: Hashable = group or object()
         entry = self._groups[key] = self._settle(key, places)
         entry.running += 1
+        self._requests[entry.place] += 1
         try:
             yield entry.place
         finally:
             entry.running -= 1
-            entry.idle_since = self._clock()
+            self._requests[entry.place] -= 1
+            if not entry.running:
+                entry.idle_since = self._clock()
+                self._busy[entry.place] -= 1
+                self._idle[key] = entry
             if not group:
-                del self._groups[key]
+                del self._groups[key], self._idle[key]
 
     def _settle(self, key: Hashable, places: Sequence[Place]) -> _Group[Place]:
         """The group's entry, taken out of the table, with the place that it is to use from now on."""
@@ -67,30 +74,34 @@ class Placement(Generic[Place]):
             self._forget()
         elif entry.running and entry.place in places:
             return entry  # a round stays together
-        elif not entry.running:
+        elif entry.running:
+            self._busy[entry.place] -= 1
+            self._requests[entry.place] -= entry.running
+        else:
+            del self._idle[key]
             self._longest_pause = max(now - entry.idle_since, 0.999 * self._longest_pause, SHORTEST_PAUSE_S)
         loads = self._loads(places, now)
         least = min(places, key=lambda place: loads[place])
         if entry is None:
-            return _Group(least)
-        if entry.place not in loads or self._is_crowded(loads, entry.place, least):
+            entry = _Group(least)
+        elif entry.place not in loads or self._is_crowded(loads, entry.place, least):
             entry.place = least
+        self._busy[entry.place] += 1
+        self._requests[entry.place] += entry.running
         return entry
 
     def _loads(self, places: Sequence[Place], now: float) -> dict[Place, tuple[float, int]]:
         """(groups under way, requests that run) of each place. Idle groups count for less where they and the busy ones are
         more than `at_once`: some of them must be over."""
         idle_since = now - OVER_AFTER * self._longest_pause
-        busy, idle, requests = Counter[Place](), Counter[Place](), Counter[Place]()
-        for entry in self._groups.values():
-            if entry.running:
-                busy[entry.place] += 1
-                requests[entry.place] += entry.running
-            elif entry.idle_since >= idle_since:
-                idle[entry.place] += 1
-        left = max(0, self._at_once - 1 - busy.total()) if self._at_once else idle.total()
+        idle = Counter[Place]()
+        for entry in reversed(self._idle.values()):
+            if entry.idle_since < idle_since:
+                break
+            idle[entry.place] += 1
+        left = max(0, self._at_once - 1 - self._busy.total()) if self._at_once else idle.total()
         weight = min(1.0, left / max(1, idle.total()))
-        return {place: (busy[place] + weight * idle[place], requests[place]) for place in places}
+        return {place: (self._busy[place] + weight * idle[place], self._requests[place]) for place in places}
 
     def _is_crowded(self, loads: dict[Place, tuple[float, int]], home: Place, least: Place) -> bool:
         """Whether one more group at `home` is far over its share, and `least` is better for it. loads: without it."""
@@ -100,7 +111,8 @@ class Placement(Generic[Place]):
     def _forget(self) -> None:
         """Make room for a new group: the least recently used idle one goes."""
         if len(self._groups) >= REMEMBERED:
-            oldest = next((key for key, entry in self._groups.items() if not entry.running), None)
+            oldest = next(iter(self._idle), None)
+            self._idle.pop(oldest, None)
             self._groups.pop(oldest, None)
 
 

@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import numpy as np
-from simulated import run_virtual
 
 from common_lib.cli import ArgumentParser, run_script
 from common_lib.files import write_text
+from common_lib.virtual_time import run_virtual
 from data_utils import Problem
 from engine_lib.base import Reply
 from eval_utils import Grader

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import selectors
 
 from engine_lib.base import Reply
 from search_lib.scorers import Scored
@@ -81,24 +80,3 @@ def simple_generate(stop_share: float = 0.15, shuffle: random.Random | None = No
         ]
 
     return generate
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer instead of waiting for it."""
-
-    def __init__(self):
-        super().__init__(selectors.SelectSelector())
-        self._now = 0.0
-        select_now = self._selector.select
-        self._selector.select = lambda timeout: self._skip(timeout) or select_now(0)
-
-    def _skip(self, timeout):
-        self._now += timeout or 0.0
-
-    def time(self):
-        return self._now
-
-
-def run_virtual(main):
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main)

@@ -14,6 +14,7 @@ import kill_test
 import make_real_models
 import make_synthetic_run
 import pytest
+import scaling_study
 import tiny
 import torch
 from parser_flags import flags_of, words
@@ -130,19 +131,49 @@ def test_the_study_depends_on_its_seed_its_runs_and_its_problems(monkeypatch):
     assert [row[3] * 40 % 2 for row in rows[0]] == [0.0] * len(rows[0])  # shares of 20 runs
 
 
-@pytest.mark.parametrize("what", ["search", "train", "collect"])
+def test_flags_of_the_scaling_study(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def simulate(scale):
+        asked.append(scale)
+        return scaling_study.Outcome(scale, 1.0, {"generators": 1.0}, 1.0, 1.0, 1)
+
+    monkeypatch.setattr(scaling_study, "simulate", simulate)
+    flags = {
+        "searches": 3, "waves": 4, "request_rate": 55.0, "assignment": "random", "piece": 64, "seed": 6,
+        "json": tmp_path / "x",
+    }  # fmt: skip
+    lists = ["--generators", "5", "16", "--ratios", "5", "2", "--pool_gb", "0", "7.5"]
+    assert scaling_study.main([*words(flags), *lists]) == 0
+    numbers = [(scale.generators, scale.value_servers, scale.pool_gb) for scale in asked]
+    assert numbers == [(g, s, p) for g, each in ((5, (1, 3)), (16, (4, 8))) for s in each for p in (0.0, 7.5)]
+    rest = {(s.searches, s.waves, s.writes_each, s.assignment, s.piece, s.seed) for s in asked}
+    assert rest == {(3, 4, 55.0, "random", 64, 6)}
+    asked.clear()
+    assert scaling_study.main(["--generators", "8", "16"]) == 0
+    assert [(scale, scale.assignment) for scale in asked] == [
+        (scaling_study.Scale(8, 2, assignment="placement"), "placement"),
+        (scaling_study.Scale(16, 4, assignment="min_group"), "min_group"),
+    ]
+    assert flags_of(scaling_study.main, monkeypatch) == {*flags, "generators", "ratios", "pool_gb"}
+
+
+@pytest.mark.parametrize("what", ["search", "train", "collect", "shards 5"])
 def test_flags_of_the_kill_test(monkeypatch, what):
     calls = []
     monkeypatch.setattr(kill_test, "kill_trials", lambda *given: calls.append(given[:4]) or 1)
     monkeypatch.setattr(kill_test, "train_trials", lambda *given: calls.append(given[:3]))
     monkeypatch.setattr(kill_test, "collect_trials", lambda *given: calls.append(given[:3]) or 1)
+    monkeypatch.setattr(kill_test, "shard_trials", lambda *given: calls.append(given[:5]) or 1)
     flags = ["--times", "7", "--engine", "transformers", "--problems", "3", "--ranks", "4", "--seed", "9"]
-    status = kill_test.main(flags if what == "search" else [*flags, f"--{what}"])
+    status = kill_test.main(flags if what == "search" else [*flags, *f"--{what}".split()])
     assert status == (0 if what == "train" else 1)
     kinds = [*kill_test.KINDS, *kill_test.KINDS[:2]]
-    assert calls == [{"search": (7, "transformers", 3, 9), "train": (kinds, 4, 9), "collect": (7, 3, 9)}[what]]
+    expected = {"search": (7, "transformers", 3, 9), "train": (kinds, 4, 9), "collect": (7, 3, 9),
+                "shards 5": (7, "transformers", 3, 5, 9)}  # fmt: skip
+    assert calls == [expected[what]]
     assert flags_of(kill_test.main, monkeypatch) == {
-        "times", "engine", "problems", "train", "collect", "ranks", "seed",
+        "times", "engine", "problems", "train", "collect", "shards", "ranks", "seed",
     }  # fmt: skip
     with pytest.raises(UserError, match="--collect: not allowed with argument --train"):
         kill_test.main(["--train", "--collect"])

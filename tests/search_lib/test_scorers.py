@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from simulated import SimScorer, run_virtual, simple_generate
+from simulated import SimScorer, simple_generate
 
 from classifier_lib import ValueScorer
 from common_lib.concurrency import run_bounded
+from common_lib.virtual_time import run_virtual
 from search_lib.scorers import LocalScorers, ScorerThread
 from search_lib.search import search
 from search_lib.tree import SearchConfig, SearchTask

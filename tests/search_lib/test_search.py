@@ -6,10 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
-from simulated import SimScorer, run_virtual, sim_block, sim_value, simple_generate
+from simulated import SimScorer, sim_block, sim_value, simple_generate
 
 from common_lib.cli import UserError
 from common_lib.concurrency import run_bounded
+from common_lib.virtual_time import run_virtual
 from engine_lib.base import Reply
 from engine_lib.retry import RetryPolicy
 from search_lib.search import SearchError, search, select
