@@ -167,7 +167,8 @@ def test_the_renderer_is_read_where_there_is_a_formula_and_its_absence_is_said(p
     aside = hidden.rename(hidden.with_suffix(".aside"))
     try:
         page.open(run, "#view=problem&problem=0")
-        page.wait("document.getElementById('source-button').textContent.includes('cannot be drawn')")
+        page.wait("document.getElementById('source-button')?.textContent.includes('cannot be drawn')")
+        page.wait("!!document.querySelector('.problem-text')")
         assert PROBLEM in page.run("document.querySelector('.problem-text').textContent")
     finally:
         aside.rename(hidden)
