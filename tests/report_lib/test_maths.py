@@ -168,10 +168,7 @@ def test_the_renderer_is_read_where_there_is_a_formula_and_its_absence_is_said(p
     try:
         page.open(run, "#view=problem&problem=0")
         page.wait("document.getElementById('source-button')?.textContent.includes('cannot be drawn')")
-<<<<<<< HEAD
-=======
         page.wait("!!document.querySelector('.problem-text')")
->>>>>>> g-maths
         assert PROBLEM in page.run("document.querySelector('.problem-text').textContent")
     finally:
         aside.rename(hidden)
