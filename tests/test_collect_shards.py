@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -154,6 +155,18 @@ def test_shards_of_one_number_work_side_by_side(tmp_path):
         CollectionFolder(tmp_path, FOLDER | {"seed": 1}, Shard(1, 3))
     for shard in shards:
         shard.close()
+
+
+def test_one_process_may_finish_what_hundreds_of_shards_have_begun(tmp_path):
+    """It has a journal open for each parquet file: more than many systems allow unless they are asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        folder = CollectionFolder(tmp_path, FOLDER | {"num_problems": 60, "shard_size": 1})
+        assert folder.num_files == 60 and len(folder.missing()) == 60
+        folder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(
