@@ -1,9 +1,11 @@
 """collect_rollouts.py --shard I/N: the same files as from one process, whoever is killed, and nobody in another's way."""
 
+import errno
 import os
 import re
 import resource
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -144,6 +146,26 @@ def test_processes_that_would_make_the_same_files_are_told(first, second, told, 
     assert "\n" not in str(error.value)
     held.close()
     CollectionFolder(tmp_path, FOLDER, Shard.parse(second, "--shard")).close()  # what is left of the first is no lock
+
+
+def test_the_same_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Lustre's default, say: files that are there while a shard is at work are the locks."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    held = CollectionFolder(tmp_path, FOLDER, Shard(0, 2))
+    with pytest.raises(UserError, match="another process is collecting shard 0/2 into"):
+        CollectionFolder(tmp_path, FOLDER, Shard(1, 3))
+    with (
+        closing(CollectionFolder(tmp_path, FOLDER, Shard(1, 2))) as beside,
+        pytest.raises(UserError, match="shard 1/2 into"),
+    ):
+        assert beside.files == [1, 3, 5]
+        CollectionFolder(tmp_path, FOLDER, Shard(1, 2))
+    held.close()
+    CollectionFolder(tmp_path, FOLDER, Shard(1, 3)).close()
 
 
 def test_shards_of_one_number_work_side_by_side(tmp_path):
