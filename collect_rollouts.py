@@ -224,6 +224,7 @@ async def collect(args: argparse.Namespace, plan: CollectionPlan, output: Collec
                 await write_roll_ins(stage, model, kept, numbers)
             for number, written in kept.read().items():
                 traces.get(number, {}).update(written)
+            kept.close()
 
         stage = Stage(args, plan, plan.generator, "roll-outs", len(missing), served)
 

@@ -1,8 +1,11 @@
 """collect_rollouts.py --shard I/N: the same files as from one process, whoever is killed, and nobody in another's way."""
 
+import errno
 import os
 import re
+import resource
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import datasets
@@ -145,6 +148,26 @@ def test_processes_that_would_make_the_same_files_are_told(first, second, told, 
     CollectionFolder(tmp_path, FOLDER, Shard.parse(second, "--shard")).close()  # what is left of the first is no lock
 
 
+def test_the_same_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Lustre's default, say: files that are there while a shard is at work are the locks."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    held = CollectionFolder(tmp_path, FOLDER, Shard(0, 2))
+    with pytest.raises(UserError, match="another process is collecting shard 0/2 into"):
+        CollectionFolder(tmp_path, FOLDER, Shard(1, 3))
+    with (
+        closing(CollectionFolder(tmp_path, FOLDER, Shard(1, 2))) as beside,
+        pytest.raises(UserError, match="shard 1/2 into"),
+    ):
+        assert beside.files == [1, 3, 5]
+        CollectionFolder(tmp_path, FOLDER, Shard(1, 2))
+    held.close()
+    CollectionFolder(tmp_path, FOLDER, Shard(1, 3)).close()
+
+
 def test_shards_of_one_number_work_side_by_side(tmp_path):
     shards = [CollectionFolder(tmp_path, FOLDER, Shard(index, 3)) for index in range(3)]
     assert [shard.files for shard in shards] == [[0, 3], [1, 4], [2, 5]]
@@ -154,6 +177,18 @@ def test_shards_of_one_number_work_side_by_side(tmp_path):
         CollectionFolder(tmp_path, FOLDER | {"seed": 1}, Shard(1, 3))
     for shard in shards:
         shard.close()
+
+
+def test_one_process_may_finish_what_hundreds_of_shards_have_begun(tmp_path):
+    """It has a journal open for each parquet file: more than many systems allow unless they are asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        folder = CollectionFolder(tmp_path, FOLDER | {"num_problems": 60, "shard_size": 1})
+        assert folder.num_files == 60 and len(folder.missing()) == 60
+        folder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from common_lib.cli import UserError
 from common_lib.files import LineFile, lock, read_rows, write_text, write_whole
 from common_lib.shards import Shard
 from engine_lib.arguments import LATER_ARGUMENTS
+from engine_lib.http_client import allow_open_files
 from training_lib.rollout_files import WORK, count_files, file_places, written_file
 
 WHOLE = Shard(0, 1)
@@ -68,6 +69,7 @@ class CollectionFolder:
                 path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written ({error.strerror})") from error
+        allow_open_files(2 * len(self.files))  # journals: of rows, and of one model's roll-ins
         self._rows: dict[int, ProblemLines] = {}  # of those files that are not written yet
         with contextlib.ExitStack() as self._at_close:
             with self._alone():
@@ -229,3 +231,7 @@ class RollIns:
         """By problem, response tokens by roll-in number."""
         records = [record for lines in self.files.values() for record in lines.records()]
         return {record["i"]: {int(key): ids for key, ids in record["roll_ins"].items()} for record in records}
+
+    def close(self) -> None:
+        for lines in self.files.values():
+            lines.close()
