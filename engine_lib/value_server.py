@@ -41,7 +41,7 @@ def check_given(given: Sequence[str], parser: argparse.ArgumentParser | None = N
         flag = word.partition("=")[0]
         if flag.startswith("--"):
             name = names[flag].dest if flag in names else flag[2:].replace("-", "_")
-            check_settings([name], "--", in_process=False)
+            check_settings([name], in_process=False)
 
 
 def device_of(given: Sequence[str]) -> str:

@@ -46,13 +46,14 @@ REFUSED = {
 FLAGS_INSTEAD = {"device": "--value_device", "base_gpu_id": "--value_device", "dtype": "--value_dtype"}
 
 
-def check_settings(names: Iterable[str], flag: str, in_process: bool) -> None:
-    """Raises UserError for a setting that would make values wrong, or that a flag of this project is for."""
+def check_settings(names: Iterable[str], in_process: bool) -> None:
+    """Raises UserError for a setting that would make values wrong, or that a flag of this project is for: one of
+    --value_sglang_args, or a flag of a server."""
     for name in names:
-        if name in REFUSED:
-            raise UserError(f"{flag}{name}: {REFUSED[name]}")
-        if in_process and name in FLAGS_INSTEAD:
-            raise UserError(f"{flag}{name}: give {FLAGS_INSTEAD[name]}")
+        instead = f"give {FLAGS_INSTEAD[name]}" if in_process and name in FLAGS_INSTEAD else REFUSED.get(name)
+        if instead:
+            said = f"--value_sglang_args {name}" if in_process else f"--{name.replace('_', '-')}"
+            raise UserError(f"{said}: {instead}")
 
 
 def check_served_backbone(folder: Path) -> None:
@@ -69,10 +70,9 @@ def check_served_backbone(folder: Path) -> None:
 def value_engine_settings(config: ValueConfig, command_line: Callable[[], argparse.ArgumentParser]) -> dict[str, Any]:
     """Keyword arguments of `sgl.Engine` for a value model: ours, then those of --value_sglang_args. `command_line` makes
     the parser of sglang's own flags. Raises UserError."""
-    flag = "--value_sglang_args"
     parser = command_line() if config.sglang_args else argparse.ArgumentParser()
-    given = parse_sglang_args(config.sglang_args, parser, flag)
-    check_settings(given, f"{flag} ", in_process=True)
+    given = parse_sglang_args(config.sglang_args, parser, "--value_sglang_args")
+    check_settings(given, in_process=True)
     share = SHARE_OF_GPU if config.device.startswith("cuda") else SHARE_OF_RAM
     ours = base_settings(config.model_path, config.device, config.dtype) | VALUE_SETTINGS
     return ours | {"mem_fraction_static": share} | given

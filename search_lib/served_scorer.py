@@ -44,8 +44,6 @@ class ServedScorer:
         for parent, tokens in history:
             traces.append(traces[parent] + list(tokens))
         first = asyncio.create_task(self._engine.values([traces[0]], tree_id))
-        # Else asyncio logs the error of one that nobody has waited for.
-        first.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._trees[tree_id] = _SentTree(traces, {0}, first, len(prompt_ids) if len(traces) == 1 else 0)
 
     async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
@@ -86,7 +84,7 @@ class ServedScorer:
         """Forget a tree, and cancel its prompt's request where that is still under way. Unknown ones are no error."""
         tree = self._trees.pop(tree_id, None)
         if tree is not None and tree.first is not None:
-            tree.first.cancel()
+            tree.first.cancel()  # also where it has failed: then asyncio does not log what nobody has waited for
 
     async def check(self) -> None:
         await check_values(self._engine, self._config)

@@ -23,7 +23,7 @@ from engine_lib.value_settings import PACKAGE, REFUSED, check_served_backbone, v
         (
             ["--classifier_ckpt_path", "m", "--port", "1", "--dp-size", "2"],
             2,
-            "error: --dp_size: it makes every prefix",
+            "error: --dp-size: it makes every prefix",
         ),
     ],
 )
@@ -103,7 +103,7 @@ def test_on_a_gpu(value_model, served, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_would_break_it_is_refused_by_name(value_model, served, name):
-    with pytest.raises(UserError, match=f"^--{name}: .*"):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: .*"):
         run(value_model, f"--{name.replace('_', '-')}=1")
     assert not served
 
@@ -114,7 +114,7 @@ def test_every_name_of_a_flag_is_known_with_sglangs_parser():
     parser.add_argument("--tp-size", type=int)
     value_server.check_given(["--tp-size", "2"], parser)
     with pytest.raises(
-        UserError, match="^--dp_size: it makes every prefix be read once per rank; start a server for each"
+        UserError, match="^--dp-size: it makes every prefix be read once per rank; start a server for each"
     ):
         value_server.check_given(["--data-parallel-size", "2"], parser)
 

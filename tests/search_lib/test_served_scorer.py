@@ -106,11 +106,11 @@ def test_equal_candidates_cost_less_than_they_have_and_never_less_than_nothing()
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([(0, [1]), (1, [])], "an empty block"),
-        ([(0, [1]), (9, [2])], "no node 9"),
-        ([(0, [1]), (0, [100])], "token id 100 is outside the value model's vocabulary of 100"),
-        ([(0, [1]), (0, [-1])], "token id -1 is outside"),
-        ([(0, [1]), (0, [1] * 20)], "a trace of 23 tokens is longer than the 20 that are served"),
+        ([(3, [1]), (1, [])], "an empty block"),
+        ([(3, [1]), (9, [2])], "no node 9"),
+        ([(3, [1]), (0, [100])], "token id 100 is outside the value model's vocabulary of 100"),
+        ([(3, [1]), (0, [-1])], "token id -1 is outside"),
+        ([(3, [1]), (0, [1] * 20)], "a trace of 23 tokens is longer than the 20 that are served"),
     ],
 )
 def test_what_cannot_be_scored_is_told_before_anything_leaves(items, message):
@@ -122,7 +122,7 @@ def test_what_cannot_be_scored_is_told_before_anything_leaves(items, message):
             await scorer.score("0/0", items, [False] * len(items))
         return len(served.asked)
 
-    assert run(served, work) <= 1  # but for the prompt
+    assert run(served, work) <= 1  # the prompt, and not the beam
 
 
 @pytest.mark.parametrize("scored", [True, False])
