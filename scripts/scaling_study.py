@@ -1,7 +1,7 @@
 """How far does a search scale over generator and value servers? Simulated in virtual time; no GPU, no model.
 
-    python scripts/scaling_study.py                             # 8, 64 and 512 generators; some minutes
-    python scripts/scaling_study.py --generators 8 --ratios 5 --json scaling.json
+    python scripts/scaling_study.py                             # 8, 64 and 512 generators; 7 minutes
+    python scripts/scaling_study.py --generators 8 --ratios 10 5 2.5 --pool_gb 0 60 --json scaling.json    # 40 s
 
 Real: the search, the scorer of served values, the queue of searches, and the placement of searches on a process's servers.
 Simulated: the servers. A generator writes 20,000 tokens/s, shared equally by its requests, at most 200 for one of them

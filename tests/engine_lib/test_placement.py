@@ -208,6 +208,14 @@ def test_a_group_that_is_scored_counts_and_keeps_its_place():
     assert hand.begin("a") == "A"
 
 
+def test_a_group_that_runs_again_counts_once():
+    hand = Hand()
+    assert [hand.begin(group) for group in "ab"] == ["A", "B"]
+    hand.end("a")
+    assert hand.begin("a") == "A"
+    assert hand.begin("c") == "A", "one at each"
+
+
 def test_requests_without_a_group_go_where_there_is_least_and_are_not_remembered():
     hand = Hand()
     assert [hand.begin("") for _ in range(4)] == ["A", "B", "A", "B"]
@@ -223,6 +231,14 @@ def test_a_group_moves_where_its_place_is_gone_and_stays_there():
     assert hand.round("a", "B") == "B"
     hand.begin("c"), hand.begin("d")
     assert hand.round("a", "AB") == "B"
+
+
+def test_a_group_whose_place_is_lost_in_the_middle_of_a_round_counts_at_the_new_one_only():
+    hand = Hand()
+    assert [hand.begin("a", "A"), hand.begin("a", "B")] == ["A", "B"]
+    assert [hand.begin(group) for group in "bc"] == ["A", "A"], "one at each, and more requests at B"
+    hand.end("a", "b", "c")
+    assert not any(hand.placement._busy.values()) and not any(hand.placement._requests.values())
 
 
 def test_groups_leave_a_place_that_has_far_more_than_its_share_between_rounds_only():
