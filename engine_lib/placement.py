@@ -39,9 +39,10 @@ class Placement(Generic[Place]):
     two rounds (OVER_AFTER); its place is remembered further, so one that was only slow still finds its cache.
     """
 
-    def __init__(self, at_once: int = 0, clock: Callable[[], float] = time.monotonic):
-        """at_once: most groups that are under way together; 0: not known."""
-        self._at_once, self._clock = at_once, clock
+    def __init__(self, at_once: int = 0, clock: Callable[[], float] = time.monotonic, moves: bool = True):
+        """at_once: most groups that are under way together; 0: not known. moves: also where its place is only crowded; else
+        a group stays while its place is there, since what it would read again costs more than waiting."""
+        self._at_once, self._clock, self._moves = at_once, clock, moves
         self._groups: dict[Hashable, _Group[Place]] = {}  # all that are remembered
         self._idle: dict[Hashable, _Group[Place]] = {}  # of them, the last used one last
         self._busy, self._requests = Counter[Place](), Counter[Place]()  # of the others: groups, requests that run
@@ -84,7 +85,7 @@ class Placement(Generic[Place]):
         least = min(places, key=lambda place: loads[place])
         if entry is None:
             entry = _Group(least)
-        elif entry.place not in loads or self._is_crowded(loads, entry.place, least):
+        elif entry.place not in loads or (self._moves and self._is_crowded(loads, entry.place, least)):
             entry.place = least
         self._busy[entry.place] += 1
         self._requests[entry.place] += entry.running

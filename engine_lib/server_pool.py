@@ -83,6 +83,7 @@ class ServerPool:
     """
 
     role, flag = "", ""  # of whom a message speaks, and which flag names them
+    moves = True  # searches, from a crowded server to one with less to do
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class ServerPool:
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop already
             thread.submit(asyncio.run, self._meet()).result()
         self.context_length = min(info.longest for info in self._infos())
-        self._placement: Placement[Place] = Placement(groups_at_once)
+        self._placement: Placement[Place] = Placement(groups_at_once, moves=self.moves)
         ranks = sum(info.ranks for info in self._infos())
         warn_of_few_groups(groups_at_once, ranks, "servers or data-parallel ranks")
         allow_open_files(requests_at_once)

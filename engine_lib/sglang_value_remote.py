@@ -52,6 +52,7 @@ class SGLangValueServers(ServerPool):
 
     name = "sglang-server"
     role, flag = "value", "--value_url"
+    moves = False  # reading a trace again is most of what a value costs
 
     def __init__(self, config: ValueConfig, patience: Patience = PATIENCE):
         """Ask every server what it runs, and the values of a known sequence: all must give the same.

@@ -169,9 +169,9 @@ def test_the_last_searches_do_not_share_a_server():
 class Hand:
     """A placement whose clock stands until it is moved."""
 
-    def __init__(self, at_once=0):
+    def __init__(self, at_once=0, moves=True):
         self.now = 100.0
-        self.placement = Placement(at_once, lambda: self.now)
+        self.placement = Placement(at_once, lambda: self.now, moves)
         self.open = {}
 
     def begin(self, group, places="AB"):
@@ -247,6 +247,13 @@ def test_groups_leave_a_place_that_has_far_more_than_its_share_between_rounds_on
     assert hand.begin("a", "AB") == "A", "in the middle of a round"
     hand.end("a", "b", "c")
     assert [hand.round(group, "AB") for group in "abc"] == ["B", "B", "A"], "until each has two"
+
+
+def test_where_groups_do_not_move_only_new_ones_even_it_out():
+    hand = Hand(moves=False)
+    assert [hand.round(group, "A") for group in "abcd"] == ["A"] * 4
+    assert [hand.round(group, "AB") for group in "abcdef"] == [*"AAAA", *"BB"]
+    assert hand.round("a", "B") == "B", "its place is gone"
 
 
 def test_a_group_is_over_once_it_was_idle_for_twice_the_longest_pause():

@@ -155,11 +155,8 @@ def test_servers_give_the_trees_of_local_values(kind, inputs, local, servers, re
     output = tmp_path / "out.jsonl"
     assert inference_eval.main([*inputs, *SAMPLED, "--output_path", str(output), *urls(*where[kind])]) == 0
     assert_same_trees(output, local["sampled"])
-    a_token, reread, searches = costs(output)
-    if kind == "two":  # where one has little to do a search may move, and its beams are read again
-        assert searches <= 2
-    else:
-        assert a_token <= 1.01 and reread == 0
+    a_token, reread, _ = costs(output)
+    assert a_token <= 1.01 and reread == 0
     meta = json.loads((tmp_path / "out.meta.json").read_text())
     assert (meta["value_engine"]["name"], meta["numerics"]["value_engine"]) == ("sglang-server", "sglang")
 
