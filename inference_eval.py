@@ -37,6 +37,7 @@ from data_utils import benchmark_name, check_prompt_format, format_prompt, load_
 from engine_lib.arguments import engine_config
 from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
+from engine_lib.value_base import ValueEngine
 from eval_lib.summary import format_table, summarize
 from eval_utils import Grader, problem_classes
 from search_lib import value_models
@@ -153,9 +154,7 @@ class Loaders:
     """Where what is loaded comes from; simulations and tests give others."""
 
     engine: Callable[[argparse.Namespace, SearchPlan], Engine] = load_engine
-    scorer: Callable[[argparse.Namespace, SearchPlan, Mapping[str, EngineMemory]], LoadedScorer] = (
-        value_models.load_scorer
-    )
+    scorer: Callable[..., LoadedScorer] = value_models.load_scorer
     tokenizer: Callable[[Path, str], Any] = models.load_tokenizer
     tracker: Callable[..., Tracker] = make_tracker
 
@@ -167,22 +166,27 @@ class Loaders:
 def start_models(
     args: argparse.Namespace, plan: SearchPlan, files: RunFiles, loaders: Loaders
 ) -> tuple[Engine, LoadedScorer]:
-    """The generator first: value models take what it leaves of a device. Where one does not start, neither is left."""
+    """The generator first: value models take what it leaves of a device; value servers are met before it. Where one does not
+    start, nothing is left."""
     if any(device.startswith("cuda") for device in plan.value_devices):
         devices.use_expandable_segments()
     free = {device: devices.memory_of(device)[0] for device in plan.memory_devices}
-    engine = loaders.engine(args, plan)
+    servers = value_models.meet_servers(args, plan)
+    started: list[Engine | ValueEngine] = [servers] if servers else []
     try:
+        engine = loaders.engine(args, plan)
+        started.append(engine)
         check_context_length(args, plan, engine)
         files.meta["engine"] = described = engine.describe()
         memory = {}
         for device, before in free.items():
             where = elsewhere(plan.engine, plan.device, device, described)
             memory[device] = EngineMemory(before, devices.memory_of(device)[0], described, where)
-        scorer = loaders.scorer(args, plan, memory)
+        scorer = loaders.scorer(args, plan, memory, servers)
         files.meta["value_engine"] = scorer.describe()
     except BaseException:
-        asyncio.run(engine.close())
+        for one in started:
+            asyncio.run(one.close())
         raise
     return engine, scorer
 

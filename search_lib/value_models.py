@@ -76,11 +76,23 @@ def _attention(name: str, device: str, dtype: str) -> str:
 # Load
 
 
-def load_scorer(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory]) -> LoadedScorer:
-    """The value model, ready. engine: the generator's and its memory, by each of `plan.memory_devices`. Raises UserError
-    where there is too little memory or a served model is another one, EngineError where SGLang does not start."""
-    load = load_local if plan.value_engine == "local" else load_served
-    return load(args, plan, engine)
+def meet_servers(args: argparse.Namespace, plan: SearchPlan) -> ValueEngine | None:
+    """Value servers, where there are any: before the generator, which takes minutes to start and not to be told of a wrong
+    URL. Raises UserError for another model, EngineError where none answers."""
+    if plan.value_engine != "sglang-server":
+        return None
+    return make_value_engine(plan.value_engine, value_config(args, plan))
+
+
+def load_scorer(
+    args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory], servers: ValueEngine | None = None
+) -> LoadedScorer:
+    """The value model, ready. engine: the generator's and its memory, by each of `plan.memory_devices`. servers: of
+    `meet_servers`. Raises UserError where there is too little memory or a served model is another one, EngineError where
+    SGLang does not start."""
+    if plan.value_engine == "local":
+        return load_local(args, plan, engine)
+    return load_served(args, plan, engine, servers or make_value_engine(plan.value_engine, value_config(args, plan)))
 
 
 def searches_at_once(args: argparse.Namespace, plan: SearchPlan) -> int:
@@ -155,11 +167,11 @@ def load_threads(
 # Served by SGLang
 
 
-def load_served(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory]) -> ServedScorer:
-    """In this process it starts after the generator: it sizes its pool by what is free."""
+def load_served(
+    args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str, EngineMemory], value_engine: ValueEngine
+) -> ServedScorer:
+    """In this process it was started after the generator: it sizes its pool by what is free."""
     warn_of_no_effect(args)
-    config = value_config(args, plan)
-    value_engine = make_value_engine(plan.value_engine, config)
     try:
         if plan.longest_trace > value_engine.context_length:
             raise UserError(
@@ -171,7 +183,7 @@ def load_served(args: argparse.Namespace, plan: SearchPlan, engine: Mapping[str,
     except BaseException:
         asyncio.run(value_engine.close())
         raise
-    return ServedScorer(value_engine, config)
+    return ServedScorer(value_engine, value_config(args, plan))
 
 
 def value_config(args: argparse.Namespace, plan: SearchPlan) -> ValueConfig:

@@ -63,7 +63,7 @@ class PlainTokenizer:
 
 LOADERS = inference_eval.Loaders(
     engine=lambda args, plan: SimEngine(),
-    scorer=lambda args, plan, memory: SimScorer(delay=lambda tokens: BLOCK_SECONDS / 20),
+    scorer=lambda args, plan, memory, servers: SimScorer(delay=lambda tokens: BLOCK_SECONDS / 20),
     tokenizer=PlainTokenizer,
 )
 
