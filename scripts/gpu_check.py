@@ -240,7 +240,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--parts",
         nargs="+",
         choices=list(PARTS),
-        default=list(NEEDS),
+        default=[name for name in PARTS if name not in ASKED_FOR],
         help=f"which, in this order (default: all but {', '.join(ASKED_FOR)}, for which there is no time)",
     )
     parser.add_argument("--minutes", type=float, help="for all parts together (default: 9, or 1 with --tiny)")

@@ -158,6 +158,8 @@ ELSEWHERE = {  # what sgl.Engine is not made with -> the test that sees it act
     "groups_at_once": "test_few_searches_for_many_servers_are_said",
     "requests_at_once": "test_decode_graphs_reach_as_far_as_requests_are_asked_at_once",
     "sglang_urls": "test_servers_are_asked_with_their_key_and_each_url_once",
+    "model_flag": "test_a_server_of_something_else_is_refused_before_the_generator_is_loaded",
+    "url_flag": "test_no_server_at_all_names_the_flag",
 }
 
 

@@ -41,7 +41,7 @@ def test_long_lines_are_read_and_their_ids_found_again(tmp_path, tokens, newline
     assert notes == []
     assert [line["lengths"] for line in lines] == [[tokens + 1, i] for i in range(4)]
     for line in reversed(lines):  # in any order
-        found = read_token_ids(path, line)
+        found = read_token_ids(line)
         assert [list(ids) for ids in found] == rows[line["data_idx"]]["generated_ids"]
         assert line["problem"] == rows[line["data_idx"]]["problem"]
 
