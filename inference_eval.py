@@ -287,6 +287,8 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
     finished: Sized = ()
     try:
         with RunFiles(paths, meta) as files, Grader() as grader:
+            # Once more, now that others see this one: they may have begun in the meantime.
+            check_same_shards(check_beside(args.output_path, shard_of(args)), meta)
             finished = files.finished
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:

@@ -3,6 +3,7 @@
 #
 #     sbatch --array=0-63 examples/slurm_search.sh --benchmark problems.jsonl --num_repetitions 64 --output_path big.jsonl
 #     python report.py big.jsonl              # at any time: the shards that are there, as one run
+#     SHARDS=64 sbatch --array=3,7 examples/slurm_search.sh ...      # some of them again, with the same flags
 #
 # Submitted in the checkout, which all nodes see, with the environment of README's "On a GPU node" active. All flags go to
 # inference_eval.py. N is at most the number of problems. A node of its own has servers of its own: nothing is shared but
@@ -26,9 +27,14 @@ GENERATOR=${GENERATOR:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B}
 VALUE_MODEL=${VALUE_MODEL:-VGS-AI/DeepSeek-VM-1.5B}
 GENERATORS=${GENERATORS:-6} # GPUs that write; the others serve values
 GPUS=${GPUS:-8}
+SHARDS=${SHARDS:-$SLURM_ARRAY_TASK_COUNT} # tasks that the whole run was cut into
 SEARCHES=${SEARCHES:-24} # at once for each generator; so many fit into the value caches of two GPUs of 80 GB
 PORT=${PORT:-30000}      # of the first server; each has the next one
 
+if ((SLURM_ARRAY_TASK_ID >= SHARDS)); then
+    echo "task $SLURM_ARRAY_TASK_ID of $SHARDS: tasks count from 0, as in --array=0-$((SHARDS - 1)); SHARDS=N says how many there are" >&2
+    exit 2
+fi
 search="" servers=() urls=()
 trap 'if [ -n "$search" ]; then kill -TERM "$search" 2> /dev/null || true; else exit 143; fi' TERM INT
 trap 'if [ ${#servers[@]} -gt 0 ]; then kill "${servers[@]}" 2> /dev/null || true; fi' EXIT
@@ -54,7 +60,7 @@ for ((gpu = 0; gpu < GPUS; gpu++)); do
 done
 
 # Flags of the command line come last, so that they win.
-python inference_eval.py --shard "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" --piref_model "$GENERATOR" \
+python inference_eval.py --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" --piref_model "$GENERATOR" \
     --classifier_ckpt_path "$VALUE_MODEL" --value_engine sglang-server "${urls[@]}" \
     --batch_size $((SEARCHES * GENERATORS)) "$@" &
 search=$!

@@ -118,9 +118,10 @@ class Analysis:
 
     @property
     def seconds(self) -> float | None:
-        """Wall-clock of the run: its sessions together. None where one did not end in order."""
+        """Wall-clock of the run: its sessions together. None where one did not end in order, and of several shards, whose
+        processes may have run side by side."""
         sessions = (self.run.meta or {}).get("sessions") or []
-        if not sessions or any(session.get("ended") is None for session in sessions):
+        if len(self.run.parts) > 1 or not sessions or any(session.get("ended") is None for session in sessions):
             return None
         return float(sum(session.get("seconds") or 0.0 for session in sessions))
 

@@ -148,7 +148,7 @@ def shard_notes(name: str, shards: Mapping[Shard, RunPaths], meta: Mapping[str, 
         own = shard_of(meta) if meta else WHOLE
         return [f"{name}: shard {own} of a run alone; give the name without it for all of them"] if own != WHOLE else []
     count = next(iter(shards)).count
-    notes = [f"{name}: {len(shards)} of {count} shards; seconds are those of all processes together"]
+    notes = [f"{name}: {len(shards)} of {count} shards, side by side or not: no wall-clock of the run"]
     if missing := [shard for index in range(count) if (shard := Shard(index, count)) not in shards]:
         notes.append(f"{name}: MISSING shards {', '.join(map(str, missing))}: their problems are left out")
     return notes

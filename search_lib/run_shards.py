@@ -12,18 +12,20 @@ from common_lib.cli import UserError
 from common_lib.shards import Shard
 from search_lib.run_reader import RunPaths, read_meta
 
-SHARD_NAME = re.compile(r"\.shard-([0-9]+)-of-([0-9]+)")
+SHARD_NAME = re.compile(r"\.shard-(0|[1-9][0-9]*)-of-([1-9][0-9]*)")
 
 
 def find_shards(whole: Path) -> dict[Shard, RunPaths]:
-    """The shards of the run X.jsonl that are there, finished or begun. Raises UserError where they are not of one run:
-    cut in different numbers, or beside an X.jsonl."""
+    """The shards of the run X.jsonl that are there, finished or begun; one of which nothing has come yet is none. Raises
+    UserError where they are not of one run: cut in different numbers, or beside an X.jsonl."""
     stem, found = whole.name.removesuffix(".jsonl"), {}
     for path in sorted(whole.parent.glob("*.jsonl")):
         rest = path.name.removeprefix(stem).removesuffix(".jsonl")
         if path.name.startswith(stem) and (name := SHARD_NAME.fullmatch(rest)):
             shard = Shard(int(name[1]), int(name[2]))
-            found[shard] = RunPaths.of(whole, shard)
+            paths = RunPaths.of(whole, shard)
+            if any(file.exists() and file.stat().st_size for file in (paths.results, paths.tree)):
+                found[shard] = paths
     if found and whole.exists():
         raise UserError(
             f"{whole} lies beside {_listed(found)}: a whole run and shards of one under the same name; move one of them away"
@@ -45,6 +47,10 @@ def check_beside(output_path: str, shard: Shard | None) -> dict[RunPaths, dict[s
     """Before a start: what is there under this name must be shards of the same N, or no shards. Returns the settings of
     the other shards, as far as they have begun. Raises UserError."""
     whole, given = Path(output_path), f"--output_path {output_path}" + (f" --shard {shard}" if shard else "")
+    if name := SHARD_NAME.search(whole.name):
+        raise UserError(
+            f"{given}: {name[0]!r} in the name is for files of shards; give the name of the whole run, and --shard"
+        )
     found = find_shards(whole)
     if shard is None and found:
         raise UserError(

@@ -41,13 +41,15 @@ class Call:
 
 
 class Stubs:
-    """A folder for PATH with a `python` that notes its calls, and a `curl` that finds every server well."""
+    """A folder for PATH with a `python` that notes its calls, and a `curl`: by default it finds a server well that has
+    noted its start."""
 
-    def __init__(self, folder: Path, curl_status: int = 0):
+    def __init__(self, folder: Path, curl_status: int | None = None):
         self.folder, self.file = folder, folder / "calls"
+        has_started = f"""port=${{2#*:}}; grep -qs "\\"${{port%%/*}}\\"" {self.file}"""
         programs = {
             "python": STUB.format(python=sys.executable, calls=str(self.file)),
-            "curl": f"#!/bin/bash\nexit {curl_status}\n",
+            "curl": f"#!/bin/bash\n{has_started if curl_status is None else f'exit {curl_status}'}\n",
         }
         for name, text in programs.items():
             (folder / name).write_text(text)
@@ -67,7 +69,7 @@ class Stubs:
 def recipe(name: str, folder: Path) -> list[Call]:
     """The calls of README's block after `<!-- recipe: NAME -->`, in the order of their servers' ports, the others last."""
     block = README.split(f"<!-- recipe: {name} -->\n```bash\n", 1)[1].split("```", 1)[0]
-    stubs = Stubs(folder)
+    stubs = Stubs(folder, curl_status=0)
     process = stubs.start(["bash", "-euo", "pipefail", "-c", f"{block}\nwait"])
     said = process.communicate(timeout=60)
     assert process.returncode == 0, said

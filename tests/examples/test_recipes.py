@@ -87,7 +87,8 @@ def test_each_task_of_the_array_is_a_node_of_its_own(stubs, index):
 
 
 def test_models_and_shares_of_the_gpus_come_from_the_environment(stubs):
-    process = task(stubs, 1, 2, GENERATOR="g", VALUE_MODEL="v", GENERATORS="2", GPUS="3", SEARCHES="9", PORT="41000")
+    settings = {"GENERATOR": "g", "VALUE_MODEL": "v", "GENERATORS": "2", "GPUS": "3", "SEARCHES": "9", "PORT": "41000"}
+    process = task(stubs, 1, 2, **settings, WAITS=f"{GENERATOR} {VALUES}")
     assert process.wait(timeout=60) == 0
     calls = stubs.calls()
     assert sorted((call.gpus, call.value("--port")) for call in of(calls, GENERATOR)) == [
@@ -104,6 +105,20 @@ def test_models_and_shares_of_the_gpus_come_from_the_environment(stubs):
         "--value_url": "http://localhost:41002",
     }
     assert {flag: search.value(flag) for flag in wanted} == wanted
+
+
+def test_some_tasks_of_a_run_are_started_again_with_its_number_of_shards(stubs):
+    process = task(stubs, 7, 2, SHARDS="64", WAITS=f"{GENERATOR} {VALUES}")
+    assert process.wait(timeout=60) == 0
+    (search,) = of(stubs.calls(), SEARCH)
+    assert search.value("--shard") == "7/64"
+
+
+def test_a_task_that_is_none_of_the_shards_starts_no_server(stubs):
+    process = task(stubs, 2, 2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and not stubs.calls()
+    assert said.startswith("task 2 of 2: tasks count from 0, as in --array=0-1; SHARDS=N says how many there are")
 
 
 def test_the_status_is_that_of_the_search(stubs):
