@@ -52,8 +52,10 @@ class SGLangValueEngine:
             **self._process.describe(),
         }
 
-    async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
-        """See `ValueEngine`. All groups share the one cache."""
+    async def values(
+        self, traces: Sequence[Sequence[int]], group: str, prefixes: Sequence[Sequence[int]] = ()
+    ) -> list[Valued]:
+        """See `ValueEngine`. All groups share the one cache, which is not lost while the engine lives."""
         check_traces(traces, self.context_length, self.vocab_size)
         return await self._process.run(
             lambda: self._ask(traces),
