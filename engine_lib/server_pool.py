@@ -55,6 +55,7 @@ class Server:
     look_again_s: float
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""  # it is lost
+    losses: int = 0  # how often it was; what its caches held may be gone with each
     tries: set[asyncio.Task] = field(default_factory=set)
     info: dict[str, Any] = field(default_factory=dict)  # wire.ServerInfo, or more, of each server behind this URL
 
@@ -259,6 +260,7 @@ class ServerPool:
         """New requests avoid the server until it has been looked at; what runs there may still be answered."""
         if server.up:
             server.why = why
+            server.losses += 1
             server.lost.set()
             left, all_ = sum(other.up for other in self.servers), len(self.servers)
             logger.warning("lost %s (%s); %d of %d %s servers left", server.url, why, left, all_, self.role)

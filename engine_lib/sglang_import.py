@@ -6,11 +6,13 @@ import functools
 import importlib
 import logging
 import os
+import pkgutil
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from common_lib.cli import ArgumentParser, UserError
+from engine_lib.base import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,22 @@ def import_sglang() -> Any:
         raise UserError(
             f"sglang cannot be imported ({error}); install requirements.txt on a GPU node, or give --engine transformers (for "
             "a value model --value_engine local)"
+        ) from error
+
+
+def import_model_package(package: str) -> None:
+    """Import the modules of a package of models. SGLang only logs what fails there, in processes that show no warnings, and
+    then says that it ran out of memory. Raises UserError with the reason."""
+    sglang = import_sglang()
+    try:
+        with process_unchanged():
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
+    except Exception as error:
+        raise UserError(
+            f"SGLang cannot have the value model: its package {package} does not load ({type(error).__name__}: "
+            f"{first_line(error)}); it was written for sglang {TESTED_VERSION}, and {sglang.__version__} is installed: install "
+            "requirements.txt, or give --value_engine local"
         ) from error
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from engine_lib.base import EngineError
 from engine_lib.retry import RequestsFailed, RetryPolicy, ask_again
-from engine_lib.sglang_import import command_line
+from engine_lib.sglang_import import command_line, import_model_package
 from engine_lib.sglang_process import SGLangProcess, refusals
 from engine_lib.sglang_wire import longest_request
 from engine_lib.value_base import ValueConfig, Valued, check_traces
-from engine_lib.value_settings import check_served_backbone, model_package, value_engine_settings
+from engine_lib.value_settings import PACKAGE, check_served_backbone, model_package, value_engine_settings
 from engine_lib.value_wire import read_row, row_of
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,15 @@ class SGLangValueEngine:
 
     def __init__(self, config: ValueConfig, start_grace_s: float = 20.0):
         """A start that failed has `start_grace_s` to say why. Raises UserError for a model that is not served, for
-        settings that cannot be and where sglang is not installed, EngineError where the engine does not start."""
+        settings that cannot be and where sglang or the model package cannot be imported, EngineError where the engine does
+        not start."""
         check_served_backbone(Path(config.model_path))
         settings = value_engine_settings(config, command_line)
         self.num_labels, self.vocab_size = config.num_labels, config.vocab_size
         self.request_timeout_s = config.request_timeout_s
         self.retry = RetryPolicy()
         with model_package():
+            import_model_package(PACKAGE)
             self._process = SGLangProcess("SGLang value engine", settings, start_grace_s, guest=True)
         self._engine = self._process.engine
         self.context_length = longest_request(self._process.info["max_req_input_len"])
@@ -50,8 +52,10 @@ class SGLangValueEngine:
             **self._process.describe(),
         }
 
-    async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
-        """See `ValueEngine`. All groups share the one cache."""
+    async def values(
+        self, traces: Sequence[Sequence[int]], group: str, prefixes: Sequence[Sequence[int]] = ()
+    ) -> list[Valued]:
+        """See `ValueEngine`. All groups share the one cache, which is not lost while the engine lives."""
         check_traces(traces, self.context_length, self.vocab_size)
         return await self._process.run(
             lambda: self._ask(traces),

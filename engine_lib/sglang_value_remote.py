@@ -8,7 +8,7 @@ import logging
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from common_lib.cli import UserError
 from common_lib.models import inspect_model
 from engine_lib import sglang_wire as wire
 from engine_lib.base import EngineError, first_line
+from engine_lib.placement import REMEMBERED
 from engine_lib.server_pool import PATIENCE, Patience, Place, Server, ServerPool
 from engine_lib.sglang_wire import ServerLost, TryFailed
 from engine_lib.value_base import ValueConfig, Valued, check_traces
@@ -41,10 +42,11 @@ class ValueServerInfo(wire.ServerInfo):
 
 @dataclass(frozen=True)
 class Batch:
-    """One POST: a round of a search."""
+    """A round of a search: one POST, and one before it for each prefix where the server has none of them."""
 
     traces: Sequence[Sequence[int]]
     group: str
+    prefixes: Sequence[Sequence[int]]
 
 
 class SGLangValueServers(ServerPool):
@@ -60,6 +62,7 @@ class SGLangValueServers(ServerPool):
         Raises UserError for a server of another model, EngineError where none answers.
         """
         self.config = config
+        self._answered: dict[str, tuple[Server, int]] = {}  # by group: who did last, and its losses up to then
         self._known: tuple[str, list[float]] | None = None  # a server, and its values of the known sequence
         at_once = (config.groups_at_once, config.requests_at_once)
         super().__init__(config.urls, patience, config.request_timeout_s, *at_once)
@@ -78,21 +81,39 @@ class SGLangValueServers(ServerPool):
             "kv_pool_tokens": self.pool_tokens,
         }
 
-    async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
-        """See `ValueEngine`."""
-        check_traces(traces, self.context_length, self.config.vocab_size)
+    async def values(
+        self, traces: Sequence[Sequence[int]], group: str, prefixes: Sequence[Sequence[int]] = ()
+    ) -> list[Valued]:
+        """See `ValueEngine`. Which of a router's servers answered, and whether it is a new one, nobody tells: behind a
+        router no prefix is read again before its round."""
+        check_traces([*prefixes, *traces], self.context_length, self.config.vocab_size)
         self._begin()
         if not traces:
             return []
-        return await self._answer(Batch(traces, group), group, f"valued {len(traces)} traces")
+        return await self._answer(Batch(traces, group, prefixes), group, f"valued {len(traces)} traces")
 
     async def _post(self, server: Server, rank: int | None, batch: Batch) -> list[Valued]:
-        page, body = request_of(batch.traces, server.is_router)
+        here, reread = (server, server.losses), 0
+        if self._answered.get(batch.group) != here:
+            for prefix in batch.prefixes:
+                (one,) = await self._read(server, [prefix], batch.group)
+                reread += one.tokens_computed
+        first, *others = await self._read(server, batch.traces, batch.group)
+        if batch.group:
+            self._answered.pop(batch.group, None)
+            self._answered[batch.group] = here
+            if len(self._answered) > REMEMBERED:
+                del self._answered[next(iter(self._answered))]
+        return [replace(first, tokens_computed=first.tokens_computed + reread), *others]
+
+    async def _read(self, server: Server, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
+        """One POST."""
+        page, body = request_of(traces, server.is_router)
         rids: list[str] = []
         if not server.is_router:  # which takes no list of them: what is cancelled there, the router may end
-            body["rid"] = rids = [uuid.uuid4().hex for _ in batch.traces]
-        response = await self._send(server, page, body, batch.group, rids)
-        return read_values(response, len(batch.traces), self.config.num_labels)
+            body["rid"] = rids = [uuid.uuid4().hex for _ in traces]
+        response = await self._send(server, page, body, group, rids)
+        return read_values(response, len(traces), self.config.num_labels)
 
     def _places_of(self, server: Server) -> list[Place]:
         return [(server, None)]  # a request for values cannot name a data-parallel rank (0.5.23)

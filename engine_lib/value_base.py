@@ -41,10 +41,14 @@ class ValueEngine(Protocol):
     context_length: int  # most tokens of a trace that are taken
     pool_tokens: int  # whose keys and values its caches hold, those of all servers together
 
-    async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
+    async def values(
+        self, traces: Sequence[Sequence[int]], group: str, prefixes: Sequence[Sequence[int]] = ()
+    ) -> list[Valued]:
         """One batch; traces of one `group` (one search tree) go where that group's caches are.
 
-        Raises ValueError for a trace that cannot be scored (empty, an id outside the vocabulary, longer than
+        prefixes: what the traces go on from, each once, shorter ones first: the group's caches should hold them. An engine
+        whose caches for the group were lost, or that moved it, reads each alone first; what that computes counts with the
+        first trace. Raises ValueError for a trace that cannot be scored (empty, an id outside the vocabulary, longer than
         `context_length`), before anything is sent; EngineError where the engine is dead or out of reach.
         """
 

@@ -69,12 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def serve(flags: list[str], given: Sequence[str]) -> None:
-    """SGLang's server, until it is stopped. Raises UserError for flags that it does not know."""
-    from engine_lib.sglang_import import command_line
+    """SGLang's server, until it is stopped. Raises UserError for flags that it does not know, and where the model package
+    does not load."""
+    from engine_lib.sglang_import import command_line, import_model_package
 
     parser = command_line()
     check_given(given, parser)
     parser.parse_args(flags)  # its mistakes in one line
+    import_model_package(PACKAGE)
     logging.getLogger("sglang").setLevel(logging.NOTSET)  # quieted for searches; a server says what it does
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args

@@ -231,7 +231,9 @@ class ReaderPool:
     context_length: int = 1 << 30
     pool_tokens: int = 1 << 30
 
-    async def values(self, traces: Sequence[Sequence[int]], group: str) -> list[Valued]:
+    async def values(
+        self, traces: Sequence[Sequence[int]], group: str, prefixes: Sequence[Sequence[int]] = ()
+    ) -> list[Valued]:
         scale = self.scale
         with self.use(group) as server:
             costs = server.costs(group, traces, PROMPT // scale.piece, BLOCK // scale.piece)

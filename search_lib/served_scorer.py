@@ -62,7 +62,8 @@ class ServedScorer:
         for node in sorted(parents):  # they have lower numbers than their children
             before += await self._engine.values([tree.traces[node]], tree_id)
             tree.computed.add(node)
-        valued = await self._engine.values(traces, tree_id)
+        prefixes = [tree.traces[node] for node in sorted({parent for parent, _ in items})]
+        valued = await self._engine.values(traces, tree_id, prefixes)
         tree.computed |= set(range(len(tree.traces), len(tree.traces) + len(traces)))
         tree.traces += traces
         new = sum(len(tokens) for _, tokens in items) + tree.unread

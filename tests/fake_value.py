@@ -22,12 +22,15 @@ class FakeValueEngine:
     ):
         self.config, self.context_length, self.pool_tokens, self.left = config, context_length, pool, fail_after
         self.cached: set[tuple[int, ...]] = {()}
+        self.known: set[str] = set()  # groups whose prefixes it has
         self.asked, self.finished, self.cancelled, self.closed = [], 0, 0, 0
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def values(self, traces, group):
+    async def values(self, traces, group, prefixes=()):
         check_traces(traces, self.context_length, self.config.vocab_size)
+        known, self.known = group in self.known, self.known | {group}
+        reread = 0 if known else sum([(await self.values([prefix], group))[0].tokens_computed for prefix in prefixes])
         self.left -= 1
         if self.left < 0:
             raise EngineError("the fake value engine died")
@@ -41,7 +44,12 @@ class FakeValueEngine:
             raise
         self.cached |= {tuple(trace[:end]) for trace in traces for end in range(1, len(trace) + 1)}
         self.finished += 1
+        costs[0] += reread
         return [Valued(sim_value(trace), cost) for trace, cost in zip(traces, costs, strict=True)]
+
+    def lose(self) -> None:
+        """As a server that is lost and comes back."""
+        self.cached, self.known = {()}, set()
 
     def cost(self, trace: tuple[int, ...]) -> int:
         held = next(end for end in range(len(trace), -1, -1) if trace[:end] in self.cached)

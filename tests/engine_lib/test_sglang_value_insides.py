@@ -13,15 +13,17 @@ import pytest
 import tiny
 from test_sglang_insides import CONFIG, REQUEST, package, until, written  # noqa: F401
 
-from common_lib.cli import UserError
-from engine_lib import sglang_process, value_settings
+from common_lib.cli import ArgumentParser, UserError
+from engine_lib import sglang_import, sglang_process, value_server, value_settings
 from engine_lib.base import EngineError
 from engine_lib.retry import RetryPolicy
+from engine_lib.sglang_import import TESTED_VERSION
 from engine_lib.sglang_local import SGLangEngine
 from engine_lib.sglang_value_local import SGLangValueEngine
 from engine_lib.value_base import ValueConfig, Valued
 from engine_lib.value_settings import PACKAGE, ROOT
 
+MODEL = f"{PACKAGE}.qwen2"
 HALF = [0.0, 0.0, -1000.0]  # logits of a value of 0.5
 
 
@@ -60,6 +62,7 @@ def requests(package, monkeypatch):  # noqa: F811
     module = ModuleType("sglang.srt.managers.io_struct")
     module.EmbeddingReqInput = SimpleNamespace
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, MODEL, ModuleType(MODEL))  # the real one needs the real package
     old = package.Engine.__init__
 
     def init(self, **settings):
@@ -111,6 +114,20 @@ def test_how_it_is_started(requests, package, config, monkeypatch):  # noqa: F81
     named = ("device", "dtype", "mem_fraction_static")
     assert [cpu.settings[name] for name in named] == ["cpu", "float32", 0.25]
     assert [gpu.settings[name] for name in (*named, "base_gpu_id")] == ["cuda", "bfloat16", 0.8, 2]
+
+
+@pytest.mark.parametrize("where", ["in process", "a server"])
+def test_a_model_package_that_does_not_load_is_one_line_before_the_start(requests, package, config, monkeypatch, where):  # noqa: F811
+    """SGLang says nothing of it where it shows errors alone, and then that it may have run out of memory."""
+    monkeypatch.delitem(sys.modules, MODEL)
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.pooler", None)
+    monkeypatch.setattr(sglang_import, "command_line", lambda: ArgumentParser(add_help=False))
+    with pytest.raises(
+        UserError, match=rf"package {PACKAGE} does not load \(ModuleNotFoundError: .*sglang\.srt\."
+    ) as error:
+        SGLangValueEngine(config) if where == "in process" else value_server.serve([], [])
+    assert f"written for sglang {TESTED_VERSION}, and {TESTED_VERSION} is installed" in str(error.value)
+    assert "\n" not in str(error.value) and not package.Engine.made
 
 
 def test_aborted_requests_alone_are_sent_again(requests, config):

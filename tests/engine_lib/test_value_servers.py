@@ -10,6 +10,7 @@ import pytest
 from fake_sglang import VALUE_VOCABULARY, FakeServer, FakeValueServer, reply_of, value_logits
 
 from common_lib.cli import UserError
+from engine_lib import sglang_value_remote
 from engine_lib.base import EngineError
 from engine_lib.retry import RetryPolicy
 from engine_lib.server_pool import Patience
@@ -236,6 +237,56 @@ def test_groups_spread_stay_and_move_only_from_a_lost_server(model, servers):
         assert homes()[0] == {6, 7, 8}
 
     with_engine(model, two, main)
+
+
+PARENTS = [[1, 2], [1, 2, 3]]
+ROUND = [[1, 2, 9], [1, 2, 3, 8], [1, 2, 3, 7]]
+
+
+def test_prefixes_go_first_alone_where_the_groups_server_is_another_or_was_lost(model, servers):
+    """Requests that arrive together do not share what none of them has been computed of."""
+    two = servers(2)
+    anew = [[PARENTS[0]], [PARENTS[1]], ROUND]
+    first = Valued(expected(ROUND)[0].value, 3 + 2 + 3)
+
+    async def main(engine):
+        async def sent(server):
+            server.bodies.clear()
+            valued = await engine.values(ROUND, "g", PARENTS)
+            assert valued[1:] == expected(ROUND)[1:]
+            assert valued[0] == (first if len(server.bodies) > 1 else expected(ROUND)[0])
+            return [body["input_ids"] for body in server.bodies]
+
+        await engine.values([PARENTS[0]], "g")
+        home, other = two if two[0].bodies else two[::-1]
+        assert await sent(home) == [ROUND], "they are cached"
+        home.kill()
+        assert await sent(other) == anew
+        assert await sent(other) == [ROUND]
+        home.start_again()
+        await until(lambda: all(server.up for server in engine.servers))
+        assert await sent(other) == [ROUND]
+        engine._lose(engine.servers[two.index(other)], "for a moment")
+        await until(lambda: all(server.up for server in engine.servers))
+        assert await sent(other) == anew
+        assert await sent(other) == [ROUND]
+        with pytest.raises(ValueError, match="token id 264 is outside"):
+            await engine.values(ROUND, "g", [[VALUE_VOCABULARY]])
+
+    with_engine(model, two, main)
+
+
+def test_prefixes_of_a_group_that_is_new_or_forgotten_go_first(model, servers, monkeypatch):
+    monkeypatch.setattr(sglang_value_remote, "REMEMBERED", 2)
+    server = servers()
+
+    async def main(engine):
+        for group, posts in (("a", 3), ("b", 3), ("a", 1), ("c", 3), ("a", 1), ("b", 3)):
+            server.bodies.clear()
+            await engine.values(ROUND, group, PARENTS)
+            assert len(server.bodies) == posts, group
+
+    with_engine(model, [server], main)
 
 
 def test_all_gone_is_one_line_in_time_that_names_them(model, servers):

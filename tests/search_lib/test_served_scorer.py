@@ -91,6 +91,23 @@ def test_what_a_pool_that_is_too_small_computes_again_is_counted():
     assert (scored.tokens_scored, scored.tokens_reread) == (6, 5)
 
 
+def test_what_candidates_go_on_from_is_read_once_after_a_server_was_lost():
+    served = engine()
+    beams = [[*PROMPT, 1, 2], [*PROMPT, 3, 4]]
+
+    async def work(scorer):
+        scorer.start("0/0", PROMPT, [])
+        await scorer.score("0/0", [(0, [1, 2]), (0, [3, 4])], [False] * 2)
+        served.lose()
+        return await scorer.score("0/0", [(2, [5]), (1, [6]), (2, [7])], [False] * 3)
+
+    scored = run(served, work)
+    assert [traces for traces, _ in served.asked[2:]] == [
+        [beams[0]], [beams[1]], [[*beams[1], 5], [*beams[0], 6], [*beams[1], 7]],
+    ]  # fmt: skip
+    assert (scored.tokens_scored, scored.tokens_reread) == (5 + 2 + 3, 5 + 2)
+
+
 def test_equal_candidates_cost_less_than_they_have_and_never_less_than_nothing():
     served = engine()
 
