@@ -31,7 +31,7 @@ from common_lib import devices, models
 from common_lib.cli import UserError, enable_fast_transfers, quiet_transformers, run_script, set_up_logging
 from common_lib.files import OutputError
 from common_lib.shards import WHOLE, Shard
-from common_lib.signals import Stopped, run_until_signal
+from common_lib.signals import Stopped, StopSignal, run_until_signal
 from common_lib.tracking import Tracker, make_tracker
 from data_utils import benchmark_name, check_prompt_format, format_prompt, load_benchmark
 from engine_lib.arguments import engine_config
@@ -164,26 +164,29 @@ class Loaders:
 
 
 def start_models(
-    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, loaders: Loaders
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, loaders: Loaders, stop: StopSignal
 ) -> tuple[Engine, LoadedScorer]:
     """The generator first: value models take what it leaves of a device; value servers are met before it. Where one does not
-    start, nothing is left."""
+    start, and at a signal, nothing is left."""
     if any(device.startswith("cuda") for device in plan.value_devices):
         devices.use_expandable_segments()
     free = {device: devices.memory_of(device)[0] for device in plan.memory_devices}
-    servers = value_models.meet_servers(args, plan)
-    started: list[Engine | ValueEngine] = [servers] if servers else []
+    started: list[Engine | ValueEngine | LoadedScorer] = []
     try:
-        engine = loaders.engine(args, plan)
-        started.append(engine)
-        check_context_length(args, plan, engine)
-        files.meta["engine"] = described = engine.describe()
-        memory = {}
-        for device, before in free.items():
-            where = elsewhere(plan.engine, plan.device, device, described)
-            memory[device] = EngineMemory(before, devices.memory_of(device)[0], described, where)
-        scorer = loaders.scorer(args, plan, memory, servers)
-        files.meta["value_engine"] = scorer.describe()
+        with stop.raising():
+            if servers := value_models.meet_servers(args, plan):
+                started.append(servers)
+            engine = loaders.engine(args, plan)
+            started.append(engine)
+            check_context_length(args, plan, engine)
+            files.meta["engine"] = described = engine.describe()
+            memory = {}
+            for device, before in free.items():
+                where = elsewhere(plan.engine, plan.device, device, described)
+                memory[device] = EngineMemory(before, devices.memory_of(device)[0], described, where)
+            scorer = loaders.scorer(args, plan, memory, servers)
+            started.append(scorer)
+            files.meta["value_engine"] = scorer.describe()
     except BaseException:
         for one in started:
             asyncio.run(one.close())
@@ -195,8 +198,29 @@ def search_problems(
     args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
 ) -> None:
     """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
-    engine, scorer = start_models(args, plan, files, loaders)
-    total = len(plan.own_prompts) * args.num_repetitions
+    with StopSignal() as stop:
+        engine, scorer = start_models(args, plan, files, loaders, stop)
+        say_what_is_searched(args, plan, files)
+        total = len(plan.own_prompts) * args.num_repetitions
+        runner = SearchRunner(
+            generate_with(engine, args.temperature, args.top_p, plan.stop_ids), scorer, plan.config, files,
+            ResultRows(plan.problems, plan.decode, grader), SearchProgress(files.finished, total, plan.config),
+        )  # fmt: skip
+
+        async def run() -> None:
+            try:
+                await scorer.check()
+                await runner.run(plan.own_prompts, args.num_repetitions, args.batch_size)
+            finally:
+                try:
+                    await engine.close()
+                finally:
+                    await scorer.close()
+
+        asyncio.run(run_until_signal(run(), stop))
+
+
+def say_what_is_searched(args: argparse.Namespace, plan: SearchPlan, files: RunFiles) -> None:
     logger.info(
         "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
         benchmark_name(args.benchmark) + (f", shard {args.shard}" if args.shard else ""), len(plan.own_prompts),
@@ -204,24 +228,9 @@ def search_problems(
         plan.config.beam_width, plan.config.block_size, plan.config.max_length, plan.engine,
     )  # fmt: skip
     if files.finished or files.rounds:
+        total = len(plan.own_prompts) * args.num_repetitions
         counts = len(files.finished), total, len(files.rounds)
         logger.info("going on: %d of %d searches are finished, %d are under way", *counts)
-    runner = SearchRunner(
-        generate_with(engine, args.temperature, args.top_p, plan.stop_ids), scorer, plan.config, files,
-        ResultRows(plan.problems, plan.decode, grader), SearchProgress(files.finished, total, plan.config),
-    )  # fmt: skip
-
-    async def run() -> None:
-        try:
-            await scorer.check()
-            await runner.run(plan.own_prompts, args.num_repetitions, args.batch_size)
-        finally:
-            try:
-                await engine.close()
-            finally:
-                await scorer.close()
-
-    asyncio.run(run_until_signal(run()))
 
 
 def check_context_length(args: argparse.Namespace, plan: SearchPlan, engine: Engine) -> None:

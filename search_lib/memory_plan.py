@@ -168,10 +168,11 @@ def shortage(limit: int, free: int, device: str, wanted: int, searches: int, at_
 
 
 def served_working_set(config: SearchConfig, prompt: int, searches: int) -> int:
-    """The same of a value model that SGLang serves: it keeps the candidates of every search's last round, as nobody tells
-    it which go on."""
-    round_tokens = config.num_beams * config.beam_width * config.block_size
-    return searches * (prompt + config.num_beams * half_way(config) + round_tokens)
+    """Tokens that a value model which SGLang serves should hold, at most: of each search the prompt, its beams as the last
+    round finds them, and that round's candidates, as nobody tells SGLang which go on. The longest and not half of it:
+    searches that start together grow together, and a pool that is too small for their end gives up beams they still need."""
+    candidates = config.num_beams * config.beam_width * config.block_size
+    return searches * (prompt + config.num_beams * (config.max_length - config.block_size) + candidates)
 
 
 def pool_shortage(pool: int, wanted: int, searches: int, remedy: str) -> str:

@@ -175,7 +175,7 @@ def test_a_cache_that_several_models_share_must_hold_a_trace_of_each(start):
         start("--value_cache_gb", 0.0001, "--value_device", "cpu", "cpu")
 
 
-POOL = {"pool": 200}
+POOL = {"pool": 300}
 
 
 def test_a_served_value_model_says_who_gets_what_and_where_its_pool_is_too_small(start, monkeypatch, caplog):
@@ -187,10 +187,22 @@ def test_a_served_value_model_says_who_gets_what_and_where_its_pool_is_too_small
     assert (
         "memory of cuda:1, 2 GB: generator weights 6.51e-05, graphs 0.4; value weights 5.04e-05, value graphs 0.9; other 0.1, left 0.6"
     ) in caplog.text
-    assert "bf16 on cuda:1, by SGLang, which holds 200 tokens" in caplog.text
+    assert "bf16 on cuda:1, by SGLang, which holds 300 tokens" in caplog.text
     (line,) = [line for line in caplog.text.splitlines() if "computed again" in line]
-    assert re.fullmatch(r".*cache holds 200 tokens, and 2 searches want \d{3} at once, so tokens will be computed again; "
+    assert re.fullmatch(r".*cache holds 300 tokens, and 2 searches want \d{3} at once, so tokens will be computed again; "
                         r"give --batch_size 1, or give it a GPU with more memory .*", line)  # fmt: skip
+
+
+def test_a_pool_is_too_small_from_the_threshold_on(start, caplog):
+    """Two searches of 2 x 2 candidates, blocks of 12, 48 tokens: a token less than both hold as they end is told."""
+    prompts = start("--max_length", 12, "--max_problems", 1).requests  # of searches of one round
+    longest = max(len(request.prompt_ids) for request in prompts)
+    wanted = 2 * (longest + 2 * 36 + 4 * 12)
+    flags = ["--max_problems", 1, "--value_engine", "sglang"]
+    start(*flags, value_engine={"pool": wanted})
+    assert "computed again" not in caplog.text
+    start(*flags, value_engine={"pool": wanted - 1})
+    assert f"cache holds {wanted - 1} tokens, and 2 searches want {wanted} at once" in caplog.text
 
 
 def test_servers_of_values_take_nothing_here(start, caplog):

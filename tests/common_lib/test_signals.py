@@ -82,6 +82,23 @@ def test_a_stop_signal_notes_the_first_and_calls_back_once():
     assert told == [True]
 
 
+def test_a_signal_that_came_before_the_work_cancels_it_once_it_has_begun():
+    cleaned = []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            asyncio.run(run_until_signal(work(), stop))
+        os.kill(os.getpid(), signal.SIGTERM)  # of a loop that is closed by now
+    assert cleaned == [True]
+
+
 SCRIPT = """
 import os, signal, sys
 from common_lib.signals import StopSignal

@@ -158,17 +158,18 @@ def test_several_devices_share_the_searches():
 
 
 def test_the_pool_of_a_served_value_model():
-    """The prototype's: 8 searches of 4 x 2 candidates, blocks of 128 in 4 rounds, prompts of 100. Measured: with a pool of
-    12,000 tokens hardly anything is computed again, with 8,000 2.3 times as much."""
-    wanted = served_working_set(SearchConfig(4, 2, 128, 512), 100, 8)
-    assert wanted == 8 * (100 + 4 * 192 + 8 * 128)
-    assert 8_000 < wanted < 1.3 * 12_000
+    """Measured with SGLang: 8 searches of 4 x 2 candidates that start together, blocks of 64, 320 tokens. A pool of 12,768
+    tokens computes each token once, one of 8,672 1.87 times; so the latter, which holds them half-way, must be told of."""
+    shape = SearchConfig(4, 2, 64, 320)
+    wanted = served_working_set(shape, 60, 8)
+    assert wanted == 8 * (60 + 4 * 256 + 8 * 64) == 12_768
     assert pool_shortage(wanted, wanted, 8, "give more") == ""
-    assert pool_shortage(8_000, wanted, 8, "give more") == (
-        "the value engine's cache holds 8,000 tokens, and 8 searches want 15,136 at once, so tokens will be computed again; "
-        "give --batch_size 4, or give more"
+    assert pool_shortage(8_672, wanted, 8, "give more") == (
+        "the value engine's cache holds 8,672 tokens, and 8 searches want 12,768 at once, so tokens will be computed again; "
+        "give --batch_size 5, or give more"
     )
     assert pool_shortage(100, wanted, 8, "give more").endswith("again; give more")
+    assert served_working_set(SearchConfig(8, 1, 320, 320), 60, 8) == 8 * (60 + 8 * 320)  # one round
 
 
 def test_fewer_searches_and_single_rounds_want_less():
