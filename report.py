@@ -18,14 +18,16 @@ No model and no GPU is needed. A run in progress is reported as far as it is. Th
 network.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common_lib.cli import ArgumentParser, UserError, hub_errors, run_script, set_up_logging
+from common_lib.files import OutputError
 from common_lib.progress import Progress
 from eval_lib.grading import Grader
 from report_lib.analysis import Analysis, analyse
@@ -89,7 +91,7 @@ def load_decoder(name: str | None) -> Decode | None:
 def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     args = parse_args(argv)
-    try:
+    with file_errors(args.out):
         if args.regrade:
             show(regrade(args.runs[0], args.regrade, partial(load_decoder, args.tokenizer)))
             return 0
@@ -107,15 +109,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show(write_report(args.out, runs, decode, write_plots, all_rows=args.all_rows))
         else:
             show(terminal_text(*analyse_all(runs), args.all_rows))
-    except OSError as error:
-        raise UserError(f"{error.filename or args.out} cannot be used ({error.strerror})") from error
     return 0
+
+
+@contextlib.contextmanager
+def file_errors(out: Path | None) -> Iterator[None]:
+    """Turn what becomes of a file that cannot be read or written into a UserError. out: for errors that name none."""
+    try:
+        yield
+    except OutputError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or out} cannot be used ({error.strerror or error})") from error
 
 
 def read_runs(args: Any) -> list[RunRecord]:
     """All runs, each of which shares problems with the first."""
     names = run_names(args.runs)
-    runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
+    with file_errors(args.out):
+        runs = [read_run(path, name, args.num_blocks) for path, name in zip(args.runs, names, strict=True)]
     for other in runs[1:]:
         common_problems(runs[0], other)
     return runs
@@ -149,15 +161,16 @@ def write_report(
 
     live: version of a page that will be renewed.
     """
-    page = PageWriter(folder, decode, live)
-    try:
-        analyses, comparisons = analyse_all(runs, page)
-        write_tables(folder, analyses, comparisons)
-        plots = draw(folder, analyses)
-        page.finish(analyses, all_tables(analyses, comparisons), plots, first_screen(analyses, comparisons))
-    except BaseException:
-        page.discard()
-        raise
+    with file_errors(folder):
+        page = PageWriter(folder, decode, live)
+        try:
+            analyses, comparisons = analyse_all(runs, page)
+            write_tables(folder, analyses, comparisons)
+            plots = draw(folder, analyses)
+            page.finish(analyses, all_tables(analyses, comparisons), plots, first_screen(analyses, comparisons))
+        except BaseException:
+            page.discard()
+            raise
     written = f"wrote {folder / 'report.html'}, {len(plots)} plots, table.md, table.csv, table.json"
     return f"{terminal_text(analyses, comparisons, all_rows)}\n\n{written}"
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+MOST_FLIPPED = 15  # differences whose signs are all tried: 32,768 ways
 
 
 def student_t_tail(t: float, degrees: int) -> float:
@@ -85,20 +86,39 @@ def paired_test(differences: ArrayLike, level: float = 0.95) -> tuple[Floats, Fl
     return mean, half, np.vectorize(lambda value: student_t_tail(value, degrees), otypes=[np.float64])(t)
 
 
+def sign_flip_p(differences: ArrayLike) -> float | None:
+    """Exact two-sided p-value of paired differences [problems], by the sign-flip test (Fisher 1935, section 21).
+
+    That is the share of all ways to choose the signs whose sum is at least as far from 0, so k problems that differ
+    show nothing below 2 ** (1 - k), whatever a t-test says of them. None where more than MOST_FLIPPED differ.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[np.abs(values) > 1e-12]
+    if len(values) > MOST_FLIPPED:
+        return None
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return float(np.mean(np.abs(sums) >= abs(values.sum()) - 1e-9))
+
+
 def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any]:
     """Two runs compared on their common problems. Arguments: each run's mean score by problem (data_idx).
 
-    Returns difference (one - other), ci (half-width, 95 %), p_value (the last two None for a single problem), problems
-    (common ones), only_one and only_other (numbers of problems left out). Raises ValueError without a common problem.
+    Returns difference (one - other), ci (half-width, 95 %), p_value (the last two None for a single problem), p_exact (of
+    `sign_flip_p`), problems (common ones), only_one and only_other (numbers of problems left out). Raises ValueError
+    without a common problem.
     """
     common = sorted(one.keys() & other.keys())
     if not common:
         raise ValueError("the runs have no problem in common")
-    mean, half, p_value = paired_test([one[i] - other[i] for i in common])
+    differences = [one[i] - other[i] for i in common]
+    mean, half, p_value = paired_test(differences)
     return {
         "difference": float(mean),
         "ci": or_none(half),
         "p_value": or_none(p_value),
+        "p_exact": sign_flip_p(differences),
         "problems": len(common),
         "only_one": len(one) - len(common),
         "only_other": len(other) - len(common),

@@ -32,6 +32,8 @@ class Answer:
 def first_screen(analyses: Sequence[Analysis], comparisons: Sequence[Mapping[str, Any]]) -> list[Answer]:
     """Of each comparison, or of a single run; then of the values."""
     answers = list(map(comparison_answer, comparisons)) or [run_answer(analyses[0])]
+    if len(comparisons) > 1:
+        answers[0].mind.append(f"No p-value is corrected for there being {len(comparisons)} comparisons.")
     for number, answer in enumerate(answers, start=1):
         if answer.plot and len(comparisons) > 1:
             answer.plot += f"_{number}"
@@ -48,45 +50,70 @@ def comparison_answer(comparison: Mapping[str, Any]) -> Answer:
     last = {row["basis"]: row for row in chosen_rows(comparison)}.values()  # budgets ascend: the largest stays
     one, other = (VOTES[metric] for metric in comparison["chosen"])
     votes = f"{one} of both" if one == other else f"{one} of {names[0]}, {other} of {names[1]}"
+    so_far = ", so far," if comparison["unfinished"] else ""
     problems = f"; paired over {comparison['problems']} problems, intervals clustered by problem"
     return Answer(
         f"{names[0]} against {names[1]}",
-        [difference_sentence(*names, row) for row in last]
+        [difference_sentence(*names, row, so_far) for row in last]
         + [f"Not compared: {missing}." for missing in comparison["missing"]],
         f"Chosen beforehand: {votes}, at the largest budget that both reach{problems}." if last else "",
-        remarks(row["warning"] for row in last),
+        remarks([*comparison["unfinished"], *(row["warning"] for row in last)]),
         "difference" if last else None,
     )
 
 
-def difference_sentence(one: str, other: str, row: Mapping[str, Any]) -> str:
-    """Which is better at this budget, by how much, with interval and p-value, as far as the figures say so."""
+def difference_sentence(one: str, other: str, row: Mapping[str, Any], so_far: str = "") -> str:
+    """Which is better at this budget, by how much, with interval and p-value, as far as the figures say so.
+
+    so_far: words for runs that are not finished.
+    """
     amount = f"{row['budget']:.0f}" if row["basis"] == "N" else short(row["budget"])
-    at = f"At equal {BASES[row['basis']]} ({amount})"
+    at = f"At equal {BASES[row['basis']]} ({amount}){so_far}"
     scores = f"{share(row['one'])} against {share(row['other'])}"
-    if row["ci"] is not None and max(row["ci"], abs(row["difference"])) < 1e-9:
+    if no_width(row) and abs(row["difference"]) < 1e-9:
         return f"{at} both score {share(row['one'])}, the same on every problem."
     if not shown(row):
-        surely = f" ({surety(row)})" if row["ci"] is not None else ""
         difference = f"{one} minus {other} {points(row['difference'])}"
-        return f"{at} neither is shown to be better: {scores}, {difference}{surely}."
+        return f"{at} neither is shown to be better: {scores}, {difference}{in_brackets(surety(row))}."
     if row["difference"] < 0:
         one, other, scores = other, one, f"{share(row['other'])} against {share(row['one'])}"
     by = points(abs(row["difference"]))
-    return f"{at} {one} is better than {other} by {by}: {scores} ({surety(row, row['difference'] < 0)})."
+    surely = in_brackets(surety(row, row["difference"] < 0))
+    return f"{at} {one} is better than {other} by {by}: {scores}{surely}."
 
 
 def shown(row: Mapping[str, Any]) -> bool:
-    """Is there a difference? Few problems cannot show one."""
-    return row["p_value"] is not None and row["p_value"] < LEVEL and row["problems"] >= MIN_CLUSTERS
+    """Is there a difference? Only where the t-test says so, its interval can be trusted, and trying all signs agrees.
+
+    Where all problems differ by the same there is no interval to trust, and the signs alone decide.
+    """
+    if row["p_value"] is None or (row["warning"] and not no_width(row)):
+        return False
+    return row["p_value"] < LEVEL and (row["p_exact"] is None or row["p_exact"] < LEVEL)
+
+
+def no_width(row: Mapping[str, Any]) -> bool:
+    """Is its interval a point? Then it says nothing, and neither does the t-test's p-value."""
+    return row["ci"] is not None and row["ci"] < 1e-9
 
 
 def surety(row: Mapping[str, Any], turned: bool = False) -> str:
-    """Interval, in points, and p-value. turned: of the other difference."""
+    """Interval, in points, and p-value, also the exact one where that alone is too large; "" where there is none.
+
+    turned: of the other difference.
+    """
+    if row["ci"] is None or no_width(row):
+        return ""
     middle = -row["difference"] if turned else row["difference"]
     low, high = 100 * (middle - row["ci"]), 100 * (middle + row["ci"])
     p_value = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.3f}"
+    if row["p_exact"] is not None and row["p_value"] < LEVEL <= row["p_exact"]:
+        p_value += f" by the t-test, {row['p_exact']:.3f} by trying all signs"
     return f"95 % interval {signed(low)} to {signed(high)}, {p_value}"
+
+
+def in_brackets(words: str) -> str:
+    return f" ({words})" if words else ""
 
 
 def share(value: float) -> str:
@@ -126,7 +153,7 @@ def run_answer(analysis: Analysis) -> Answer:
     pooled = f"{budget}{most} repetition{'s' * (most > 1)} pooled"
     reached = f"{share(row[f'{vote}_m'])} of the problems{interval_words(row[f'{vote}_m'], row[f'{vote}_ci'])}"
     against = "; ".join(against_words(scores[vote], scores[metric], VOTES[metric]) for metric in others)
-    warnings = [variance_warning(list(scores[vote].values()))]
+    warnings = [run.unfinished, variance_warning(list(scores[vote].values()))]
     if row["problems"] >= MIN_CLUSTERS:  # else one warning says it for all
         doubts = ((VOTES[metric], difference_warning(scores[vote], scores[metric])) for metric in others)
         warnings += [f"against {other}, {warning}" for other, warning in doubts if warning]
@@ -135,7 +162,7 @@ def run_answer(analysis: Analysis) -> Answer:
     )
     return Answer(
         run.name,
-        [f"{sentence(VOTES[vote])} ({pooled}) is right on {reached}: {against}."],
+        [f"{sentence(VOTES[vote])} ({pooled}) is{' so far' * run.partial} right on {reached}: {against}."],
         f"{chosen}, intervals clustered by problem.",
         remarks(warnings),
         "accuracy_n" if row["N"] else None,
@@ -144,19 +171,21 @@ def run_answer(analysis: Analysis) -> Answer:
 
 def interval_words(mean: float, half: float | None) -> str:
     """Of a share, so within 0 and 100."""
-    if half is None:
+    if half is None or half < 1e-9:
         return ""
     return f" (95 % interval {100 * max(0.0, mean - half):.1f} to {100 * min(1.0, mean + half):.1f})"
 
 
 def against_words(first: Mapping[int, float], second: Mapping[int, float], other: str) -> str:
     """How far a vote is above or below another metric of the same run. Arguments: score by problem; the other's name."""
-    found = paired_difference(first, second)
+    found = paired_difference(first, second) | {"warning": difference_warning(first, second)}
     by = f"{points(abs(found['difference']))} {'above' if found['difference'] > 0 else 'below'}"
-    surely = f", {surety(found, found['difference'] < 0)}" if found["ci"] is not None else ""
-    doubt = "" if shown(found) else "; no difference is shown"
     mean = share(sum(second.values()) / len(second))
-    return f"{by if found['difference'] else 'the same as'} {other} ({mean}{surely}{doubt})"
+    if no_width(found) and abs(found["difference"]) < 1e-9:
+        return f"the same as {other} ({mean})"
+    surely = surety(found, found["difference"] < 0)
+    doubt = "" if shown(found) else "; no difference is shown"
+    return f"{by if found['difference'] else 'the same as'} {other} ({mean}{', ' * bool(surely)}{surely}{doubt})"
 
 
 def values_answer(analyses: Sequence[Analysis]) -> Answer:

@@ -46,7 +46,8 @@ def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
             rows.append(row | paired_difference(first, second) | {"warning": difference_warning(first, second)})
     note = comparison_note(one.run, other.run, pairs)
     head = {"one": one.run.name, "other": other.run.name, "chosen": [vote_of(one.run), vote_of(other.run)]}
-    return head | {"problems": len(pairs), "note": note, "missing": missing, "rows": rows}
+    unfinished = [words for run in (one.run, other.run) if (words := run.unfinished)]
+    return head | {"problems": len(pairs), "note": note, "unfinished": unfinished, "missing": missing, "rows": rows}
 
 
 def chosen_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -50,6 +50,12 @@ class RunRecord:
         return len(self.lines) < self.planned
 
     @property
+    def unfinished(self) -> str | None:
+        """What to mind where searches are missing, as of a run in progress or without some of its shards."""
+        words = f"not a result yet: {self.name} has {len(self.lines)} of {self.planned} searches"
+        return words if self.partial else None
+
+    @property
     def search_type(self) -> str | None:
         return self.meta["arguments"].get("search_type") if self.meta else None
 

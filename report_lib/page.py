@@ -14,6 +14,7 @@ Everything is plain ASCII JSON: what a model wrote stands in it as escaped strin
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.cli import UserError
-from common_lib.files import write_text
+from common_lib.files import OutputError, write_text
 from eval_lib.tables import Table
 from report_lib.analysis import Analysis
 from report_lib.answer import Answer
 from report_lib.problem import ANSWER_CHARACTERS, ProblemView, SearchView, count_vote
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DATA = "report_data"
@@ -127,16 +130,30 @@ class PageWriter:
 
 
 def end_live(folder: Path, state: str) -> None:
-    """Tell open pages of a live report that it is renewed no more. state: `finished`, or `stopped` (the run goes on)."""
+    """Tell open pages of a live report that it is renewed no more; nothing where there is none, or they were told.
+
+    state: `finished`, or `stopped` (the run goes on). Where the file cannot be written it is removed, which tells too.
+    """
     path = folder / DATA / "live.js"
-    index = json.loads((folder / DATA / "index.js").read_text(encoding="ascii").partition(",")[2].rpartition(")")[0])
-    write_text(path, data_file("live", {"version": index["live"], "state": state}))
+    if not path.is_file() or read_data_file(path)["state"] != "live":
+        return
+    version = read_data_file(path.with_name("index.js")).get("live")  # later than the other's if publishing was ended
+    try:
+        write_text(path, data_file("live", {"version": version, "state": state}))
+    except OutputError as error:
+        logger.warning("%s", error)
+        path.unlink()
 
 
 def data_file(name: str, value: Any) -> str:
     """One call with ASCII JSON, which is also JavaScript."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'VGS.receive("{name}",{text});\n'
+
+
+def read_data_file(path: Path) -> dict[str, Any]:
+    """The value in a file of `data_file`."""
+    return json.loads(path.read_text(encoding="ascii").partition(",")[2].rpartition(")")[0])
 
 
 def search_data(search: SearchView) -> dict[str, Any]:

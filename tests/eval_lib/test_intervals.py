@@ -1,6 +1,9 @@
 """Intervals that cover, tests that reject as often as they say."""
 
 import math
+import random
+from fractions import Fraction
+from itertools import product
 
 import coverage_study
 import numpy as np
@@ -11,6 +14,7 @@ from eval_lib.intervals import (
     paired_difference,
     paired_test,
     repeat_noise_half_width,
+    sign_flip_p,
     student_t_quantile,
     student_t_tail,
     variance_warning,
@@ -93,3 +97,18 @@ def test_intervals_cover_and_the_paired_test_rejects_as_often_as_they_say(capsys
     by_problem, repeat_noise = (float(share.rstrip("%*")) for share in shown["majority", "4"][:2])
     assert by_problem > 93
     assert repeat_noise < 60
+
+
+def test_the_exact_p_value_is_the_share_of_all_signs():
+    """Against every choice of signs, in exact fractions."""
+    rng = random.Random(3)
+    for size in (0, 1, 2, 5, 9):
+        differences = [Fraction(rng.randrange(-4, 5), 4) for _ in range(size)]
+        sums = [
+            abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+            for signs in product((1, -1), repeat=size)
+        ]
+        share = Fraction(sum(value >= abs(sum(differences)) for value in sums), len(sums))
+        assert sign_flip_p([*map(float, differences), 0.0]) == pytest.approx(float(share), abs=1e-12)
+    assert sign_flip_p([0.1] * 5 + [0.0] * 40) == 0.0625
+    assert sign_flip_p([0.1] * 15) == 2**-14 and sign_flip_p([0.1] * 16) is None

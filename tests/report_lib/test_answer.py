@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from handmade_runs import result, settings, write_run
 from synthetic_runs import analysis_of
 
@@ -34,14 +35,14 @@ SAMPLES = [
 ]
 
 
-def make(folder, name, problems, search_type="beam2", tokens=100):
-    """A run of these beams; the settings say 3 blocks in parallel."""
+def make(folder, name, problems, search_type="beam2", tokens=100, planned=None):
+    """A run of these beams; the settings say 3 blocks in parallel, and how many problems there are to be."""
     lines = [
-        result(i, r, len(problems), [a for a, _ in beams], [a == "1" for a, _ in beams], [v / 8 for _, v in beams],
+        result(i, r, planned or len(problems), [a for a, _ in beams], [a == "1" for a, _ in beams], [v / 8 for _, v in beams],
                tokens_generated=tokens)
         for i, repetitions in enumerate(problems) for r, beams in enumerate(repetitions)
     ]  # fmt: skip
-    meta = settings(len(problems), len(problems[0]), 3, 3, 1, search_type=search_type)
+    meta = settings(planned or len(problems), len(problems[0]), 3, 3, 1, search_type=search_type)
     return analysis_of(write_run(folder / f"{name}.jsonl", lines, meta=meta))
 
 
@@ -63,10 +64,14 @@ def tail(t, degrees):
 
 
 def figures(first, second):
-    """Difference in points, ends of its 95 % interval, p-value. 2.570582: Student's t with 5 degrees of freedom."""
+    """Difference in points, ends of its 95 % interval, p-value."""
     differences = [float(a - b) for a, b in zip(first, second, strict=True)]
     mean, error = np.mean(differences), np.std(differences, ddof=1) / math.sqrt(len(differences))
-    return 100 * mean, 100 * (mean - 2.570582 * error), 100 * (mean + 2.570582 * error), tail(abs(mean) / error, 5)
+    half = QUANTILES[len(differences)] * error
+    return 100 * mean, 100 * (mean - half), 100 * (mean + half), tail(abs(mean) / error, len(differences) - 1)
+
+
+QUANTILES = {6: 2.570582, 12: 2.200985}  # of Student's t, by number of problems
 
 
 WEIGHTED = [vote(repetitions, lambda value: value) for repetitions in SEARCH]
@@ -80,9 +85,9 @@ def mean(votes):
 
 
 def test_each_basis_has_its_sentence_and_the_figures_are_those_of_the_largest_budget(tmp_path):
-    one, other = make(tmp_path, "one", SEARCH), make(tmp_path, "other", SAMPLES, "bon")
+    one, other = make(tmp_path, "one", SEARCH * 2), make(tmp_path, "other", SAMPLES * 2, "bon")
     found = comparison_answer(compare(one, other))
-    by, low, high, p = figures(WEIGHTED, BASELINE)
+    by, low, high, p = figures(WEIGHTED * 2, BASELINE * 2)
     assert p < 0.05 and by > 0
     surely = f"(95 % interval {low:.1f} to {high:.1f}, p = {p:.3f})"
     said = f"one is better than other by {by:.1f} points: {mean(WEIGHTED)} against {mean(BASELINE)} {surely}."
@@ -94,7 +99,7 @@ def test_each_basis_has_its_sentence_and_the_figures_are_those_of_the_largest_bu
     ]
     assert found.chosen == (
         "Chosen beforehand: the weighted vote of one, the majority vote of other, at the largest budget that both reach; "
-        "paired over 6 problems, intervals clustered by problem."
+        "paired over 12 problems, intervals clustered by problem."
     )
     assert found.mind == []
     # The other way round the same run is better, by as much.
@@ -125,10 +130,72 @@ def test_what_is_not_shown_is_not_said(tmp_path):
     six = comparison_answer(
         compare(*(make(tmp_path, name, [*beams, *beams[:2]]) for name, beams in (("r", right), ("w", wrong))))
     )
-    assert six.sentences[0].startswith("At equal N (6) r is better than w by 100.0 points: 100.0% against 0.0%")
+    assert six.sentences[0] == "At equal N (6) r is better than w by 100.0 points: 100.0% against 0.0%."
     assert six.mind == ["All 6 problems differ by the same, so the interval has no width."]
     same = comparison_answer(compare(one, make(tmp_path, "again", SEARCH)))
     assert same.sentences[0] == f"At equal N (6) both score {mean(WEIGHTED)}, the same on every problem."
+
+
+RIGHT_BEAMS, WRONG_BEAMS = ([[(word, 8)] * 3] * 2 for word in "12")
+
+
+@pytest.mark.parametrize("problems", [5, 12, 20])
+def test_five_problems_that_differ_show_nothing_whatever_the_t_test_says(tmp_path, problems):
+    """Chosen signs are as far from 0 in 2 of 32 cases: p = 0.0625."""
+    agree = [RIGHT_BEAMS] * (problems - 5)
+    pair = [make(tmp_path, name, [beams] * 5 + agree) for name, beams in (("r", RIGHT_BEAMS), ("w", WRONG_BEAMS))]
+    comparison = compare(*pair)
+    assert {row["p_exact"] for row in comparison["rows"] if row["metric_one"] == "wmaj"} == {0.0625}
+    said = comparison_answer(comparison).sentences[0]
+    assert "neither is shown to be better" in said and "is better than" not in said
+    if problems == 5:
+        assert said.endswith("100.0% against 0.0%, r minus w 100.0 points.")  # no interval of no width
+    else:
+        assert said.endswith(" by the t-test, 0.062 by trying all signs).") and "p = 0.0" in said
+
+
+def test_an_interval_that_deserves_little_trust_shows_no_difference():
+    row = {"basis": "N", "budget": 6.0, "one": 0.5, "other": 0.2, "difference": 0.3, "ci": 0.1, "p_value": 0.001,
+           "p_exact": None, "problems": 20, "warning": None}  # fmt: skip
+    assert answer.shown(row)
+    assert not answer.shown(row | {"warning": "3 of 20 problems carry 90 % of the variance"})
+    assert not answer.shown(row | {"p_exact": 0.06}) and not answer.shown(row | {"p_value": 0.06})
+    assert not answer.shown(row | {"p_value": None, "ci": None})
+
+
+def test_where_an_interval_has_no_width_neither_it_nor_a_p_value_is_shown(tmp_path):
+    found = run_answer(make(tmp_path, "r", [RIGHT_BEAMS] * 6))
+    assert found.sentences == [
+        "The weighted vote (N = 6, 2 repetitions pooled) is right on 100.0% of the problems: the same as the majority "
+        "vote (100.0%); the same as pass@1 (100.0%)."
+    ]
+    assert found.mind[0].startswith("All 6 problems score the same, so the interval has no width")
+
+
+def test_of_a_run_that_is_not_finished_it_is_said_that_it_is_no_result_yet(tmp_path):
+    one, other = make(tmp_path, "one", SEARCH * 2), make(tmp_path, "other", SAMPLES * 2, "bon", planned=16)
+    found = comparison_answer(compare(one, other))
+    assert found.sentences[0].startswith("At equal N (6), so far, one is better than other by ")
+    assert found.mind[0] == "Not a result yet: other has 24 of 32 searches."
+    alone = run_answer(other)
+    assert " is so far right on " in alone.sentences[0]
+    assert alone.mind[0] == found.mind[0]
+    assert not any("so far" in part for part in (*run_answer(one).sentences, *run_answer(one).mind))
+
+
+def test_of_several_comparisons_it_is_said_once_that_no_p_value_is_corrected(tmp_path):
+    runs = [make(tmp_path, name, SEARCH) for name in ("one", "two", "three")]
+    comparisons = [compare(runs[0], run) for run in runs[1:]]
+    said = "No p-value is corrected for there being 2 comparisons."
+    assert terminal_text(runs, comparisons).count(said) == 1
+    assert said in first_screen(runs, comparisons)[0].mind
+    assert "No p-value" not in terminal_text(runs[:2], comparisons[:1])
+
+
+def test_each_run_whose_rows_are_thinned_says_so(tmp_path):
+    runs = [make(tmp_path, name, [repetitions * 3 for repetitions in SEARCH]) for name in ("one", "two")]
+    text = " ".join(terminal_text(runs, []).split())
+    assert text.count("one: 4 of 6 budgets are shown.") == text.count("two: 4 of 6 budgets are shown.") == 1
 
 
 def test_the_sentence_is_about_the_vote_chosen_beforehand_and_not_the_best_looking_one(tmp_path):
@@ -162,7 +229,7 @@ def test_a_run_alone_is_set_against_its_other_vote_and_one_answer(tmp_path):
 
 
 def test_the_terminal_begins_with_the_answers_then_what_to_mind_then_tables(tmp_path):
-    one, other = make(tmp_path, "one", SEARCH), make(tmp_path, "other", SAMPLES, "bon")
+    one, other = make(tmp_path, "one", SEARCH * 2), make(tmp_path, "other", SAMPLES * 2, "bon")
     text = terminal_text([one, other], [compare(one, other)])
     assert text.startswith("one against other\n  At equal N (6) one is better than other by ")
     places = [

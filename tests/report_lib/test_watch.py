@@ -208,6 +208,63 @@ def test_a_mistake_is_said_at_once_and_a_file_that_breaks_later_leaves_the_page(
     assert searches_shown(out) == [2, 1, 1]
 
 
+def test_a_finished_run_that_is_begun_anew_is_waited_for(run, tmp_path, monkeypatch, caplog):
+    """Its empty file is no search at all, and damaged settings none that is known: neither is the end."""
+    out, states = tmp_path / "out", []
+    numbers = range(PROBLEMS * REPETITIONS)
+    good = run.paths.meta.read_text()
+
+    def look():
+        states.append(read_data(out / "report_data/live.js")["state"])
+
+    run.finish(*numbers)
+    watch_through(
+        run, out, monkeypatch,
+        lambda: (run.paths.results.write_text(""), run.paths.tree.write_text("")), look, look,
+        lambda: (look(), run.finish(*numbers)), lambda: run.paths.meta.write_text("{}"), look,
+        lambda: (look(), run.paths.meta.write_text(good)), look,
+    )  # fmt: skip
+    assert set(states) == {"live"} and len(states) == 6
+    assert sum("stays as it was" in record.getMessage() for record in caplog.records) == 1  # not at every look
+    assert read_data(out / "report_data/live.js")["state"] == "finished"
+
+
+def test_a_report_that_cannot_be_written_is_tried_again(run, tmp_path, monkeypatch, caplog):
+    """As on a full disk, without a change of the run."""
+    out, table = tmp_path / "out", tmp_path / "out/table.md"
+    run.finish(0)
+    watch_through(
+        run, out, monkeypatch, lambda: (table.unlink(), table.mkdir(), run.finish(1)), lambda: None, table.rmdir,
+        lambda: None,
+    )  # fmt: skip
+    assert searches_shown(out) == [1, 1]
+    (said,) = [record.getMessage() for record in caplog.records if "tried again" in record.getMessage()]
+    assert said.startswith(f"cannot write {table}: ")
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_report_that_cannot_be_written_at_first_is_one_line(run, tmp_path, watched):
+    run.finish(0)
+    (tmp_path / "out/table.md").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^cannot write .*table\.md"):
+        report.main([str(run.paths.results), "--out", str(tmp_path / "out"), *["--watch"] * watched])
+
+
+def test_however_it_ends_open_pages_are_told(run, tmp_path, monkeypatch):
+    """Right after the first page is there, by a fault of its own; and where the disk is full, by removing the file."""
+    out = tmp_path / "out"
+    live = out / "report_data/live.js"
+    run.finish(0)
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "terminal_text", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(error):
+                report.main([str(run.paths.results), "--watch", "--out", str(out)])
+        assert read_data(live)["state"] == "stopped"
+    watch_through(run, out, monkeypatch, lambda: live.with_name("live.js.tmp").mkdir())
+    assert not live.exists()
+
+
 def test_a_renewal_is_followed_by_a_rest_in_proportion(run, tmp_path, monkeypatch):
     """A run of a gigabyte takes a minute to read: that must not go on and on."""
     clock = [0.0]
@@ -224,7 +281,8 @@ def test_a_renewal_is_followed_by_a_rest_in_proportion(run, tmp_path, monkeypatc
     assert rests == [80.0, 80.0, 80.0]
 
 
-def test_ctrl_c_ends_the_script_with_its_page(run, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_script_with_its_page(run, tmp_path, number):
     run.finish(0, 1, 2)
     live = tmp_path / "out/report_data/live.js"
     command = [sys.executable, "report.py", str(run.paths.results), "--watch", "--out", str(tmp_path / "out")]
@@ -234,7 +292,7 @@ def test_ctrl_c_ends_the_script_with_its_page(run, tmp_path):
             assert process.poll() is None and time.monotonic() < begin + 120
             time.sleep(0.1)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         printed, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "pass@1" in printed
