@@ -40,6 +40,7 @@ RUN_LINES = [
     ("#777777", (0, (4, 1.5, 1, 1.5)), "D"),
 ]
 MAX_PANELS = 6
+NARROW = 6.0  # inches: the letters of a wider figure cannot be read on a phone
 LEAST_GAP = 0.12  # of an axis, between two ticks: less, and their labels touch
 
 

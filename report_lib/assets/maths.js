@@ -6,11 +6,14 @@ VGS.DEEPEST_FORMULA = 150; // elements in one another: a browser's layout recurs
 VGS.LARGEST_FORMULA = 5000; // elements
 VGS.MOST_HELD_FORMULAS = 2000;
 VGS.TEMML = "report_data/assets/vendor/temml/";
-// No links, pictures, ids or classes (trust), few expansions, nothing larger than 20 em. `\mbox` is missing in Temml.
+// No links, pictures, ids or classes (trust), few expansions, no length above 2 em. `\mbox` is missing in Temml.
 VGS.temmlOptions = (display) =>
-  ({ displayMode: display, throwOnError: true, trust: false, maxExpand: 300, maxSize: [20, 200], wrap: display ? "none" : "tex", macros: { "\\mbox": "\\text" } });
+  ({ displayMode: display, throwOnError: true, trust: false, maxExpand: 300, maxSize: [2, 20], wrap: display ? "none" : "tex", macros: { "\\mbox": "\\text" } });
 // Definitions can multiply what there is to draw, and no trace needs them.
 VGS.DEFINITION = /\\(?:[gex]?def|let|futurelet|global|long|(?:re|provide)?newcommand|definecolor)(?![a-zA-Z])/;
+
+// Nor is there a need to lift text over the lines around it.
+VGS.RAISED = /\\(?:raise|lower|raisebox)(?![a-zA-Z])/;
 
 VGS.drawn = new Map(); // formula -> its MathML, or null where it cannot be drawn
 VGS.undrawn = []; // [box, formula]: shown as source until the renderer is there
@@ -44,7 +47,7 @@ VGS.drawFormula = function (box, formula) {
 
 /** MathML of a formula, or null. */
 VGS.mathml = function ({ tex, display }) {
-  if (tex.length > VGS.LONGEST_FORMULA || VGS.DEFINITION.test(tex) || VGS.HIDDEN.test(tex)) return null;
+  if (tex.length > VGS.LONGEST_FORMULA || VGS.DEFINITION.test(tex) || VGS.RAISED.test(tex) || VGS.HIDDEN.test(tex)) return null;
   const holder = document.createElement("span");
   try {
     window.temml.render(tex, holder, VGS.temmlOptions(display));

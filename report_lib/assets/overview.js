@@ -25,8 +25,12 @@ VGS.foldSwitch = function () {
   return VGS.el("p", { class: "note" }, button, " half-widths of the released code, without the variance between problems");
 };
 
-VGS.figure = (plot) => VGS.el("figure", { class: plot.wide ? "wide" : null },
-  VGS.el("a", { href: plot.svg }, VGS.el("img", { src: plot.png, alt: plot.title, loading: "lazy", style: { "--inches": String(plot.inches) } })),
+VGS.PHONE = "(max-width: 760px)"; // as in report.css
+
+VGS.figure = (plot) => VGS.el("figure", { style: { "--wide": String(plot.inches), "--narrow": String(plot.narrow_inches ?? plot.inches) } },
+  VGS.el("a", { href: plot.svg }, VGS.el("picture", {},
+    plot.narrow ? VGS.el("source", { media: VGS.PHONE, srcset: plot.narrow }) : null,
+    VGS.el("img", { src: plot.png, alt: plot.title, loading: "lazy" }))),
   VGS.el("figcaption", {}, VGS.textNodes(plot.caption)));
 
 /** One question: sentences, what to mind, what was chosen beforehand. */

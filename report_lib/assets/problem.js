@@ -22,9 +22,9 @@ VGS.voteTable = function (data, at) {
     VGS.el("h3", {}, "Vote ",
       ["all", "one"].map((kind) => VGS.el("button", { type: "button", class: "chip", "aria-pressed": String((kind === "all") === pooled), onclick: () => { VGS.view.pooled = kind === "all"; VGS.show(); } },
         kind === "all" ? `all ${over} repetitions` : `repetition ${data.searches[at].repeat}`))),
-    VGS.el("table", {},
+    VGS.el("div", { class: "scroll" }, VGS.el("table", {},
       VGS.el("thead", {}, VGS.el("tr", {}, ["Answer", "Beams", "Sum of values", "Best value"].map((name, i) => VGS.el("th", { class: i ? "number" : "words" }, name)))),
-      VGS.el("tbody", {}, body)),
+      VGS.el("tbody", {}, body))),
     VGS.el("p", { class: "note" }, vote
       ? [rest > 0 ? `${rest} more answers. ` : "", vote.empty ? `${vote.empty} beams without an answer. ` : "",
         `Majority: ${word(vote.maj)}. Value-weighted: ${word(vote.wmaj)}. Best of N: ${word(vote.bon)}.`]
@@ -85,6 +85,14 @@ VGS.drawSearch = function (data, at, room) {
   return VGS.el("div", { class: "search" }, VGS.el("div", { class: "tree-holder" }, svg, VGS.legend()), pane);
 };
 
+/** Scroll the tree, and nothing else, so far that the chosen block is seen. */
+VGS.showChosen = function () {
+  const holder = document.querySelector(".tree-holder");
+  const [room, node] = [holder, holder.querySelector(".chosen")].map((part) => part.getBoundingClientRect());
+  holder.scrollLeft += Math.max(0, node.right + VGS.BRANCH_GAP - room.right);
+  holder.scrollTop += Math.max(0, node.bottom - room.bottom);
+};
+
 VGS.legend = function () {
   return VGS.el("p", { class: "legend" },
     "value ", [0, 0.25, 0.5, 0.75, 1].map((value) => VGS.el("span", { class: "swatch", style: { "--fill": VGS.colour(value), "--ink": VGS.ink(value) } }, String(value))),
@@ -113,6 +121,7 @@ VGS.drawProblem = function (data) {
       VGS.voteTable(data, at)),
     VGS.searchStrip(data, at),
     VGS.drawSearch(data, at, document.getElementById("main").clientWidth));
+  VGS.showChosen();
   window.scrollTo(0, scrolled);
 };
 

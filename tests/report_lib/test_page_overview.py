@@ -1,6 +1,7 @@
 """The page's first screen in headless Chromium: answers before all else, folded tables, a window as narrow as a phone."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from chromium import BINARY, SKIP_REASON
@@ -17,8 +18,10 @@ TITLES = "[...document.querySelectorAll('section.table h3')].filter((h) => h.off
 
 def plots(folder, analyses):
     """As `write_plots` tells them; one stands beside the answers."""
-    names = {"png": "none.png", "svg": "none.svg", "title": "t", "wide": False, "inches": 14.4}
-    (folder / "none.png").write_bytes(bytes.fromhex("89504e470d0a1a0a"))
+    names = {"png": "none.png", "svg": "none.svg", "title": "t", "inches": 14.4}
+    names |= {"narrow": "narrow.png", "narrow_inches": 4.8}
+    for name in (names["png"], names["narrow"]):
+        (folder / name).write_bytes(bytes.fromhex("89504e470d0a1a0a"))
     return [names | {"stem": stem, "caption": stem} for stem in ("accuracy_n", "difference")]
 
 
@@ -28,6 +31,16 @@ def html(tmp_path_factory):
     runs = [read_run(path, path.stem) for path in make_pair(folder)]
     report.write_report(folder / "out", runs, None, plots)
     return folder / "out/report.html"
+
+
+@contextmanager
+def window(page, width):
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 1000}
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    try:
+        yield
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
 
 
 def test_it_begins_with_the_answers_and_their_plot(page, html):
@@ -83,9 +96,7 @@ def test_the_list_has_clones(page, html):
 
 @pytest.mark.parametrize("width", [390, 1400])
 def test_no_view_is_wider_than_its_window(page, html, width):
-    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 1000}
-    page.call("Emulation.setDeviceMetricsOverride", **size)
-    try:
+    with window(page, width):
         for fragment, ready in (
             ("", READY),
             ("#view=problems", "document.querySelectorAll('.list tbody tr').length === 6"),
@@ -98,5 +109,39 @@ def test_no_view_is_wider_than_its_window(page, html, width):
                 "[...document.querySelectorAll('header button')].map((b) => b.getBoundingClientRect().right)"
             )
             assert max(buttons) <= width
-    finally:
-        page.call("Emulation.clearDeviceMetricsOverride")
+
+
+@pytest.mark.parametrize("width", [390, 1100, 1400])
+def test_long_answers_scroll_in_the_vote_and_the_chosen_block_is_seen(page, html, width):
+    """Answers of 60 letters without a space, and a block of the last round, which its tree has no room for."""
+    change = (
+        "VGS.load(VGS.shownProblem.name).then((data) => { for (const vote of [data.vote, ...data.searches.map((s) => s.vote)])"
+        "for (const row of vote.rows) row.answers = row.answers.flatMap(() => ['7'.repeat(60), '8'.repeat(60)]);"
+        "VGS.drawProblem(data); return VGS.textShown; })"
+    )
+    seen = (
+        "(() => { const [room, node] = ['.tree-holder', '.tree .chosen'].map((name) =>"
+        "document.querySelector(name).getBoundingClientRect());"
+        "return [room.left <= node.left, node.right <= room.right, window.scrollY]; })()"
+    )
+    with window(page, width):
+        page.open(html, "#view=problem&problem=2")
+        page.wait("!!document.querySelector('#block-text')")
+        assert page.run(seen) == [True, True, 0]
+        page.run(change)
+        assert page.run("document.documentElement.scrollWidth") == width
+        assert page.run(
+            "(() => { const b = document.querySelector('.vote .scroll'); return b.scrollWidth > b.clientWidth; })()"
+        )
+
+
+@pytest.mark.parametrize(("width", "name"), [(390, "narrow.png"), (1400, "none.png")])
+def test_a_phone_is_shown_plots_of_one_column(page, html, width, name):
+    with window(page, width):
+        page.open(html)
+        page.wait(READY)
+        page.wait("[...document.querySelectorAll('figure img')].every((img) => img.currentSrc)")
+        shown = page.run("[...document.querySelectorAll('figure img')].map((img) => img.currentSrc.split('/').pop())")
+        assert shown == [name] * 2
+        boxes = "[...document.querySelectorAll('figure a')].map((a) => a.scrollWidth <= a.clientWidth)"
+        assert width > 1000 or page.run(boxes) == [True, True]

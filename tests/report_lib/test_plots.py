@@ -162,3 +162,18 @@ def test_what_a_run_does_not_tell_is_not_drawn(tmp_path):
     assert plots.trace_figure([analysis]) is None
     assert not RunPaths.of(path).meta.exists()
     assert json.dumps(analysis.rows)
+
+
+def test_a_wide_figure_is_also_drawn_for_a_phone(analyses, tmp_path, monkeypatch):
+    """Its panels stand below one another, and its lines are the same."""
+    monkeypatch.setattr(plots, "reliability_figure", lambda *_: None)
+    drawn = {plot["stem"]: plot for plot in plots.write_plots(tmp_path, analyses)}
+    assert {stem for stem, plot in drawn.items() if "narrow" in plot} == {f"accuracy_{a}" for a in plots.AXES} | {
+        "comparison"
+    }
+    for plot in drawn.values():
+        assert plot.get("narrow_inches", plot["inches"]) <= plots.NARROW
+        assert (tmp_path / plot.get("narrow", plot["png"])).exists()
+    wide, narrow = plots.comparison_figure(analyses), plots.comparison_figure(analyses, columns=1)
+    assert [lines_of(axis) for axis in narrow.axes] == [lines_of(axis) for axis in wide.axes]
+    assert len({axis.get_position().x0 for axis in narrow.axes}) == 1
