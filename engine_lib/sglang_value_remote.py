@@ -23,7 +23,7 @@ from engine_lib.server_pool import PATIENCE, Patience, Place, Server, ServerPool
 from engine_lib.sglang_wire import ServerLost, TryFailed
 from engine_lib.value_base import ValueConfig, Valued, check_traces
 from engine_lib.value_check import TOLERANCE, known_traces
-from engine_lib.value_wire import ARCHITECTURES, read_row
+from engine_lib.value_wire import ARCHITECTURES, read_row, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +134,7 @@ class SGLangValueServers(ServerPool):
             )
         if (Path(info.model_path) / "config.json").is_file():  # it is on this machine, or looks the same from here
             theirs = inspect_model(Path(info.model_path), f"{self.flag} {url}:")
-            for what, its, wanted in (
-                ("a vocabulary of {}", theirs.vocab_size, ours.vocab_size),
-                ("{} labels", theirs.num_labels, ours.num_labels),
-            ):
-                if its != wanted:
-                    raise UserError(
-                        f"{self.flag} {url} serves {info.model_path} with {what.format(its)}; "
-                        f"--classifier_ckpt_path {path} has {wanted}: give the server that checkpoint"
-                    )
+            self._check_same(url, info, "{} labels", theirs.num_labels, ours.num_labels)
         if info.dtype != DTYPES[ours.dtype]:
             raise UserError(
                 f"{self.flag} {url} computes in {info.dtype or 'a type that it does not tell'}, and --value_dtype is "
@@ -153,26 +145,43 @@ class SGLangValueServers(ServerPool):
         if not told:
             warn_of_cost(url, info)
 
+    def _check_same(self, url: str, info: ValueServerInfo, what: str, its: int | None, wanted: int) -> None:
+        if its != wanted:
+            raise UserError(
+                f"{self.flag} {url} serves {info.model_path} with {what.format(its)}; "
+                f"--classifier_ckpt_path {self.config.model_path} has {wanted}: give the server that checkpoint"
+            )
+
     async def _examine(self, server: Server, infos: dict[str, ValueServerInfo]) -> None:
-        """Each server's values of the known sequence, those behind a router too; another checkpoint gives others."""
-        traces, bound = known_traces(self.config.vocab_size), TOLERANCE[self.config.dtype]
-        for url in infos:
-            page, body = request_of(traces, through_router=False)
+        """Each server's vocabulary, and its values of the known sequence, those behind a router too; another checkpoint gives
+        others."""
+        ours, bound = self.config, TOLERANCE[self.config.dtype]
+        for url, info in infos.items():
             try:
-                response = await self._client.post(f"{url}/{page}", json=body, timeout=self.patience.answer_s)
-                values = [one.value for one in read_values(response, len(traces), self.config.num_labels)]
+                values, vocabulary = await self._known_sequence(url)
             except (httpx.HTTPError, TryFailed) as error:
                 raise ServerLost(first_line(error)) from error
             except EngineError as error:
                 raise UserError(f"{self.flag} {url}: {first_line(error)}") from error
+            self._check_same(url, info, "a vocabulary of {}", vocabulary, ours.vocab_size)
             other, known = self._known = self._known or (url, values)
             off = max(abs(a - b) for a, b in zip(values, known, strict=True))
             if not off <= bound:
                 raise UserError(
                     f"{self.flag} {url} and {other} serve different value models: {values[-1]:.6f} and {known[-1]:.6f} "
                     "for a known sequence; give all of them --classifier_ckpt_path "
-                    f"{self.config.model_path}"
+                    f"{ours.model_path}"
                 )
+
+    async def _known_sequence(self, url: str) -> tuple[list[float], int]:
+        """A server's values of it, and the size of its vocabulary. Raises as `read_rows` does, or httpx.HTTPError."""
+        traces, limit = known_traces(self.config.vocab_size), self.patience.answer_s
+        page, body = request_of(traces, through_router=False)
+        response = await self._client.post(f"{url}/{page}", json=body, timeout=limit)
+        values = [one.value for one in read_values(response, len(traces), self.config.num_labels)]
+        body = {"input_ids": traces[-1], "token_indices_to_pool": [len(traces[-1]) - 1]}
+        (row,) = read_rows(await self._client.post(f"{url}/{page}", json=body, timeout=limit), 1)
+        return values, read_vocabulary(row, self.config.num_labels)
 
 
 def architectures_of(path: str) -> tuple[str, ...]:

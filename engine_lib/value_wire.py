@@ -2,8 +2,8 @@
 
 A reply is one row of float32 numbers, L = num_labels:
 - the value at the last token: L raw logits of it, then the number of tokens computed for the request;
-- values at K given positions: for each position L raw logits and a flag, then the number of tokens computed. The flag is 0,
-  and the logits too, where the position's keys and values were cached: it has no hidden state, and so no value.
+- values at K given positions: for each position L raw logits and the size of the model's vocabulary, then the number of tokens
+  computed. The size is 0, and the logits too, where the position's keys and values were cached: it has no hidden state, and so no value.
 """
 
 import math
@@ -38,6 +38,13 @@ def read_positions(floats: Sequence[float], positions: int, num_labels: int) -> 
     _check_length(floats, positions * width + 1, num_labels)
     rows = [floats[start : start + width] for start in range(0, positions * width, width)]
     return [value_of(row[:num_labels]) if row[num_labels] else None for row in rows], int(floats[-1])
+
+
+def read_vocabulary(floats: Sequence[float], num_labels: int) -> int:
+    """The size of the model's vocabulary, of the row at one position: a trace's last, which is never cached. SGLang tells it
+    nowhere (0.5.23). Raises EngineError for what is no such row."""
+    _check_length(floats, num_labels + 2, num_labels)
+    return int(floats[num_labels])
 
 
 def value_of(logits: Sequence[float]) -> float:

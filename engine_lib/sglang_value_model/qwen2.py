@@ -75,7 +75,7 @@ class Qwen2ValueModel(nn.Module):
             here = ((wanted >= prefix) & (wanted < prefix + length)).nonzero().squeeze(1)
             places = here.to(hidden.device)
             request.rows[places, :-1] = self.score(hidden[(wanted[here] - prefix + begin).to(hidden.device)].float())
-            request.rows[places, -1] = 1.0
+            request.rows[places, -1] = self.config.vocab_size
             rows.append(torch.cat([request.rows.flatten(), request.rows.new_tensor([request.computed])]))
             begin += length
         return rows

@@ -28,7 +28,7 @@ from engine_lib.sglang_local import SGLangEngine
 from engine_lib.sglang_value_local import SGLangValueEngine
 from engine_lib.sglang_value_model.qwen2 import EntryClass
 from engine_lib.value_base import ValueConfig
-from engine_lib.value_wire import read_positions, read_row, row_of
+from engine_lib.value_wire import read_positions, read_row, read_vocabulary, row_of
 
 POISON = 263  # a token whose embedding is NaN, in the model of 3 labels
 ARGS = ("max_running_requests=64", "chunked_prefill_size=64")
@@ -154,13 +154,16 @@ def test_one_label(small, models):
         assert got.tokens_computed == len(trace)
 
 
-def at_positions(engine, trace, positions):
+def row_at(engine, trace, positions):
     async def embed():
         request = EmbeddingReqInput(input_ids=trace, token_indices_to_pool=positions)
         return await anext(engine._engine.tokenizer_manager.generate_request(request, None))
 
-    output = asyncio.run(engine._process.run(embed, 60, "late"))
-    return read_positions(row_of(output), len(positions), engine.num_labels)
+    return row_of(asyncio.run(engine._process.run(embed, 60, "late")))
+
+
+def at_positions(engine, trace, positions):
+    return read_positions(row_at(engine, trace, positions), len(positions), engine.num_labels)
 
 
 def test_values_at_several_positions_over_chunks(engine, models):
@@ -175,6 +178,8 @@ def test_values_at_several_positions_over_chunks(engine, models):
     assert values[:2] == [None, None], "their keys and values were cached"
     assert values[2:] == pytest.approx([full_pass(models[3], longer)[i] for i in (200, 270, 289)], abs=1e-5)
     assert computed == 90
+    for ids in ([5], longer):  # all but the last token of the second is cached
+        assert read_vocabulary(row_at(engine, ids, [len(ids) - 1]), 3) == 264
 
 
 def test_what_would_kill_or_hang_it_is_refused_and_it_answers_the_next(engine, small):

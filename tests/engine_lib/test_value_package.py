@@ -11,7 +11,7 @@ from engine_lib import value_wire
 from engine_lib.base import EngineError
 from engine_lib.sglang_value_model.progress import MOST_UNFINISHED, ProgressTable
 from engine_lib.value_base import Valued
-from engine_lib.value_wire import read_positions, read_row, value_of
+from engine_lib.value_wire import read_positions, read_row, read_vocabulary, value_of
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -35,6 +35,13 @@ def test_positions_in_the_cached_prefix_have_no_value():
     assert read_positions(rows, 2, 3) == ([None, pytest.approx(0.5)], 55)
     assert read_positions([0.0, 0.0, -1.0, 1.0, 3.0], 2, 1) == ([None, pytest.approx(1 / (1 + math.e))], 3)
     assert read_positions([12.0], 0, 3) == ([], 12)
+
+
+def test_a_position_that_is_not_cached_tells_the_vocabulary():
+    assert read_vocabulary([0.0, 1.0, 0.0, 151_936.0, 1.0], 3) == 151_936
+    assert read_vocabulary([0.0, 264.0, 24.0], 1) == 264
+    with pytest.raises(EngineError, match="has 4 numbers, and a value model of 3 labels writes 5"):
+        read_vocabulary([0.0] * 4, 3)
 
 
 @pytest.mark.parametrize("length", [0, 3, 5, 32])

@@ -362,20 +362,23 @@ def test_what_is_no_server_of_this_value_model_is_refused(model, servers, info, 
     assert f"--value_url {server.url}" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(vocab_size=300), "with a vocabulary of 300; --classifier_ckpt_path .* has 264"),
-        (dict(num_labels=1), "with 1 labels; --classifier_ckpt_path .* has 3"),
-    ],
-)
-def test_a_checkpoint_that_can_be_seen_is_compared_by_its_config(
-    model, servers, value_folder, tmp_path, changes, message
-):
+@pytest.mark.parametrize("routed", [False, True])
+def test_another_vocabulary_is_refused_wherever_the_servers_folder_lies(model, servers, routed):
+    """It takes the ids of the known sequence; a greater one would end it in the middle of the run."""
+    server = servers(vocabulary=200)
+    router = servers() if routed else server
+    if routed:
+        router.workers = [server.url]
+    message = f"^--value_url {server.url} serves the-value-model with a vocabulary of 200; .* has 264: give the server"
+    with pytest.raises(UserError, match=message):
+        new_engine(model, router)
+
+
+def test_a_checkpoint_that_can_be_seen_is_compared_by_its_config(model, servers, value_folder, tmp_path):
     import tiny
 
-    served = tiny.save_value_model(tmp_path / "served", tokenizer=False, **changes)
-    with pytest.raises(UserError, match=f"serves {served} {message}"):
+    served = tiny.save_value_model(tmp_path / "served", tokenizer=False, num_labels=1)
+    with pytest.raises(UserError, match=f"serves {served} with 1 labels; --classifier_ckpt_path .* has 3"):
         new_engine(model, servers(model_path=str(served)))
     new_engine(model, servers(model_path=str(value_folder)))
 
