@@ -19,7 +19,7 @@ import kill_test
 from common_lib.cli import UserError
 from common_lib.shards import Shard
 from engine_lib.base import EngineError
-from training_lib.collection_folder import CollectionFolder
+from training_lib.collection_folder import CollectionFolder, RollIns
 from training_lib.rollout_data import load_rollouts
 
 
@@ -118,6 +118,74 @@ def test_a_stopped_shard_tells_of_its_own_problems(inputs, tmp_path, monkeypatch
     assert run.status == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: the engine is dead (0 of 3 problems of shard 2/3 are done; the same command goes on)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed between two steps, and begun by an older version
+
+
+def die(*_):
+    raise KeyError("the power goes")
+
+
+def test_journals_that_a_kill_has_left_of_a_finished_file_are_removed(inputs, whole, tmp_path, monkeypatch):
+    """A file stands as soon as it has its name; its journals go after that."""
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(CollectionFolder, "_remove_journals", die)
+        collect(patch.setattr, inputs, tmp_path / "out", **settings(inputs))
+    left = {path.name[-11:] for path in tmp_path.rglob("r*-*.jsonl")}
+    assert any(path.name[6:11] + ".jsonl" in left for path in (tmp_path / "out/data").iterdir())
+    collect(monkeypatch.setattr, inputs, tmp_path / "out", **settings(inputs))
+    assert kill_test.files_of(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def older(inputs, tmp_path, monkeypatch):
+    """Stopped after some files: one journal has the roll-ins of all, finished ones too, and its last line is torn."""
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        stop_after(patch, 6)
+        patch.setattr(CollectionFolder, "_remove_journals", lambda *_: None)
+        collect(patch.setattr, inputs, tmp_path / "out", **settings(inputs))
+    journals = sorted(tmp_path.glob("out/.collect/roll_ins-00-*.jsonl"))
+    assert len(journals) == 6 and list(tmp_path.glob("out/data/*"))
+    text = "".join(path.read_text() for path in journals)
+    (tmp_path / "out/.collect/roll_ins-00.jsonl").write_text(text + '{"i": 10, "roll_')
+    for path in journals:
+        path.unlink()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("dies", [None, "RollIns.add", "fsync", "RollIns.close"])
+def test_an_older_collection_keeps_its_roll_ins_wherever_their_split_is_killed(
+    dies, inputs, whole, older, monkeypatch, caplog
+):
+    if dies:
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            adds = [2]
+
+            def die_later(self, *what, add=RollIns.add):
+                adds[0] -= 1
+                return add(self, *what) if adds[0] >= 0 else die()
+
+            patch.setattr(f"training_lib.collection_folder.{dies}", die_later if dies.endswith("add") else die)
+            collect(patch.setattr, inputs, older, **settings(inputs))
+        assert (older / ".collect/roll_ins-00.jsonl").exists()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run = collect(monkeypatch.setattr, inputs, older, **settings(inputs))
+    assert [engine.config.model_path.rsplit("/", 1)[1] for engine in run.engines] == ["policy"]  # the other's are kept
+    (said,) = [record.getMessage() for record in caplog.records if "roll_ins-00.jsonl: of an" in record.getMessage()]
+    assert "are split into journals by file" in said
+    assert kill_test.files_of(older) == whole
+
+
+def test_a_shard_of_an_older_collection_is_told_to_split_it_first(inputs, older, monkeypatch):
+    before = kill_test.files_of(older)
+    with pytest.raises(
+        UserError, match=r"roll_ins-00\.jsonl holds .*; start the command once without --shard"
+    ) as error:
+        collect(monkeypatch.setattr, inputs, older, shard="1/3", **settings(inputs))
+    assert "\n" not in str(error.value) and kill_test.files_of(older) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pyarrow.parquet as pq
 from filelock import BaseFileLock
 
 from common_lib.cli import UserError
-from common_lib.files import LineFile, lock, read_rows, write_text, write_whole
+from common_lib.files import LineFile, fsync, lock, output_errors, read_rows, write_text, write_whole
 from common_lib.shards import Shard
 from engine_lib.arguments import LATER_ARGUMENTS
 from engine_lib.http_client import allow_open_files
 from training_lib.rollout_files import WORK, count_files, file_places, written_file
+
+logger = logging.getLogger(__name__)
 
 WHOLE = Shard(0, 1)
 PATIENCE_S = 60.0  # another process looks at the folder, or writes the data card, for a moment
@@ -75,12 +78,15 @@ class CollectionFolder:
             with self._alone():
                 self._check_settings()
                 self._lock_shard()
+            older = self._older_roll_ins()
             for file in self.files:
                 if self.written(file) is None:
                     self._rows[file] = self._open_lines(f"rows-{file:05d}")
                     self._write_if_whole(file)
                 else:
                     self._remove_journals(file)
+            for model, path in older.items():
+                self._split_roll_ins(model, path)
             self._at_close = self._at_close.pop_all()
 
     @contextlib.contextmanager
@@ -156,6 +162,33 @@ class CollectionFolder:
             {file: self._open_lines(f"roll_ins-{model:02d}-{file:05d}") for file in self._rows}, self.problems_each
         )
 
+    def _older_roll_ins(self) -> dict[int, Path]:
+        """By model, the journal for the whole folder that a collection from before --shard has. UserError for a shard:
+        it is not alone in the folder, so it must not split them."""
+        names = [re.fullmatch(r"roll_ins-(\d+)\.jsonl", name) for name in sorted(os.listdir(self.work))]
+        found = {int(name[1]): self.work / name[0] for name in names if name}
+        if found and self.shard != WHOLE:
+            raise UserError(
+                f"{next(iter(found.values()))} holds roll-ins of all parquet files, as before there was --shard; start the "
+                "command once without --shard, which splits it by file, then give --shard again"
+            )
+        return found
+
+    def _split_roll_ins(self, model: int, path: Path) -> None:
+        """Put an older journal's roll-ins into those of the files, and remove it once they are durable: a process that is
+        killed in between does it again, and takes no problem twice."""
+        LineFile(path).close()  # without its torn last line
+        kept, count = self.roll_ins(model), 0
+        for _, record in read_rows(path):
+            if record["i"] // self.problems_each in kept.files and not kept.has(record["i"]):
+                kept.add(record["i"], record["roll_ins"])
+                count += 1
+        kept.close()
+        with output_errors(path):
+            fsync(self.work)
+            path.unlink()
+        logger.info("%s: of an older version; roll-ins of %d problems are split into journals by file", path, count)
+
     def write_card(self, text: str) -> None:
         """README.md; the last shards may do so at once, and to the same effect."""
         with self._alone():
@@ -223,7 +256,7 @@ class RollIns:
     def has(self, number: int) -> bool:
         return number in self.files[number // self.problems_each].done
 
-    def add(self, number: int, traces: dict[int, list[int]]) -> None:
+    def add(self, number: int, traces: Mapping[int, list[int]] | Mapping[str, list[int]]) -> None:
         """traces: response tokens by roll-in number."""
         self.files[number // self.problems_each].add(number, {"roll_ins": traces})
 

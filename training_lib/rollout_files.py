@@ -34,7 +34,8 @@ def written_file(folder: Path, number: int, count: int) -> Path | None:
 def check_all_there(path: str) -> None:
     """Before a data set is read: UserError for a collection some of whose files are missing, naming them.
 
-    In another folder only the names can tell, and what is missing may have been left out on purpose: a warning.
+    In another folder only the names can tell, and what is missing may have been left out on purpose: a warning. Of a
+    collection's own data/ the hidden folder beside it still tells which files are kept apart.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -53,9 +54,11 @@ def check_all_there(path: str) -> None:
     found = defaultdict(set)
     for file in folder.rglob("*.parquet"):
         if match := NUMBERED.fullmatch(file.name):
-            found[file.parent / match[1], match[3]].add(int(match[2]))
+            found[file.parent.resolve() / match[1], match[3]].add(int(match[2]))
     for (stem, of), numbers in found.items():
-        if gaps := sorted(set(range(int(of))) - numbers):
+        collection = stem.parent.parent  # if it is one
+        gaps = sorted(set(range(int(of))) - numbers)
+        if gaps := [number for number in gaps if written_file(collection, number, int(of)) is None]:
             names = [f"{stem.name}-{number:05d}-of-{of}.parquet" for number in gaps]
             logger.warning("%s lacks %s, as the names of the others say; going on without", path, _first(names))
 

@@ -53,13 +53,30 @@ def test_a_whole_collection_and_what_is_none_are_not_spoken_of(collection, tmp_p
 
 def test_elsewhere_names_alone_tell_so_it_is_a_warning(collection, caplog):
     """Files may have been left out on purpose; whether one is kept apart is not known without the hidden folder."""
+    elsewhere = collection.with_name("elsewhere")
+    (collection / "data").rename(elsewhere)
     with caplog.at_level(logging.WARNING):
-        check_all_there(str(collection / "data"))
+        check_all_there(str(elsewhere))
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{collection / 'data'} lacks train-00001-of-00006.parquet, train-00002-of-00006.parquet, "
+        f"{elsewhere} lacks train-00001-of-00006.parquet, train-00002-of-00006.parquet, "
         "train-00005-of-00006.parquet, as the names of the others say; going on without"
     )
+
+
+def test_beside_the_hidden_folder_a_file_that_is_kept_apart_is_none_that_lacks(collection, monkeypatch, caplog):
+    """FOLDER/data, which is what the refusal of FOLDER names."""
+    with caplog.at_level(logging.WARNING):
+        check_all_there(str(collection / "data"))
+        (record,) = caplog.records
+        assert f"{collection / 'data'} lacks train-00002-of-00006.parquet, train-00005" in record.getMessage()
+        for number in (2, 5):
+            (collection / f"data/train-{number:05d}-of-00006.parquet").touch()
+        caplog.clear()
+        check_all_there(str(collection / "data"))
+        monkeypatch.chdir(collection / "data")
+        check_all_there(".")
+    assert not caplog.records
 
 
 def test_places_of_files(tmp_path):
