@@ -21,7 +21,7 @@ _MATH_FONTS = "mathbf|mathit|mathsf|boldsymbol|bm|pmb|underline"
 _FONT = re.compile(rf"\\(?:(?P<text>{_TEXT_FONTS})|{_MATH_FONTS})\s*(?=\{{)")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ANSWER_IS = re.compile(
-    rf"\\(?:{_TEXT_FONTS})\{{\W*(?:so|thus|hence|therefore)?\W*(?:the|our|my)?\s*(?:final|correct)?\s*answer\s*"
+    rf"\\(?:{_TEXT_FONTS})\{{[^\w{{}}]{{0,20}}(?:so|thus|hence|therefore)?[^\w{{}}]{{0,20}}(?:the|our|my)?\s*(?:final|correct)?\s*answer\s*"
     r"(?:is|equals)?[\s:=]*\}",
     re.IGNORECASE,
 )
@@ -87,7 +87,12 @@ _LETTER_COMMANDS = re.compile(
     r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|pi|phi|sigma|omega)(?![A-Za-z])|[0-9A-Za-z]"
 )
 _NOT_EQUAL = re.compile(r"\\not\s*=|!=")
-_RELATION = re.compile(r"(?:\\(?:geq{0,2}|leq{0,2}|geqslant|leqslant|neq?|gt|lt)(?![A-Za-z])|[<>]=?)\s*(?=\S)")
+_RELATION = re.compile(r"(?:\\(?:geq{0,2}|leq{0,2}|[gl]eqslant|neq?|gt|lt)(?![A-Za-z])|[<>]=?)\s*(?=\S)")
+_OTHER_RELATION = re.compile(r"\\(?:n[gl]eq|ll|gg|lesssim|gtrsim|propto)(?![A-Za-z])|[≲≳≪≫∝]")  # math-verify reads none
+# What may stand before a relation without its left side: brackets, spaces, delimiters, a word and a colon
+_BEFORE_RELATION = re.compile(
+    r"(?:\\left(?![A-Za-z])|\\[!,;:> ]|\\q?quad(?![A-Za-z])|\\displaystyle(?![A-Za-z])|\\\{|\\[(\[]|[{(\[$~\s]|[A-Za-z]{1,20}:)*"
+)
 
 
 def _joined_digits(text: str) -> str:
@@ -153,7 +158,8 @@ def normalize_answer(text: str) -> str:
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3]}}}", text)
     text = _NOT_EQUAL.sub(lambda _: r"\ne ", _braced_fractions(_joined_digits(text)))
     text = " ".join(text.split())
-    return f"x {text}" if _RELATION.match(text) else text  # without a left side math-verify reads the number alone
+    # Without a left side math-verify reads the number alone.
+    return f"x {text}" if _RELATION.match(text) and "$" not in text else text
 
 
 def as_integer(text: str) -> str | None:
@@ -169,7 +175,8 @@ def as_integer(text: str) -> str | None:
 
 _NAME = r"(?:[A-Za-z]\s*(?:=|\\equiv)\s*|\\equiv\s*)?"
 _BASE = re.compile(
-    rf"{_NAME}(?P<digits>[+-]?[0-9][0-9A-Fa-f]*)\s*_\s*(?:\{{\s*(?:\\text\{{\s*)?\(?(\d+)\)?\s*\}}?\s*\}}|(\d))",
+    rf"{_NAME}(?P<digits>[+-]?[0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]*(?:\\overline\{{[0-9A-Fa-f]+\}})?)?)\s*_\s*"
+    r"(?:\{\s*(?:\\text\{\s*)?\(?(\d+|[a-z]{3,9})\)?\s*\}?\s*\}|(\d)|\\text\{\s*([a-z]{3,9})\s*\})",
     re.ASCII,
 )
 _MODULUS = re.compile(
@@ -189,11 +196,23 @@ def answer_parts(text: str) -> tuple[str, str | None, str]:
     if len(text) > _MOST_CHARACTERS or MATH_MARK.search(text):
         return text, None, ""
     if base := _BASE.fullmatch(text):
-        return base["digits"], base[2] or base[3], ""
+        number = _number_word(base[2] or base[3] or base[4])
+        return base["digits"], "" if number == "10" else number, ""
     if modulus := _MODULUS.fullmatch(text):
         return modulus["digits"], "", f"mod {modulus['modulus']}"
     power = _UNIT_POWER.fullmatch(text)
     return text, "", power[1] if power else ""
+
+
+_NUMBER = re.compile(r"[+-]?\d[\d.,]*", re.ASCII)
+
+
+def _has_relation(text: str) -> bool:
+    """Whether it begins with a relation without its left side, whatever stands before that."""
+    if "\\boxed" in text:  # the answer stands there
+        return False
+    start = _BEFORE_RELATION.match(text).end()  # type: ignore[union-attr]
+    return bool(_RELATION.match(text, start) or _OTHER_RELATION.match(text, start))
 
 
 def compared(gold: str, answer: str) -> tuple[str, str] | None:
@@ -202,6 +221,9 @@ def compared(gold: str, answer: str) -> tuple[str, str] | None:
     `204_8` is not 204, nor the other way round, as in MATH's own grader. `73 \pmod{1000}` is 73, and not
     `73 \pmod{999}`; cm^2 may be left out, and is not cm^3.
     """
+    related, bare = (gold, answer) if _has_relation(gold) else (answer, gold)
+    if _has_relation(related) and _NUMBER.fullmatch(bare):  # `(\ge 73)` is no 73
+        return None
     (one, base, beside), (other, other_base, other_beside) = answer_parts(gold), answer_parts(answer)
     if (None not in (base, other_base) and base != other_base) or (beside and other_beside and beside != other_beside):
         return None

@@ -118,3 +118,22 @@ def test_hostile_text_takes_no_time(text):
         as_integer(normalize_answer(answer))
         answer_parts(normalize_answer(answer))
     assert time.monotonic() - start < 5
+
+
+RELATIONS = [
+    r"{\ge 73}", r"(\neq 73)", r"\{\geq 73\}", r"\left[\ge 73\right]", r"\!\ge 73", r"\,\neq 73", r"\quad\geq 73",
+    r"\displaystyle \neq 73", r"N: \neq 73", r"$\geq$ 73", r"\ge$73$", r"$\ge 73$ here", r"\ngeq 73", r"\ll 73", "\u2265 73",
+]  # fmt: skip
+BASES = [("204", r"204_{\text{eight}}"), ("0.1", "0.1_2"), (r"0.\overline{12}", r"0.\overline{12}_3")]
+SAME_BASE = [("204", "204_{10}"), ("204_8", r"204_{\text{eight}}"), ("110_2", r"110_{\text{two}}")]
+
+
+def test_a_number_behind_a_relation_is_not_the_number_however_it_is_dressed(grader):
+    assert not any(grader.grade([("73", answer) for answer in RELATIONS]))
+    assert grader.grade([(r"(-\infty,2)", "x<2"), ("x<2", r"(-\infty,2)"), (r"x \geq 3", r"x\ge 3")]) == [True] * 3
+
+
+def test_bases_are_compared_as_numbers_and_ten_is_none(grader):
+    pairs = [*BASES, *((b, a) for a, b in BASES)]
+    assert not any(grader.grade(pairs))
+    assert all(grader.grade([*SAME_BASE, *((b, a) for a, b in SAME_BASE)]))
