@@ -135,7 +135,8 @@ def run_kind(kind: str, bench: ValueBench) -> tuple[dict[str, float], Values]:
 
 
 def largest_difference(values: Values, local: Values) -> float:
-    return max(abs(values[trace] - local[trace]) for trace in values.keys() & local.keys())
+    """nan where they have no trace in common."""
+    return max((abs(values[trace] - local[trace]) for trace in values.keys() & local.keys()), default=float("nan"))
 
 
 def cpu_seconds() -> float:

@@ -111,7 +111,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
               "started by python -m engine_lib.value_server. A run that was begun with local values goes on with local ones")
     flag("--value_device", nargs="+", default=["auto"], metavar="DEVICE",
          help="one, or of local value models several, each with a model and a cache of its own: cuda:1 cuda:2, say; auto: the "
-              "same as --device (default: auto)")
+              "same as --device (default: auto). Which traces share a pass and a cache may move the last bits of a value")
     flag("--value_url", action="append", default=[], metavar="URL",
          help="a server of the value model, or a router; repeat for several")
     flag("--value_sglang_args", nargs="+", default=[], metavar="KEY=VALUE",

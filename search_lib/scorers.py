@@ -132,12 +132,9 @@ class LocalScorers:
     thread whose trees are long gets fewer. What its cache had to give up counts too: it will be read again.
     """
 
-    def __init__(
-        self, threads: Sequence[ScorerThread], round_tokens: int = 0, described: dict[str, object] | None = None
-    ):
-        """round_tokens: of all candidates of one round of one tree, at most. described: for `describe`."""
+    def __init__(self, threads: Sequence[ScorerThread], round_tokens: int = 0):
+        """round_tokens: of all candidates of one round of one tree, at most."""
         self._threads, self._round_tokens = threads, round_tokens
-        self._described = described or {}
         self._trees: dict[str, _HomedTree] = {}
 
     def start(self, tree_id: str, prompt_ids: Sequence[int], history: Iterable[Block]) -> None:
@@ -171,7 +168,7 @@ class LocalScorers:
             await thread.close()
 
     def describe(self) -> dict[str, object]:
-        return {"name": "local", "devices": [thread.device for thread in self._threads], **self._described}
+        return {"name": "local", "devices": [thread.device for thread in self._threads]}
 
     def _least_loaded(self) -> int:
         """Equals: the one with fewer trees, then the first."""

@@ -18,7 +18,8 @@ from search_lib.scorers import Block, Scored
 
 @dataclass
 class _SentTree:
-    """traces: all tokens up to the end of each node, by its number. computed: nodes that the engine had in this process.
+    """traces: all tokens up to the end of each node, by its number; none of those that were not kept.
+    computed: nodes that the engine had in this process.
     first: the prompt's request, until a round has waited for it. unread: tokens of a prompt that was never read before."""
 
     traces: list[list[int]]
@@ -28,8 +29,8 @@ class _SentTree:
 
 
 class ServedScorer:
-    """Keeps whole traces, and sends a round as one batch. It has nothing to `keep`: SGLang gives up what was least
-    recently used, of all searches together."""
+    """Keeps whole traces of what goes on, and sends a round as one batch. SGLang is not told what to keep: it gives up what
+    was least recently used, of all searches together."""
 
     def __init__(self, engine: ValueEngine, config: ValueConfig):
         """config: that the engine was made with."""
@@ -48,6 +49,7 @@ class ServedScorer:
 
     async def score(self, tree_id: str, items: Sequence[Block], finished: Sequence[bool]) -> Scored:
         """tokens_scored: that were computed for it, the first requests' too; tokens_reread: those beyond the new ones.
+        seconds: until all was there, with the time that requests waited at the server, which nobody tells.
         Nothing is sent where an item cannot be scored."""
         if not items:
             return Scored([])
@@ -74,12 +76,16 @@ class ServedScorer:
     def _trace(self, tree_id: str, tree: _SentTree, parent: int, tokens: Sequence[int]) -> list[int]:
         if not 0 <= parent < len(tree.traces):
             raise ValueError(f"tree {tree_id!r} has no node {parent} (it has 0 to {len(tree.traces) - 1})")
+        if not tree.traces[parent]:
+            raise ValueError(f"tree {tree_id!r}: node {parent} was not kept")
         if not tokens:
             raise ValueError(f"tree {tree_id!r}: an empty block has no last token to score")
         return tree.traces[parent] + list(tokens)
 
     def keep(self, tree_id: str, nodes: Iterable[int]) -> None:
-        """Nothing."""
+        """Forget the traces of all others: of thousands of tokens each, and only these have children later."""
+        tree, kept = self._trees[tree_id], set(nodes)
+        tree.traces = [trace if node in kept else [] for node, trace in enumerate(tree.traces)]
 
     def release(self, tree_id: str) -> None:
         """Forget a tree, and cancel its prompt's request where that is still under way. Unknown ones are no error."""

@@ -133,6 +133,7 @@ def load_threads(
 ) -> list[ScorerThread]:
     """Of the models on one device, which share what it has for them; says what that is, and where it is little."""
     from classifier_lib import ValueScorer
+    from classifier_lib.cache_budget import TokenBytes, default_batch_tokens
 
     free, total = devices.memory_of(device)
     if args.value_cache_gb == "auto":
@@ -142,9 +143,12 @@ def load_threads(
         limit = int(args.value_cache_gb * 1e9)
     count, each = len(models), limit // len(models)
     memory_plan.check_limit(each, free, device, 2 * plan.longest_trace * plan.value_kv_bytes)
-    batch_tokens = None if args.value_batch_tokens == "auto" else args.value_batch_tokens
+    batch_tokens = args.value_batch_tokens
+    if batch_tokens == "auto":  # what one model would take: passes do not depend on how many there are
+        token = TokenBytes.of_config(models[0].config, models[0].dtype.itemsize, models[0].device.type == "cpu")
+        batch_tokens = default_batch_tokens(token, limit)
     scorers = [ValueScorer(model, each, batch_tokens) for model in models]
-    block, batch_tokens = plan.config.block_size, scorers[0].max_batch_tokens
+    block = plan.config.block_size
     activations = scorers[0].budget.activation_bytes(batch_tokens, plan.longest_trace - block, block)
     weights = models[0].num_parameters() * models[0].dtype.itemsize
     promise = memory_plan.plan_memory(

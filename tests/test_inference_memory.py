@@ -162,6 +162,9 @@ def test_two_models_on_one_device_share_what_is_free_and_two_devices_have_a_line
         "memory of cuda:0, 2 GB: generator on cpu; value weights 5.04e-05",
     ]
     assert "on cuda:1 (2 of them), up to " in caplog.text
+    one, two = (start("--value_device", *["cpu"] * n, "--value_cache_gb", 0.06, "--max_problems", 1) for n in (1, 2))
+    tokens = {scorer.max_batch_tokens for scorer in one.scorers + two.scorers}
+    assert len(tokens) == 1 and 2048 < tokens.pop() < 32768  # half the cache would take half of it
     given = start("--value_device", "cuda:1", "cuda:1", "--value_cache_gb", 0.02, "--max_problems", 1)
     assert [scorer.budget.limit for scorer in given.scorers] == [10_000_000] * 2
 

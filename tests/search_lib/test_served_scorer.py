@@ -142,6 +142,23 @@ def test_what_cannot_be_scored_is_told_before_anything_leaves(items, message):
     assert run(served, work) <= 1  # the prompt, and not the beam
 
 
+def test_only_nodes_that_are_kept_have_children():
+    served = engine()
+
+    async def work(scorer):
+        scorer.start("0/0", PROMPT, [])
+        await scorer.score("0/0", [(0, [1, 2]), (0, [3])], [False] * 2)
+        scorer.keep("0/0", [2])
+        held = [len(trace) for trace in scorer._trees["0/0"].traces]
+        with pytest.raises(ValueError, match="node 1 was not kept"):
+            await scorer.score("0/0", [(1, [4])], [False])
+        return held, await scorer.score("0/0", [(2, [4])], [False])
+
+    held, scored = run(served, work)
+    assert held == [0, 0, 4]
+    assert scored.values == [sim_value([*PROMPT, 3, 4])]
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_prompt_that_failed_shows_in_score_and_nowhere_else(scored, caplog):
     served = engine(fail_after=0)
