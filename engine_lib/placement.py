@@ -117,11 +117,11 @@ class Placement(Generic[Place]):
             self._groups.pop(oldest, None)
 
 
-def warn_of_few_groups(groups: int, places: int, what: str) -> None:
-    """Say that so few searches or problems at once (0: not known) leave places idle."""
+def warn_of_few_groups(groups: int, places: int, what: str, of: str = "engine") -> None:
+    """`of` whom the message speaks. Say that so few searches or problems at once (0: not known) leave places idle."""
     if places > 1 and 0 < groups < GROUPS_A_PLACE * places:
         logger.warning(
-            "engine: %d at once for %d %s are %.1f each; a search stays on one of them, and some will wait for work: give "
+            "%s: %d at once for %d %s are %.1f each; a search stays on one of them, and some will wait for work: give "
             "--batch_size %d (%d each) or more, where there is so much to do",
-            groups, places, what, groups / places, GROUPS_A_PLACE * places, GROUPS_A_PLACE,
+            of, groups, places, what, groups / places, GROUPS_A_PLACE * places, GROUPS_A_PLACE,
         )  # fmt: skip

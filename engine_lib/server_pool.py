@@ -110,8 +110,7 @@ class ServerPool:
             thread.submit(asyncio.run, self._meet()).result()
         self.context_length = min(info.longest for info in self._infos())
         self._placement: Placement[Place] = Placement(groups_at_once, moves=self.moves)
-        ranks = sum(info.ranks for info in self._infos())
-        warn_of_few_groups(groups_at_once, ranks, "servers or data-parallel ranks")
+        self._warn_of_few(groups_at_once)
         allow_open_files(requests_at_once)
 
     def _read_info(self, model: dict[str, Any], server: dict[str, Any]) -> wire.ServerInfo:
@@ -130,6 +129,9 @@ class ServerPool:
         own = server.info.get(server.url)
         ranks = range(own.ranks) if own is not None and own.ranks > 1 else [None]
         return [(server, rank) for rank in ranks]
+
+    def _warn_of_few(self, groups_at_once: int) -> None:
+        warn_of_few_groups(groups_at_once, sum(info.ranks for info in self._infos()), "servers or data-parallel ranks")
 
     async def _post(self, server: Server, rank: int | None, item: Any) -> Any:
         """The answer to one item by one server. Raises ServerLost, TryFailed, or EngineError for what stays wrong."""

@@ -18,7 +18,7 @@ from common_lib.cli import UserError
 from common_lib.models import inspect_model
 from engine_lib import sglang_wire as wire
 from engine_lib.base import EngineError, first_line
-from engine_lib.placement import REMEMBERED
+from engine_lib.placement import REMEMBERED, warn_of_few_groups
 from engine_lib.server_pool import PATIENCE, Patience, Place, Server, ServerPool
 from engine_lib.sglang_wire import ServerLost, TryFailed
 from engine_lib.value_base import ValueConfig, Valued, check_traces
@@ -117,6 +117,9 @@ class SGLangValueServers(ServerPool):
 
     def _places_of(self, server: Server) -> list[Place]:
         return [(server, None)]  # a request for values cannot name a data-parallel rank (0.5.23)
+
+    def _warn_of_few(self, groups_at_once: int) -> None:
+        warn_of_few_groups(groups_at_once, len(self._infos()), "value servers", "value model")
 
     # Is it this value model?
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine_lib.base import EngineError
+
 
 @dataclass(frozen=True, slots=True)
 class Valued:
@@ -12,6 +14,10 @@ class Valued:
 
     value: float
     tokens_computed: int
+
+
+class NoValue(EngineError):
+    """What an engine answers is no value: another model's numbers, or NaN."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common_lib.cli import UserError
-from engine_lib.value_base import ValueConfig, ValueEngine
+from engine_lib.base import first_line
+from engine_lib.value_base import NoValue, ValueConfig, ValueEngine
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ async def check_values(engine: ValueEngine, config: ValueConfig) -> None:
     Raises EngineError or UserError, each one line, where they are not those of `config.model_path`.
     """
     traces = known_traces(config.vocab_size)
-    valued = await engine.values(traces, "")
+    try:
+        valued = await engine.values(traces, "")
+    except NoValue as error:  # the same command would find the same again
+        raise UserError(first_line(error)) from error
     for trace, one in zip(traces, valued, strict=True):
         if not (0 <= one.value <= 1 and one.tokens_computed >= 1):
             raise UserError(

@@ -1,8 +1,8 @@
 """Values from a running value server, for notebooks and other tools.
 
-    client = ValueClient("http://localhost:30001")
-    client.values(ids)                               # [the value at the last token]
-    client.values(ids, positions=[63, 127, 191])     # those at the 64th, 128th and 192nd token
+    with ValueClient("http://localhost:30001") as client:
+        client.values(ids)                               # [the value at the last token]
+        client.values(ids, positions=[63, 127, 191])     # those at the 64th, 128th and 192nd token
 
 It blocks, and it may be called where an event loop runs, as in a notebook. A run that searches uses SGLangValueServers.
 """
@@ -10,6 +10,7 @@ It blocks, and it may be called where an event loop runs, as in a notebook. A ru
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -37,11 +38,25 @@ class ValueClient:
         self.url, self.retry = url.rstrip("/"), retry
         timeout = httpx.Timeout(timeout_s, connect=10.0)
         self._http = httpx.Client(headers=authorization(), trust_env=False, timeout=timeout)
-        infos = self._meet()
-        self.is_router = self.url not in infos
-        self.context_length = min(info.longest for info in infos.values())  # most tokens of a trace
-        self.vocab_size = vocab_size or min(self._vocab_size(url, info) for url, info in infos.items())
-        self.num_labels = self._count_labels()
+        try:
+            infos = self._meet()
+            self.is_router = self.url not in infos
+            self.context_length = min(info.longest for info in infos.values())  # most tokens of a trace
+            self.vocab_size = vocab_size or min(self._vocab_size(url, info) for url, info in infos.items())
+            self.num_labels = self._count_labels()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close its connections, as the end of a `with` does. Can be called twice."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def values(self, ids: Sequence[int], positions: Sequence[int] | None = None) -> list[float]:
         """Success probabilities in [0, 1], as `classifier_lib.success_probs` has them: the one at the last token of `ids`,

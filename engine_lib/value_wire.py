@@ -11,8 +11,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine_lib.base import EngineError
-from engine_lib.value_base import Valued
+from engine_lib.value_base import NoValue, Valued
 
 ARCHITECTURES = ("Qwen2ForClassifier",)  # config.json's of the value models that the package has
 LABEL_CORRECT = 1  # classifier_lib's, which imports torch
@@ -26,14 +25,14 @@ def row_of(output: Mapping[str, Any]) -> list[float] | None:
 
 
 def read_row(floats: Sequence[float], num_labels: int) -> Valued:
-    """The value at the last token. Raises EngineError for what is no such row, or not a number."""
+    """The value at the last token. Raises NoValue for what is no such row, or not a number."""
     _check_length(floats, num_labels + 1, num_labels)
     return Valued(value_of(floats[:num_labels]), int(floats[num_labels]))
 
 
 def read_positions(floats: Sequence[float], positions: int, num_labels: int) -> tuple[list[float | None], int]:
     """The values at so many positions, None where its keys and values were cached, and the tokens computed. Raises
-    EngineError for what is no such row, or not a number."""
+    NoValue for what is no such row, or not a number."""
     width = num_labels + 1
     _check_length(floats, positions * width + 1, num_labels)
     rows = [floats[start : start + width] for start in range(0, positions * width, width)]
@@ -42,7 +41,7 @@ def read_positions(floats: Sequence[float], positions: int, num_labels: int) -> 
 
 def read_vocabulary(floats: Sequence[float], num_labels: int) -> int:
     """The size of the model's vocabulary, of the row at one position: a trace's last, which is never cached. SGLang tells it
-    nowhere (0.5.23). Raises EngineError for what is no such row."""
+    nowhere (0.5.23). Raises NoValue for what is no such row."""
     _check_length(floats, num_labels + 2, num_labels)
     return int(floats[num_labels])
 
@@ -50,10 +49,10 @@ def read_vocabulary(floats: Sequence[float], num_labels: int) -> int:
 def value_of(logits: Sequence[float]) -> float:
     """Probability of a correct end, as `classifier_lib.success_probs` has it: softmax()[1], or the sigmoid of one logit.
 
-    Rounded to float32 as a local model's is: what is a tie there is one here. Raises EngineError for NaN.
+    Rounded to float32 as a local model's is: what is a tie there is one here. Raises NoValue for NaN.
     """
     if not all(map(math.isfinite, logits)):
-        raise EngineError(f"the value model gave {list(logits)}, which are no numbers to compare by")
+        raise NoValue(f"the value model gave {list(logits)}, which are no numbers to compare by")
     both = logits if len(logits) > 1 else [0.0, *logits]
     weights = [math.exp(logit - max(both)) for logit in both]
     return array("f", [weights[LABEL_CORRECT] / sum(weights)])[0]
@@ -61,7 +60,7 @@ def value_of(logits: Sequence[float]) -> float:
 
 def _check_length(floats: Sequence[float], length: int, num_labels: int) -> None:
     if len(floats) != length:
-        raise EngineError(
+        raise NoValue(
             f"the server's reply has {len(floats)} numbers, and a value model of {num_labels} labels writes {length}: "
             "it serves another model, or the package engine_lib.sglang_value_model failed to load"
         )

@@ -9,8 +9,10 @@ import tiny
 import torch
 
 from common_lib.cli import UserError
+from engine_lib.base import EngineError
 from engine_lib.value_base import ValueConfig, Valued
 from engine_lib.value_check import TOLERANCE, check_values, known_traces, local_values
+from engine_lib.value_wire import read_row
 
 CONFIG = ValueConfig("", tiny.tiny_config().vocab_size, 3)
 
@@ -85,6 +87,28 @@ def test_another_value_model_is_refused(value_folder, right, tmp_path):
 def test_what_is_no_value_is_refused_without_weights_too(value, computed, tmp_path):
     with pytest.raises(UserError, match="serves no value model of this project"):
         check(tmp_path, [value] * 4, computed)
+
+
+@pytest.mark.parametrize("row", [[0.5] * 32, [0.0, float("nan"), 0.0, 3.0]])
+def test_numbers_of_another_model_are_the_users_to_mend(row, tmp_path):
+    """After an EngineError a run says that the same command goes on."""
+
+    async def answer(traces, group):
+        return [read_row(row, 3) for _ in traces]
+
+    with pytest.raises(
+        UserError, match="has 32 numbers, and a value model of 3|which are no numbers to compare by"
+    ) as error:
+        asyncio.run(check_values(SimpleNamespace(values=answer), ValueConfig(str(tmp_path), 264, 3)))
+    assert "\n" not in str(error.value)
+
+
+def test_an_engine_that_is_dead_stays_an_engine_error(tmp_path):
+    async def answer(traces, group):
+        raise EngineError("it died")
+
+    with pytest.raises(EngineError, match="^it died$"):
+        asyncio.run(check_values(SimpleNamespace(values=answer), ValueConfig(str(tmp_path), 264, 3)))
 
 
 def test_without_weights_it_is_said_that_nothing_was_held_against_them(tmp_path, caplog):

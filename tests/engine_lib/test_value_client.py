@@ -125,6 +125,20 @@ def test_what_may_pass_is_tried_again_and_then_told(servers):
         client.values(IDS)
 
 
+def test_it_is_closed_by_hand_by_a_with_and_where_it_cannot_start(servers, monkeypatch):
+    server = servers()
+    with client_of(server) as client:
+        assert client.values(IDS) == expected([8])
+    assert client._http.is_closed
+    client.close()
+    closed = []
+    monkeypatch.setattr(ValueClient, "close", lambda client: closed.append(client))
+    with pytest.raises(UserError):
+        ValueClient(servers(kind=FakeServer).url)
+    assert len(closed) == 1
+    closed[0]._http.close()
+
+
 def test_its_time_limit(servers):
     server = servers()
     client = client_of(server, timeout_s=0.3)

@@ -383,6 +383,14 @@ def test_a_checkpoint_that_can_be_seen_is_compared_by_its_config(model, servers,
     new_engine(model, servers(model_path=str(value_folder)))
 
 
+def test_too_few_searches_are_told_of_value_servers_and_ranks_are_none(model, servers, caplog):
+    two = servers(2, dp_size=4)
+    new_engine(model, *two, groups_at_once=16)
+    assert "at once" not in caplog.text
+    new_engine(model, *two, groups_at_once=15)
+    assert "value model: 15 at once for 2 value servers are 7.5 each" in caplog.text
+
+
 def test_two_servers_of_two_value_models_are_refused(model, servers):
     one, two = servers(), servers(row=lambda ids: [0.0, 0.2, 0.0, 1.0])
     with pytest.raises(UserError, match=r"--value_url .* and .* serve different value models: 0\.\d{6} and 0\.\d{6}"):
