@@ -112,10 +112,11 @@ def reliability_figure(analysis: Analysis, kind: str, columns: int = 3) -> Figur
         auc = "–" if group["auc"] is None else f"{group['auc']:.3f}"
         words = f"n {count:,}, ECE {group['ece']:.3f}, Brier {group['brier']:.3f}, AUC {auc}"
         axis.set_title(f"{group['label']}\n{words}", fontsize=8)  # above the panel: inside, a curve may run through it
-    figure.supxlabel("value (predicted success probability), mean of the bin", fontsize=9)
+    letters = int(13 * figure.get_figwidth())  # of a line, at the title's size
+    figure.supxlabel(fill("value (predicted success probability), mean of the bin", letters), fontsize=9)
     figure.supylabel("share that is right", fontsize=9)
     title = f"Reliability, {printable(analysis.run.name)}: {bias_words(analysis.values['biased'])}"
-    figure.suptitle(fill(title, int(13 * figure.get_figwidth())), fontsize=10)  # 13 letters an inch
+    figure.suptitle(fill(title, letters), fontsize=10)
     return figure
 
 

@@ -17,7 +17,7 @@ VGS.sparkline = function (search, node) {
   const path = VGS.path(search, node);
   const end = search.start[node] + search.length[node];
   const point = (at) => [(180 * (search.start[at] + search.length[at])) / Math.max(end, 1), 34 - 32 * search.value[at]];
-  return VGS.el("svg", { class: "sparkline", width: 192, height: 38, viewBox: "-4 0 192 38", role: "img", "aria-label": `values along the trace: ${path.map((at) => search.value[at].toFixed(2)).join(", ")}` },
+  return VGS.el("svg", { class: "sparkline", width: 192, height: 41, viewBox: "-4 -3 192 41", role: "img", "aria-label": `values along the trace: ${path.map((at) => search.value[at].toFixed(2)).join(", ")}` },
     VGS.el("line", { x1: 0, y1: 18, x2: 180, y2: 18, class: "half" }),
     VGS.el("polyline", { points: path.map((at) => point(at).join(",")).join(" ") }),
     path.map((at) => VGS.el("circle", { cx: point(at)[0], cy: point(at)[1], r: 3 })));

@@ -68,7 +68,7 @@ VGS.drawTree = function (search, place, choose) {
     links.append(VGS.el("path", { d: `M${x0},${y0} C${x0 + bend},${y0} ${x1 - bend},${y1} ${x1},${y1}`, class: search.kept[node] ? "kept" : "rejected", "data-link": node }));
     nodes.append(VGS.drawNode(search, place, node, choose));
   }
-  const title = (nodes, round) => (place.column < 110 ? `${round + 1}` : `round ${round + 1} · from token ${VGS.count(search.start[nodes[0]])}`);
+  const title = (nodes, round) => `round ${round + 1}${place.column < 170 ? "" : ` · from token ${VGS.count(search.start[nodes[0]])}`}`;
   const heads = place.columns.map((nodes, round) =>
     VGS.el("text", { x: VGS.LEFT + round * place.column, y: -10, class: "column-head" }, search.flat ? "final beams (no journal: their blocks are not known)" : title(nodes, round)));
   return VGS.el("svg", { class: "tree", width: place.total + 24, height: place.height + top + 4, viewBox: `-2 ${-top} ${place.total + 26} ${place.height + top + 4}`, role: "group", "aria-label": "Search tree" },

@@ -128,6 +128,10 @@ def test_long_answers_scroll_in_the_vote_and_the_chosen_block_is_seen(page, html
         page.open(html, "#view=problem&problem=2")
         page.wait("!!document.querySelector('#block-text')")
         assert page.run(seen) == [True, True, 0]
+        heads = "[...document.querySelectorAll('.column-head')].map((h) => h.getBoundingClientRect().%s)"
+        assert all(
+            right < left for right, left in zip(page.run(heads % "right"), page.run(heads % "left")[1:], strict=False)
+        )
         page.run(change)
         assert page.run("document.documentElement.scrollWidth") == width
         assert page.run(

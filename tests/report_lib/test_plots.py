@@ -166,7 +166,9 @@ def test_what_a_run_does_not_tell_is_not_drawn(tmp_path):
 
 def test_a_wide_figure_is_also_drawn_for_a_phone(analyses, tmp_path, monkeypatch):
     """Its panels stand below one another, and its lines are the same."""
-    monkeypatch.setattr(plots, "reliability_figure", lambda *_: None)
+    for name in ("reliability_figure", "trace_figure", "time_figure"):  # each takes a second
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    monkeypatch.setattr(plots, "AXES", {basis: plots.AXES[basis] for basis in ("n", "tokens")})
     drawn = {plot["stem"]: plot for plot in plots.write_plots(tmp_path, analyses)}
     assert {stem for stem, plot in drawn.items() if "narrow" in plot} == {f"accuracy_{a}" for a in plots.AXES} | {
         "comparison"
