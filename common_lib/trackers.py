@@ -8,6 +8,7 @@ import netrc
 import os
 import re
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -89,12 +90,15 @@ class NeptuneTracker(Tracker):
 class WandbTracker(Tracker):
     """Weights & Biases: to its host where there is a key, else to files on disk, as WANDB_MODE=offline also asks.
 
+    WANDB_MODE=disabled makes no such tracker: see `wandb_tracker`.
+
     Its files are in `wandb/` of the working directory, or of WANDB_DIR. A later session of a run has the same id: online
     it goes on in the same run, offline it has a folder of its own, which `wandb sync` adds to that run. W&B takes steps
-    that grow: what is logged again at an earlier one is left out, with a warning.
+    that grow: what is logged again at an earlier one is left out, with a warning; but a session offline does not know the
+    steps of earlier ones, and there it is W&B that leaves them out when they are uploaded.
     """
 
-    start_seconds = 30.0  # for the host to answer; then the run is kept offline
+    start_seconds = 10.0  # for the host to answer; then the run is kept offline
 
     def __init__(self, project: str | None, run_id: str, tags: list[str]) -> None:
         project = project or os.environ.get("WANDB_PROJECT") or PROJECT
@@ -112,15 +116,18 @@ class WandbTracker(Tracker):
             wandb.setup(settings=wandb.Settings(silent=True))  # else it tells how it logs in
         self._wandb: Any = wandb
         self._target: dict[str, Any] = {"entity": entity or None, "project": name, "tags": tags or None}
-        asked = os.environ.get("WANDB_MODE", "").lower() in ("offline", "dryrun", "disabled")
+        asked = os.environ.get("WANDB_MODE", "").lower() in ("offline", "dryrun")
         offline_because = "as WANDB_MODE says" if asked else "" if _has_wandb_key() else "no WANDB_API_KEY"
         if not offline_because:
+            before = _wandb_folders(run_id)
             try:
                 self._start(run_id, "online")
             except Exception as error:
                 logger.warning("tracker: wandb's host does not take the run (%s); it is kept offline", in_words(error))
                 offline_because = "its host did not take the run"
                 self._end(1.0, wandb.teardown)  # its process holds the run's id
+                for folder in _wandb_folders(run_id) - before:
+                    shutil.rmtree(folder, ignore_errors=True)  # nothing was logged to it
         if offline_because:
             self._start(run_id, "offline")
         sync = f"`wandb sync {shlex.quote(str(self._run.settings.sync_dir))}`"
@@ -188,6 +195,18 @@ class WandbTracker(Tracker):
                 service.kill()
             thread.join(1.0)
         return errors
+
+
+def wandb_tracker(project: str | None, run_id: str, tags: list[str]) -> Tracker:
+    """A `WandbTracker`, or where WANDB_MODE says `disabled` one that keeps nothing but the run's id."""
+    if os.environ.get("WANDB_MODE", "").lower() == "disabled":
+        return Tracker(run_id, "not tracked: WANDB_MODE is disabled")
+    return WandbTracker(project, run_id, tags)
+
+
+def _wandb_folders(run_id: str) -> set[Path]:
+    """Those of a run's sessions online."""
+    return set(Path(os.environ.get("WANDB_DIR") or ".").absolute().glob(f"*wandb/run-*-{glob.escape(run_id)}"))
 
 
 @contextlib.contextmanager

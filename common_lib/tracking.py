@@ -20,6 +20,11 @@ from common_lib.cli import UserError
 logger = logging.getLogger(__name__)
 
 Scalar = str | int | float | bool
+PACKAGES = {  # name, and what pip is to be given
+    "neptune": ("neptune-scale", "neptune-scale"),
+    "wandb": ("wandb", '"wandb>=0.31,<0.32"'),
+    "trackio": ("trackio", "trackio"),
+}
 TOKENS = ("NEPTUNE_API_TOKEN", "NEPTUNE_API_KEY", "WANDB_API_KEY")  # in the environment; never shown
 
 
@@ -96,9 +101,13 @@ def make_tracker(
         raise UserError(f"unknown tracker {kind!r}: one of {', '.join(TRACKERS)}")
     try:
         return TRACKERS[kind](project, resume_id or _new_id(run_name), list(tags))
-    except ImportError:
-        package = {"neptune": "neptune-scale"}.get(kind, kind)
-        raise UserError(f"{package} is not installed: pip install {package}, or use --tracker none") from None
+    except ImportError as error:
+        package, install = PACKAGES[kind]
+        if isinstance(error, ModuleNotFoundError) and error.name == package.replace("-", "_"):
+            raise UserError(f"{package} is not installed: pip install {install}, or use --tracker none") from None
+        raise UserError(
+            f"{package} is installed but cannot be imported ({in_words(error)}); mend that, or use --tracker none"
+        ) from error
     except UserError:
         raise
     except Exception as error:
@@ -148,7 +157,7 @@ def in_words(error: BaseException) -> str:
 # name -> maker, which is given project, id and tags
 TRACKERS: dict[str, Callable[[str | None, str, list[str]], Tracker]] = {
     "neptune": lambda *given: import_module("common_lib.trackers").NeptuneTracker(*given),
-    "wandb": lambda *given: import_module("common_lib.trackers").WandbTracker(*given),
+    "wandb": lambda *given: import_module("common_lib.trackers").wandb_tracker(*given),
     "trackio": lambda *given: import_module("common_lib.trackers").TrackioTracker(*given),
     "none": lambda *_: Tracker(),
 }

@@ -93,8 +93,8 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "", all_rows: bool 
     run: for the titles.
     """
     shown = rows if all_rows else thin(rows)
-    name = f"{run}: " if run else ""
-    left_out = [f"{name}{len(shown)} of {len(rows)} budgets are shown."] * (len(shown) < len(rows))
+    named = f" ({run})" if run else ""
+    left_out = [f"{len(shown)} of {len(rows)} budgets are shown{named}."] * (len(shown) < len(rows))
     of = f": {run}" if run else ""
     accuracy = {words: (percent, f"{metric}_m", f"{metric}_ci") for metric, words in METRICS.items()}
     noise = {words: (repeat_noise, f"{metric}_ci_repeat", "repeat_groups") for metric, words in METRICS.items()}

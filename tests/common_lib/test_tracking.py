@@ -193,11 +193,28 @@ def test_a_missing_package_names_the_command(monkeypatch):
     with pytest.raises(UserError, match="pip install trackio"):
         make_tracker("trackio")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="^wandb is not installed: pip install wandb, or use --tracker none$"):
+    with pytest.raises(
+        UserError, match='^wandb is not installed: pip install "wandb>=0.31,<0.32", or use --tracker none$'
+    ):
         make_tracker("wandb")
     monkeypatch.setitem(sys.modules, "neptune_scale", None)
     with pytest.raises(UserError, match="pip install neptune-scale"):
         make_tracker("neptune", "a/b")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("libstdc++ is too old"), ModuleNotFoundError("no pydantic", name="pydantic")]
+)
+def test_a_package_that_is_there_and_cannot_be_imported_is_not_called_missing(monkeypatch, error):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "wandb":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(UserError, match=f"^wandb is installed but cannot be imported .*{error.args[0][:6]}"):
+        make_tracker("wandb")
 
 
 def test_both_scripts_take_every_tracker():

@@ -126,6 +126,7 @@ def test_a_host_that_is_not_there_leaves_the_run_offline(real, tmp_path, monkeyp
     assert "offline (its host did not take the run)" in tracker.where and "kept offline" in caplog.text
     assert histories(stored(*files(tmp_path))) == [(1, {"a": 1.0})]
     assert KEY not in "".join(capfd.readouterr()) + caplog.text + tracker.where
+    assert files(tmp_path, "run-*") == [] and not list(tmp_path.glob("wandb/run-*"))  # what the try had begun
 
 
 class Host(http.server.BaseHTTPRequestHandler):
@@ -229,7 +230,6 @@ def fake(monkeypatch):
         ({"WANDB_API_KEY": KEY}, "online"),
         ({"WANDB_IDENTITY_TOKEN_FILE": "f"}, "online"),
         ({"WANDB_API_KEY": KEY, "WANDB_MODE": "Offline"}, "offline"),
-        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "offline"),
         ({"netrc": "machine api.wandb.ai login user password secret"}, "online"),
         ({"netrc": "machine other.host login user password secret"}, "offline"),
         ({"netrc": "machine own.host login user password secret", "WANDB_BASE_URL": "https://own.host/x"}, "online"),
@@ -252,6 +252,34 @@ def test_where_it_sends(fake, monkeypatch, tmp_path, environment, mode):
     settings = given["settings"]
     assert settings["silent"] and settings["console"] == "off" and settings["disable_code"] and settings["disable_git"]
     assert fake.calls == ["finish", "teardown"]
+
+
+def test_disabled_it_keeps_nothing_and_says_so(fake, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "Disabled")
+    tracker = make_tracker("wandb", resume_id="run-1")
+    tracker.log_metrics({"a": 1.0}, step=1)
+    tracker.close()
+    assert (tracker.where, tracker.id) == ("not tracked: WANDB_MODE is disabled", "run-1")  # a later start may go on
+    assert fake.started == fake.calls == list(tmp_path.iterdir()) == []
+
+
+def test_a_host_is_waited_for_ten_seconds_and_earlier_sessions_keep_their_folders(fake, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    folders = [tmp_path / f"wandb/run-2026010{day}_000000-run-1" for day in (1, 2)]
+    folders[0].mkdir(parents=True)
+    init = fake.init
+
+    def refused(**given):
+        if given["mode"] == "online":
+            folders[1].mkdir()
+            raise TimeoutError("no answer")
+        return init(**given)
+
+    monkeypatch.setattr(fake, "init", refused)
+    make_tracker("wandb", resume_id="run-1").close()
+    assert [folder.exists() for folder in folders] == [True, False]
+    assert fake.started[0]["settings"]["init_timeout"] == 10.0
 
 
 def test_the_projects_of_flags_and_environment(fake, monkeypatch):

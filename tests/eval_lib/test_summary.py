@@ -147,7 +147,7 @@ def test_a_warning_is_said_once_with_its_columns_and_rows():
     assert accuracy.notes[1:] == [
         "pass@k, majority at 1, 2, 4 pooled (vgs): few of 12 problems carry 90 % of the variance: the interval is too narrow.",
         "weighted at 4 pooled (vgs): only 4 problems: the interval is no more than a hint.",
-        "vgs: 3 of 4 budgets are shown.",
+        "3 of 4 budgets are shown (vgs).",
     ]
 
 

@@ -195,7 +195,7 @@ def test_of_several_comparisons_it_is_said_once_that_no_p_value_is_corrected(tmp
 def test_each_run_whose_rows_are_thinned_says_so(tmp_path):
     runs = [make(tmp_path, name, [repetitions * 3 for repetitions in SEARCH]) for name in ("one", "two")]
     text = " ".join(terminal_text(runs, []).split())
-    assert text.count("one: 4 of 6 budgets are shown.") == text.count("two: 4 of 6 budgets are shown.") == 1
+    assert text.count("4 of 6 budgets are shown (one).") == text.count("4 of 6 budgets are shown (two).") == 1
 
 
 def test_the_sentence_is_about_the_vote_chosen_beforehand_and_not_the_best_looking_one(tmp_path):
