@@ -147,7 +147,7 @@ def _with_left_side(text: str) -> str:
     if match is None or MATH_MARK.search(text):
         return text
     right = match["right"]
-    for _ in re.findall(r"[({\[]", match["before"]):
+    for _ in re.findall(r"[({\[]", match["before"])[: _MOST_LAYERS + 1]:
         right, found = _LAST_BRACKET.subn("", right)
         if not found:
             return text
@@ -287,9 +287,9 @@ def compared(gold: str, answer: str) -> tuple[str, str] | None:
     `73 \pmod{999}`; cm^2 may be left out, and is not cm^3. A relation is no value: `(\geq 204)` is not 204.
     """
     one, other = answer_parts(gold), answer_parts(answer)
-    if (None not in (one.base, other.base) and one.base != other.base) or (
-        one.beside and other.beside and one.beside != other.beside
-    ):
+    if None not in (one.base, other.base) and one.base != other.base:
+        return None
+    if one.beside and other.beside and one.beside != other.beside:
         return None
     if one.relation != other.relation and not _MANY_VALUES.search((other if one.relation else one).text):
         return None

@@ -4,8 +4,9 @@
     python scripts/rejection_study.py --most 1000     # as many of them, of all kinds
 
 Wrong answers are a true one with a digit changed or a sign flipped, and answers of other problems, half of them written
-in another way (bold, with a name, in words); and a true one as a relation, in another base or to another modulus. A pair that the grader accepts is looked at by an exact comparison that
-shares no code with it, and left out where both are equal in value (-0, or 2/4 for 1/2). Exit status 1 where one is left.
+in another way (bold, with a name, in words); and a true one as a relation, in another base or to another modulus. A
+pair that the grader accepts is looked at by an exact comparison that shares no code with it, and left out where both
+are equal in value (-0, or 2/4 for 1/2). Exit status 1 where one is left.
 The answers are those of ../shared/data (see its SOURCES.md): MATH-500 and five competitions.
 """
 
@@ -42,15 +43,15 @@ CLOTHES = (  # the first for whole numbers only
     r"\text{The answer is } %s",
     "$%s$.",
 )
-RELATIONS = [
-    *(rf"\{name} %s" for name in "ge geq ne neq le leq gt lt ngeq nleq ll gg lesssim gtrsim propto".split()),
-    *"≥%s|> %s|< %s|≲ %s|{\\ge %s}|(\\neq %s)|\\{\\geq %s\\}|\\left[\\ge %s\\right]|\\!\\ge %s|\\quad\\geq %s".split(
-        "|"
-    ),
-    *"\\displaystyle \\neq %s|N: \\neq %s|$\\geq$ %s|\\ge$%s$|$\\ge %s$ here|x \\ll %s|It is $\\ge %s$.|\\boxed{> %s}".split(
-        "|"
-    ),
-]
+_RELATION_NAMES = (
+    "ge", "geq", "ne", "neq", "le", "leq", "gt", "lt", "ngeq", "nleq", "ll", "gg", "lesssim", "gtrsim", "propto",
+)  # fmt: skip
+RELATIONS = (
+    *(rf"\{name} %s" for name in _RELATION_NAMES),
+    "≥%s", "> %s", "< %s", "≲ %s", r"{\ge %s}", r"(\neq %s)", r"\{\geq %s\}", r"\left[\ge %s\right]", r"\!\ge %s",
+    r"\quad\geq %s", r"\displaystyle \neq %s", r"N: \neq %s", r"$\geq$ %s", r"\ge$%s$", r"$\ge %s$ here", r"x \ll %s",
+    r"It is $\ge %s$.", r"\boxed{> %s}",
+)  # fmt: skip
 BASES = (r"%s_8", r"%s_{8}", r"N = %s_9", r"%s_{\text{eight}}", r"%s_{16}", r"\boxed{%s_7}")
 MODULI = (r"%s \pmod{1009}", r"x \equiv %s \pmod{1009}", r"%s \bmod 1009", r"x\equiv %s\ (\bmod\ 1009)")
 DIGITS_CHANGED, OTHERS, BESIDE = 8, 8, 4  # of one answer
