@@ -20,6 +20,7 @@ from typing import Any
 
 MATH_MARK = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")  # text that holds mathematics, rather than being it
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_NAMED_COMMAS = re.compile(r"[A-Za-z]\s*=\s*[+-]?(?:\\\$)?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?![\d.])[^,\d]*", re.ASCII)
 STEP_SECONDS = 5  # for one parse or one comparison; math-verify needs whole seconds (0.5 makes equal answers unequal)
 WORKER_BYTES = 4 << 30  # address space of a worker: 10^{10^{10}} must not take the machine's memory
 
@@ -38,6 +39,8 @@ def _readings(text: str) -> list[Any]:
     readings = read(text) if MATH_MARK.search(text) else read(f"${text}$")
     if not readings or _DECIMAL_COMMA.fullmatch(text):  # `1,5` is two numbers or a decimal
         readings = readings + read(text)
+    if _NAMED_COMMAS.fullmatch(text):  # `x=100,200` is two solutions or a number
+        readings = readings + read(f"${text.replace(',', '')}$")
     if text.count(r"\pm") == 1:  # it reads `1 \pm x`, but not `\frac{1 \pm x}{2}`
         signs = [text.replace(r"\pm", one).replace(r"\mp", other) for one, other in ("+-", "-+")]
         readings = readings + read(f"${', '.join(signs)}$") * (not MATH_MARK.search(text))

@@ -6,6 +6,7 @@ what is not recognised is left to math-verify as it is.
 
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 from eval_lib.grading_worker import MATH_MARK
 
@@ -21,14 +22,18 @@ _MATH_FONTS = "mathbf|mathit|mathsf|boldsymbol|bm|pmb|underline"
 _FONT = re.compile(rf"\\(?:(?P<text>{_TEXT_FONTS})|{_MATH_FONTS})\s*(?=\{{)")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ANSWER_IS = re.compile(
-    rf"\\(?:{_TEXT_FONTS})\{{[^\w{{}}]{{0,20}}(?:so|thus|hence|therefore)?[^\w{{}}]{{0,20}}(?:the|our|my)?\s*(?:final|correct)?\s*answer\s*"
-    r"(?:is|equals)?[\s:=]*\}",
+    rf"\\(?:{_TEXT_FONTS})\{{[^\w{{}}]{{0,20}}(?:so|thus|hence|therefore)?[^\w{{}}]{{0,20}}(?:the|our|my)?\s*"
+    r"(?:final|correct)?\s*answer\s*(?:is|equals)?[\s:=]*\}",
     re.IGNORECASE,
 )
 _NUMBER_WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
     "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
+_MEASURED = re.compile(
+    rf"\\(?:{_TEXT_FONTS})\{{\s*([+-]?\d+(?:\.\d+)?)(?:\\[,;: ]|[\s~])+([cmk]m|kg|ml|mL|ft|mi|min|sec|hr)\s*\}}",
+    re.ASCII,
+)
 _NUMBER_WORD = re.compile(rf"(?:\\(?:{_TEXT_FONTS})\{{\s*)?([A-Za-z]{{3,9}})\s*(\}}?)", re.ASCII)
 
 
@@ -60,7 +65,9 @@ def _without_fonts(text: str) -> str:
 
 
 def _number_word(text: str) -> str:
-    r"""`\text{five}` -> `5`, up to twenty."""
+    r"""`\text{five}` -> `5`, up to twenty; `\mathrm{204\,cm}` -> `204\text{ cm}`."""
+    if measured := _MEASURED.fullmatch(text):
+        return rf"{measured[1]}\text{{ {measured[2]}}}"
     match = _NUMBER_WORD.fullmatch(text)
     if match is None or bool(match[2]) != text.startswith("\\") or match[1].lower() not in _NUMBER_WORDS:
         return text
@@ -76,9 +83,10 @@ _UNICODE = str.maketrans(
 )  # fmt: skip
 _ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\pi\b))")
 _GROUPS = re.compile(r"(?<![\d.,}])[1-9]\d{0,2}(?:(?:,\\!\s*|\{,\}|\\,|\\ )\d{3})+(?!\d|(?:\{,\}|\\,)\d)", re.ASCII)
-# One number whose commas set thousands apart, and nothing beside it that is not its name or unit.
+# One number whose commas set thousands apart, and nothing beside it that is not its unit. `x = 100,200` may be two
+# solutions too: the grading worker reads both.
 _COMMAS = re.compile(
-    r"((?:[A-Za-z]\s*=\s*)?[+-]?(?:\\\$)?)([1-9]\d{0,2}(?:,\d{3})+)"
+    r"([+-]?(?:\\\$)?)([1-9]\d{0,2}(?:,\d{3})+)"
     rf"((?:\.\d+)?(?:\\[,;: ]|\s|~)*(?:\\(?:{_TEXT_FONTS})\{{[^{{}}]*\}})?)",
     re.ASCII,
 )
@@ -87,12 +95,20 @@ _LETTER_COMMANDS = re.compile(
     r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|pi|phi|sigma|omega)(?![A-Za-z])|[0-9A-Za-z]"
 )
 _NOT_EQUAL = re.compile(r"\\not\s*=|!=")
-_RELATION = re.compile(r"(?:\\(?:geq{0,2}|leq{0,2}|[gl]eqslant|neq?|gt|lt)(?![A-Za-z])|[<>]=?)\s*(?=\S)")
-_OTHER_RELATION = re.compile(r"\\(?:n[gl]eq|ll|gg|lesssim|gtrsim|propto)(?![A-Za-z])|[≲≳≪≫∝]")  # math-verify reads none
-# What may stand before a relation without its left side: brackets, spaces, delimiters, a word and a colon
-_BEFORE_RELATION = re.compile(
-    r"(?:\\left(?![A-Za-z])|\\[!,;:> ]|\\q?quad(?![A-Za-z])|\\displaystyle(?![A-Za-z])|\\\{|\\[(\[]|[{(\[$~\s]|[A-Za-z]{1,20}:)*"
+_MINUS = re.compile(r"(?<![^=(\[{,])\N{EN DASH}\s*(?=[\d\\.])")
+_RELATION = (
+    r"(?:\\(?:n?[gl]eq{0,2}|n?[gl]e|n?[gl]eqslant|neq?|[gl]neqq?|gt|lt|ngtr|nless|ll|gg|lll|ggg|[gl]esssim|[gl]trsim|propto|n?prec"
+    r"|n?succ)(?![A-Za-z])|\\not(?![A-Za-z])|<(?![^<]*>\W*$)=?|>=?|[≪≫≮≯≰≱≲≳∝])"
 )
+# What may stand before a relation that makes it no part of a formula: brackets, spaces, a style, a word with a colon.
+_OPENING = r"(?:\\(?:left|[Bb]igg?l?|q?quad|displaystyle|textstyle)(?![A-Za-z])|\\[,;:! ({\[]|\{\}|[({\[$&~\s]|[A-Za-z]{1,20}\s?:(?!=))*+"
+_NO_LEFT_SIDE = re.compile(rf"(?P<before>{_OPENING})(?P<right>{_RELATION}.*\w.*)", re.DOTALL)
+_LED = re.compile(rf"{_OPENING}(?:(?:[A-Za-z]|\\[a-z]{{2,7}}(?![A-Za-z]))(?:_\w)?[\s$]*)?{_RELATION}")
+_LAST_BRACKET = re.compile(r"\s*(?:\\(?:right|[Bb]igg?r?)(?![A-Za-z]))?\s*\\?[)}\]]$")
+_MANY_VALUES = re.compile(
+    rf"{_RELATION}|[,;]|\\(?:in|infty|cup|cap|setminus|mathbb|mathbf|emptyset|varnothing)(?![A-Za-z])"
+)
+_MATHEMATICS = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
 def _joined_digits(text: str) -> str:
@@ -122,6 +138,36 @@ def _braced_fractions(text: str) -> str:
     return done + text[position:]
 
 
+# ------------------------------------------------------------------------------------------------------------- relations
+
+
+def _with_left_side(text: str) -> str:
+    r"""`\geq 2`, `(\geq 2)` -> `x \geq 2`: without a left side math-verify reads the number alone."""
+    match = _NO_LEFT_SIDE.match(text)
+    if match is None or MATH_MARK.search(text):
+        return text
+    right = match["right"]
+    for _ in re.findall(r"[({\[]", match["before"])[: _MOST_LAYERS + 1]:
+        right, found = _LAST_BRACKET.subn("", right)
+        if not found:
+            return text
+    return f"x {right}"
+
+
+def _is_relation(text: str) -> bool:
+    r"""Is it a relation, that is one with nothing or a name on its left? Of text around mathematics, is that one?
+
+    `\approx` is none: an approximation of the truth, where math-verify finds it equal, stays right.
+    """
+    if not MATH_MARK.search(text):
+        return bool(_LED.match(text))
+    if (box := text.rfind(r"\boxed{")) >= 0:
+        return bool(_LED.match(text, box + len(r"\boxed{")))
+    pieces = list(_MATHEMATICS.finditer(text))
+    lone = len(pieces) == 1 and _NO_LEFT_SIDE.match(text)  # `$\geq$ 73`
+    return bool(lone or (pieces and _LED.match(next(filter(None, pieces[-1].groups())))))
+
+
 # ------------------------------------------------------------------------------------------------------ the whole answer
 
 
@@ -135,8 +181,8 @@ def _layer_off(text: str) -> str:
     """Without one layer of what only surrounds an answer: spaces, a box, stars, delimiters, a final full stop."""
     text = " ".join(text.split())
     text = _unboxed(text)
-    stars = re.fullmatch(r"\*\*((?:(?!\*\*).)+)\*\*\.?", text)
-    text = stars[1].strip() if stars else text
+    stars = re.fullmatch(r"(?:\*\*((?:(?!\*\*).)+)\*\*|\*([^*]+)\*)\.?", text)
+    text = (stars[1] or stars[2]).strip() if stars else text
     for left, right in _DELIMITERS:
         inner = _unboxed(text.removeprefix(left).removesuffix(right).strip())
         if text == left + text[len(left) : -len(right)] + right and not MATH_MARK.search(inner):
@@ -155,11 +201,10 @@ def normalize_answer(text: str) -> str:
         text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
         if text == before:
             break
+    text = _MINUS.sub("-", text)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3]}}}", text)
     text = _NOT_EQUAL.sub(lambda _: r"\ne ", _braced_fractions(_joined_digits(text)))
-    text = " ".join(text.split())
-    # Without a left side math-verify reads the number alone.
-    return f"x {text}" if _RELATION.match(text) and "$" not in text else text
+    return _with_left_side(" ".join(text.split()))
 
 
 def as_integer(text: str) -> str | None:
@@ -173,58 +218,79 @@ def as_integer(text: str) -> str | None:
 
 # -------------------------------------------------------------------------------------------- base, modulus, unit's power
 
-_NAME = r"(?:[A-Za-z]\s*(?:=|\\equiv)\s*|\\equiv\s*)?"
+_GAP = r"(?:\\[,;:! ]|[\s~])*+"
+_DIGITS = r"(?:[0-9][0-9A-Fa-f]*+(?:\.[0-9A-Fa-f]*+)?|\.[0-9A-Fa-f]++)(?:\\overline\s*\{[0-9A-Fa-f]+\})?"
+_NUMBER = re.compile(rf"(?<![0-9A-Za-z.]){_DIGITS}")
+_BASE_NAME = rf"(?:\\(?:{_TEXT_FONTS})\s*\{{\s*)?(?:base\s*\}}?\s*)?\(?(\d+|{'|'.join(_NUMBER_WORDS)})\)?\s*\}}?"
 _BASE = re.compile(
-    rf"{_NAME}(?P<digits>[+-]?[0-9][0-9A-Fa-f]*(?:\.[0-9A-Fa-f]*(?:\\overline\{{[0-9A-Fa-f]+\}})?)?)\s*_\s*"
-    r"(?:\{\s*(?:\\text\{\s*)?\(?(\d+|[a-z]{3,9})\)?\s*\}?\s*\}|(\d)|\\text\{\s*([a-z]{3,9})\s*\})",
-    re.ASCII,
+    rf"(?<![0-9A-Za-z.])(?P<digits>{_DIGITS})\s*_\s*"
+    rf"(?:(\d)(?!\d)|\{{\s*{_BASE_NAME}\s*\}}|(?=\\){_BASE_NAME})",
+    re.ASCII | re.IGNORECASE,
 )
 _MODULUS = re.compile(
-    rf"{_NAME}(?P<digits>[+-]?\d+)\s*(?:\\[,;: ]\s*)?"
-    r"\(?\s*\\?(?:pmod|bmod|mod|(?:text|mathrm)\{\s*\(?mod\s*\})\s*\{?\s*(?P<modulus>\d+)\s*\)?\}?\)?",
+    rf"(?:[A-Za-z]\s*(?:=|\\equiv)\s*|\\equiv\s*)?(?P<digits>[+-]?\d+){_GAP}"
+    rf"\(?{_GAP}\\?(?:pmod|bmod|mod|(?:text|mathrm)\{{\s*\(?mod\s*\}}){_GAP}\{{?{_GAP}(?P<modulus>\d+)\s*\)?\}}?\)?",
     re.ASCII,
 )
 _UNIT_POWER = re.compile(rf".*\\(?:{_TEXT_FONTS})\{{[^{{}}]*\}}\s*\^\s*\{{?(\d)\}}?", re.DOTALL | re.ASCII)
 
 
-@lru_cache(maxsize=4096)
-def answer_parts(text: str) -> tuple[str, str | None, str]:
-    """(what to compare, base, modulus or power of the unit) of a normalised answer; '' for what it has not.
+class Parts(NamedTuple):
+    """A normalised answer: what to compare, and what stands beside it; "" for what it has not."""
 
-    The base is None where it cannot be told: of text that has the answer somewhere in it.
+    text: str
+    base: str | None = ""  # None where it cannot be told: of text that has the answer somewhere in it
+    beside: str = ""  # a modulus, or the power of a unit
+    relation: bool = False  # `\geq 204`, and not a value
+
+
+def _bases(text: str) -> tuple[str, str]:
+    r"""(text without the bases of its numbers, bases): `52_{\text{eight}}` -> `52`, `8`. Ten is the base of a number without.
+
+    Where one of several numbers has a base, each such number is told with it: `12_8,3_8`.
     """
-    if len(text) > _MOST_CHARACTERS or MATH_MARK.search(text):
-        return text, None, ""
-    if base := _BASE.fullmatch(text):
-        number = _number_word(base[2] or base[3] or base[4])
-        return base["digits"], "" if number == "10" else number, ""
+    found: list[tuple[str, str]] = []
+
+    def bare(match: re.Match[str]) -> str:
+        name = (match[2] or match[3] or match[4]).lower()
+        base = str(_NUMBER_WORDS.index(name) if name in _NUMBER_WORDS else int(name[:4]))
+        if re.search("[A-Fa-f]", match["digits"].replace(r"\overline", "")) and int(base) <= 10:  # 10C_3
+            return match[0]
+        found.append((match["digits"], base))
+        return match["digits"]
+
+    text = _BASE.sub(bare, text)
+    if all(base == "10" for _, base in found):
+        return text, ""
+    alone = len(found) == 1 and len(_NUMBER.findall(text)) == 1
+    return text, found[0][1] if alone else ",".join(sorted(map("_".join, found)))
+
+
+@lru_cache(maxsize=4096)
+def answer_parts(text: str) -> Parts:
+    """What is compared of a normalised answer, and what stands beside it."""
+    if len(text) > _MOST_CHARACTERS:
+        return Parts(text, None)
+    if MATH_MARK.search(text):
+        return Parts(text, None, relation=_is_relation(text))
     if modulus := _MODULUS.fullmatch(text):
-        return modulus["digits"], "", f"mod {modulus['modulus']}"
-    power = _UNIT_POWER.fullmatch(text)
-    return text, "", power[1] if power else ""
-
-
-_NUMBER = re.compile(r"[+-]?\d[\d.,]*", re.ASCII)
-
-
-def _has_relation(text: str) -> bool:
-    """Whether it begins with a relation without its left side, whatever stands before that."""
-    if "\\boxed" in text:  # the answer stands there
-        return False
-    start = _BEFORE_RELATION.match(text).end()  # type: ignore[union-attr]
-    return bool(_RELATION.match(text, start) or _OTHER_RELATION.match(text, start))
+        return Parts(modulus["digits"], beside=f"mod {modulus['modulus']}")
+    bare, base = _bases(text)
+    power = _UNIT_POWER.fullmatch(bare)
+    return Parts(bare, base, power[1] if power else "", _is_relation(bare))
 
 
 def compared(gold: str, answer: str) -> tuple[str, str] | None:
     r"""What is left to compare of two normalised answers; None where what stands beside the number tells them apart.
 
     `204_8` is not 204, nor the other way round, as in MATH's own grader. `73 \pmod{1000}` is 73, and not
-    `73 \pmod{999}`; cm^2 may be left out, and is not cm^3.
+    `73 \pmod{999}`; cm^2 may be left out, and is not cm^3. A relation is no value: `(\geq 204)` is not 204.
     """
-    related, bare = (gold, answer) if _has_relation(gold) else (answer, gold)
-    if _has_relation(related) and _NUMBER.fullmatch(bare):  # `(\ge 73)` is no 73
+    one, other = answer_parts(gold), answer_parts(answer)
+    if None not in (one.base, other.base) and one.base != other.base:
         return None
-    (one, base, beside), (other, other_base, other_beside) = answer_parts(gold), answer_parts(answer)
-    if (None not in (base, other_base) and base != other_base) or (beside and other_beside and beside != other_beside):
+    if one.beside and other.beside and one.beside != other.beside:
         return None
-    return one, other
+    if one.relation != other.relation and not _MANY_VALUES.search((other if one.relation else one).text):
+        return None
+    return one.text, other.text

@@ -4,8 +4,9 @@
     python scripts/rejection_study.py --most 1000     # as many of them, of all kinds
 
 Wrong answers are a true one with a digit changed or a sign flipped, and answers of other problems, half of them written
-in another way (bold, with a name, in words). A pair that the grader accepts is looked at by an exact comparison that
-shares no code with it, and left out where both are equal in value (-0, or 2/4 for 1/2). Exit status 1 where one is left.
+in another way (bold, with a name, in words); and a true one as a relation, in another base or to another modulus. A
+pair that the grader accepts is looked at by an exact comparison that shares no code with it, and left out where both
+are equal in value (-0, or 2/4 for 1/2). Exit status 1 where one is left.
 The answers are those of ../shared/data (see its SOURCES.md): MATH-500 and five competitions.
 """
 
@@ -42,7 +43,18 @@ CLOTHES = (  # the first for whole numbers only
     r"\text{The answer is } %s",
     "$%s$.",
 )
-DIGITS_CHANGED, OTHERS = 8, 8  # of one answer
+_RELATION_NAMES = (
+    "ge", "geq", "ne", "neq", "le", "leq", "gt", "lt", "ngeq", "nleq", "ll", "gg", "lesssim", "gtrsim", "propto",
+)  # fmt: skip
+RELATIONS = (
+    *(rf"\{name} %s" for name in _RELATION_NAMES),
+    "≥%s", "> %s", "< %s", "≲ %s", r"{\ge %s}", r"(\neq %s)", r"\{\geq %s\}", r"\left[\ge %s\right]", r"\!\ge %s",
+    r"\quad\geq %s", r"\displaystyle \neq %s", r"N: \neq %s", r"$\geq$ %s", r"\ge$%s$", r"$\ge %s$ here", r"x \ll %s",
+    r"It is $\ge %s$.", r"\boxed{> %s}",
+)  # fmt: skip
+BASES = (r"%s_8", r"%s_{8}", r"N = %s_9", r"%s_{\text{eight}}", r"%s_{16}", r"\boxed{%s_7}")
+MODULI = (r"%s \pmod{1009}", r"x \equiv %s \pmod{1009}", r"%s \bmod 1009", r"x\equiv %s\ (\bmod\ 1009)")
+DIGITS_CHANGED, OTHERS, BESIDE = 8, 8, 4  # of one answer
 
 
 class Pair(NamedTuple):
@@ -84,6 +96,17 @@ def wrong_answers(truth: str, others: Sequence[str], rng: random.Random) -> list
     ]
 
 
+def beside_answers(truth: str, rng: random.Random) -> list[Pair]:
+    """The truth as a relation, in a base, and to another modulus than asked for: for values and whole numbers."""
+    if not re.search(r"[0-9]", truth) or re.search(r"[<>=,;_]|\\(?:le|ge|ne|in|cup|text|mbox|math|begin)|[A-Z]", truth):
+        return []
+    found = [("a relation", truth, truth, form) for form in rng.sample(RELATIONS, BESIDE)]
+    if truth.isdigit():
+        found += [("another base", truth, truth, form) for form in rng.sample(BASES, BESIDE)]
+        found += [("another modulus", rf"{truth} \pmod{{1013}}", truth, form) for form in MODULI]
+    return [Pair(kind, asked, form % wrong, form % wrong) for kind, asked, wrong, form in found]
+
+
 def exact_value(text: str) -> list[object]:
     """What an answer says, in SymPy's own parser: its parts at commas. ValueError where it cannot be told."""
     text = re.sub(r"\\left|\\right|\\[ ,;!$]|\^\{?\\circ\}?|\s", "", text.replace("dfrac", "frac"))
@@ -112,6 +135,7 @@ def chosen_pairs(most: int | None, seed: int) -> list[Pair]:
     rng = random.Random(seed)
     truths = true_answers(DATA)
     pairs = [pair for truth in truths for pair in wrong_answers(truth, truths, rng)]
+    pairs += [pair for truth in truths for pair in beside_answers(truth, rng)]
     return pairs if most is None else rng.sample(pairs, min(most, len(pairs)))
 
 

@@ -20,8 +20,28 @@ RIGHT = [
     (r"15\mbox{ cm}^2", "15"), ("204_5", r"\boxed{204_5}"), ("204_5", r"a quotient of $\boxed{204_5}$, so"),
     ("x<2", r"(-\infty,2)"), (r"\begin{pmatrix}3\\4\end{pmatrix}",
      r"\begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}2\\2\end{pmatrix}"),
+    ("204", "204_{10}"), ("204", r"N=204_{\text{ten}}"), ("204_8", r"204_{\text{eight}}"), ("110_2", r"110_{\text{two}}"),
+    ("204_8", r"204_{8}\text{ coins}"), (r"12_8+3_8", r"3_{8}+12_{\text{eight}}"), ("0.1_2", ".1_{2}"), ("10C_3", "10C_3"),
+    ("x=100, 200", "x=100,200"), ("100200", "x=100,200"), ("204", "*204*"), ("204", r"\mathrm{204\,cm}"),
+    ("-3", "\N{EN DASH}3"), ("(-3,2)", "(\N{EN DASH}3,2)"), ("73", r"x\equiv 73\ (\bmod\ 1000)"), ("73", r"73\ \mathrm{mod}\ 1000"),
+    ("73", r"\approx 73"), ("73", "= 73"), ("73", r"for $\geq 3$ it is \boxed{73}"), ("73", r"if $n$ $\geq 3$, then $73$"),
+    (r"[73,\infty)", r"{\ge 73}"), (r"(73,\infty)", "(> 73)"), (r"x\neq 2", r"\left\{\neq 2\right\}"), (r"\ge 73", r"{\ge 73}"),
+    ("x<2", "$x<2$ here"),
 ]  # fmt: skip
+_RELATIONS = (
+    r"{\ge 73}", r"(\neq 73)", r"\{\geq 73\}", r"\left[\ge 73\right]", r"\!\ge 73", r"\,\neq 73", r"\quad\geq 73",
+    r"\displaystyle \neq 73", r"N: \neq 73", r"$\geq$ 73", r"\ge$73$", r"$\ge 73$ here", "$\\ge 73$, so\nyes", "{}\\ge 73",
+    r"\not\ge 73", r"x \ll 73", r"It is $\ne 73$.", r"it is \boxed{\geq 73}", r"\bigl(\ge 73\bigr)", "\N{MUCH LESS-THAN} 73",
+    r"\{x : x \ll 73\}", "\N{LESS-THAN OR EQUIVALENT TO} 73", r"\geq 7{,}3", r"{\ge 73} here", r"\lambda_1 \gg 73",
+    *(rf"\{name} 73" for name in ("ngeq", "nleq", "ll", "gg", "lesssim", "gtrsim", "propto", "ngtr", "nless", "gneq", "prec")),
+)  # fmt: skip
 WRONG = [
+    *(("73", relation) for relation in _RELATIONS), ("N=73", r"{\ge 73}"), (r"\sqrt{3}", r"$\geq$ \sqrt{3}"),
+    (r"\sqrt[3]{2}", r"{\ge \sqrt[3]{2}}"), (r"{\le 73}", r"{\ge 73}"), (r"73\text{ cm}", r"N: \ge 73\text{ cm}"),
+    ("204", r"204_{\text{eight}}"), ("204", r"204_\text{eight}"), ("204_8", r"204_{\text{nine}}"), ("0.1_2", "0.1"), ("(12_3)", "12"),
+    (r"0.\overline{12}_3", r"0.\overline{12}"), ("12_8+3_8", "12_9+3_9"), ("12_8+3_8", "12+3"), ("12_8+3", "12+3_8"),
+    ("12_3, 5_3", "12, 5"), ("12_{10}+3_8", "12_8+3_{10}"), ("204", r"\text{204 million}"), ("-2", "3\N{EN DASH}5"), ("3", "\N{EN DASH}3"),
+    (r"73 \pmod{999}", r"x\equiv 73\ (\bmod\ 1000)"), ("100, 300", "x=100,200"), ("100300", "x=100,200"), ("204", "*20*4"),
     ("204", r"\geq 204"), ("204", r"\neq 204"), ("204", "204_8"), (".0000672", ".000067"),
     ("204", r"\not= 204"), ("204", "≥ 204"), ("204", "> 204"), ("204", "N = 204_8"), ("204", r"$\boxed{204_8}$"),
     ("204_5", "204_8"), ("40_9", "40"),
@@ -42,9 +62,10 @@ def grader():
     ("cases", "right"), [(RIGHT, True), (WRONG, False)], ids=["written in another way", "only look alike"]
 )
 def test_verdicts_and_votes_of_answers(grader, cases, right):
-    """A vote is among classes: what is right must stand with the truth, what is wrong apart from it."""
-    verdicts = grader.grade(cases)
-    assert [case for case, verdict in zip(cases, verdicts, strict=True) if verdict != right] == []
+    """A vote is among classes: what is right must stand with the truth, what is wrong apart from it. Both directions."""
+    both = [*cases, *((answer, gold) for gold, answer in cases)]
+    verdicts = grader.grade(both)
+    assert [case for case, verdict in zip(both, verdicts, strict=True) if verdict != right] == []
     apart = [case for case in cases if len(set(grader.answer_classes(case))) == 2]
     assert apart == ([] if right else cases)
 
@@ -66,6 +87,8 @@ def test_verdicts_and_votes_of_answers(grader, cases, right):
         (r"\frac\sqrt2 3", r"\frac\sqrt2 3"), (r"\frac{1}", r"\frac{1}"),
         (r"2^\frac12x", r"2^\frac{1}{2}x"), ("√(x+1)", r"\sqrt{x+1}"), ("2√{5}", r"2\sqrt{5}"), ("√", "√"), ("2π", r"2\pi"),
         ("2πr", r"2\pi r"),
+        (r"(\geq 2)", r"x \geq 2"), (r"(\geq 2", r"(\geq 2"), (r"$\geq$ 2", r"$\geq$ 2"), ("<1,2>", "<1,2>"), ("N=1,234", "N=1,234"),
+        (r"\text{3 kg}", r"3\text{ kg}"), (r"\text{3 pi}", r"\text{3 pi}"), ("*a* and *b*", "*a* and *b*"), ("*2*", "2"),
         (r"\geq 2", r"x \geq 2"), ("<= 2", "x <= 2"), (r"\neg 2", r"\neg 2"), (r"\left(1,2\right)", r"\left(1,2\right)"),
         ("x != 2", r"x \ne 2"),
         ("**a** and **b**", "**a** and **b**"), ("2**3", "2**3"), ("**", "**"), ("", ""), ("$**7**$", "7"),
@@ -94,46 +117,33 @@ def test_number_words_go_to_twenty():
 
 
 def test_what_stands_beside_a_number():
-    assert answer_parts("52_{8}") == answer_parts(r"N=52_8") == ("52", "8", "")
-    assert answer_parts(r"-3 \pmod{7}") == answer_parts(r"x \equiv -3 \bmod 7") == ("-3", "", "mod 7")
-    for text in ("a_1", r"2^{100} \bmod 7", r"x \in \{1\}", "7"):
-        assert answer_parts(text) == (text, "", "")
+    assert answer_parts("52_{8}") == ("52", "8", "", False)
+    assert answer_parts(r"-3 \pmod{7}") == answer_parts(r"x \equiv -3 \bmod 7") == ("-3", "", "mod 7", False)
+    for text in ("a_1", r"2^{100} \bmod 7", r"x \in \{1\}", "7", "10C_3", r"\log_2 8"):
+        assert answer_parts(text) == (text, "", "", False)
+    assert answer_parts("12_8 + 3") == ("12 + 3", "12_8", "", False)
+    assert answer_parts("x \\ll 5") == ("x \\ll 5", "", "", True)
     assert compared("73", r"73 \pmod{10}") == ("73", "73")
-    told_apart = ["5", "5_8", "5_9"]
+    told_apart = ["5", "5_8", "5_9", r"x \ge 5"]
     assert all(compared(*pair) is None for pair in itertools.permutations(told_apart, 2))
 
 
 HOSTILE = {
     "braces": "{" * 2000, "fractions": r"\frac" * 400, "open fonts": r"\mathbf{" * 250, "commas": "1," * 1000, "roots": "√" * 2000,
     "nested fonts": r"\bm{" * 390 + "7" + "}" * 390, "nested fractions": r"\frac1{" * 240 + "2" + "}" * 240, "units": r"\text{a" * 300,
+    "a long word": r"\text{" + "!" * 1900 + "}x", "bases": "1_8" * 600, "a long base": "1" * 1990 + "_8", "openings": r"\left(" * 300,
+    "words": "word:" * 390, "a relation in brackets": "(" * 900 + ">1" + ")" * 900, "less": "<" * 2000, "open mathematics": r"\(" * 1000,
+    "pieces": "$1$" * 660, "dots": "1." * 1000, "a long number": "1" * 2000, "unclosed roots": "√(" * 1000, "gaps": r"1\ " * 600,
+    "a named number": "x=1" + ",000" * 490 + ".", "a relation's spaces": ">" + "~" * 1990, "overlines": r"1\overline{" * 180,
     "dollars": "$" * 2000, "stars": "**" * 1000, "spaces": r"\text{" + " " * 1900 + "}", "digits": r"1\," * 600,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_text_takes_no_time(text):
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_takes_no_time(name):
     """As long as it is looked at, and ten times as long. Forms are made in the event loop of a search."""
-    start = time.monotonic()
-    for answer in (text, text * 10):
+    start = time.process_time()
+    for answer in (HOSTILE[name], HOSTILE[name] * 10):
         as_integer(normalize_answer(answer))
         answer_parts(normalize_answer(answer))
-    assert time.monotonic() - start < 5
-
-
-RELATIONS = [
-    r"{\ge 73}", r"(\neq 73)", r"\{\geq 73\}", r"\left[\ge 73\right]", r"\!\ge 73", r"\,\neq 73", r"\quad\geq 73",
-    r"\displaystyle \neq 73", r"N: \neq 73", r"$\geq$ 73", r"\ge$73$", r"$\ge 73$ here", r"\ngeq 73", r"\ll 73", "\u2265 73",
-]  # fmt: skip
-BASES = [("204", r"204_{\text{eight}}"), ("0.1", "0.1_2"), (r"0.\overline{12}", r"0.\overline{12}_3")]
-SAME_BASE = [("204", "204_{10}"), ("204_8", r"204_{\text{eight}}"), ("110_2", r"110_{\text{two}}")]
-
-
-def test_a_number_behind_a_relation_is_not_the_number_however_it_is_dressed(grader):
-    assert not any(grader.grade([("73", answer) for answer in RELATIONS]))
-    assert grader.grade([(r"(-\infty,2)", "x<2"), ("x<2", r"(-\infty,2)"), (r"x \geq 3", r"x\ge 3")]) == [True] * 3
-
-
-def test_bases_are_compared_as_numbers_and_ten_is_none(grader):
-    pairs = [*BASES, *((b, a) for a, b in BASES)]
-    assert not any(grader.grade(pairs))
-    assert all(grader.grade([*SAME_BASE, *((b, a) for a, b in SAME_BASE)]))
+    assert time.process_time() - start < (3 if name.startswith("nested") else 0.3)
