@@ -42,7 +42,7 @@ from common_lib.devices import resolve_device
 from common_lib.files import OutputError
 from common_lib.models import ModelInfo, check_generator, inspect_model, load_tokenizer, resolve_model, stop_token_ids
 from common_lib.progress import Progress, format_count, format_seconds
-from common_lib.shards import Shard
+from common_lib.shards import WHOLE, Shard
 from common_lib.signals import Stopped, run_until_signal
 from data_utils import check_prompt_format, format_prompt
 from engine_lib.arguments import (
@@ -60,7 +60,7 @@ from engine_lib.served_vocabulary import check_vocabulary
 from eval_utils import Grader, extract_answer
 from training_lib import collection, data_card
 from training_lib.collection import SourceProblem, draw_seed
-from training_lib.collection_folder import WHOLE, CollectionFolder, RollIns, check_output_dir, check_shard
+from training_lib.collection_folder import CollectionFolder, RollIns, check_output_dir, check_shard
 from training_lib.roll_in_servers import parse_roll_in_urls
 
 logger = logging.getLogger("collect_rollouts")

@@ -108,6 +108,7 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     text = json.dumps([[p.problem, p.answer, ids] for p, ids in zip(plan.problems, plan.prompts, strict=True)])
+    value_engine = plan.value_engine.removesuffix("-server")
     return {
         "format": FORMAT,
         "arguments": dict(vars(args)),
@@ -121,10 +122,10 @@ def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
         "numerics": {
             "engine": plan.engine.removesuffix("-server"),
             "generator_dtype": generator_dtype(plan),
-            "value_engine": plan.value_engine.removesuffix("-server"),
+            "value_engine": value_engine,
             "value_dtype": plan.value_dtype,
         },
-        "reproducible": reproducible(plan.value_dtype),
+        "reproducible": reproducible(plan.value_dtype, value_engine),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -296,9 +297,12 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
     finished: Sized = ()
     try:
         with RunFiles(paths, meta) as files, Grader() as grader:
-            # Once more, now that others see this one: they may have begun in the meantime.
-            check_same_shards(check_beside(args.output_path, shard_of(args)), meta)
             finished = files.finished
+            try:  # once more, now that others see this one: they may have begun in the meantime
+                check_same_shards(check_beside(args.output_path, shard_of(args)), meta)
+            except UserError:
+                files.note_session(0.0, "")
+                raise
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:
                     if len(finished) < total:

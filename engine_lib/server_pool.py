@@ -7,6 +7,7 @@ by themselves.
 httpx is the client because every installation of this project has it already: huggingface_hub needs it.
 """
 
+import abc
 import asyncio
 import contextlib
 import logging
@@ -75,7 +76,7 @@ class Server:
 Place = tuple[Server, int | None]
 
 
-class ServerPool:
+class ServerPool(abc.ABC):
     """A request whose server is lost goes to another; a server that is back is used.
 
     What is asked of them is up to the class that is made of it: `_post` is one try of one item at one place, `_read_info`
@@ -117,10 +118,11 @@ class ServerPool:
         """From the bodies of /model_info and /server_info. Raises KeyError, TypeError or ValueError for other bodies."""
         return wire.read_info(model, server)
 
+    @abc.abstractmethod
     def _check_info(self, url: str, info: Any, told: bool) -> None:
         """Raises UserError where the server runs something else than what was asked for. told: it has been met before."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def _examine(self, server: Server, infos: dict[str, Any]) -> None:
         """Ask it what it does not say of itself. Raises as `_ask` does."""
 
@@ -133,9 +135,9 @@ class ServerPool:
     def _warn_of_few(self, groups_at_once: int) -> None:
         warn_of_few_groups(groups_at_once, sum(info.ranks for info in self._infos()), "servers or data-parallel ranks")
 
+    @abc.abstractmethod
     async def _post(self, server: Server, rank: int | None, item: Any) -> Any:
         """The answer to one item by one server. Raises ServerLost, TryFailed, or EngineError for what stays wrong."""
-        raise NotImplementedError
 
     async def close(self) -> None:
         """Abort what still runs here; the servers go on for others."""

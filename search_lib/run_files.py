@@ -36,8 +36,11 @@ FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
 }  # fmt: skip
 
 # In bf16 the last bits of a value depend on what it was batched with and how, so with such values these of the free ones can
-# change which candidates are kept.
-ROUNDING = ("batch_size", "value_cache_gb", "value_batch_tokens", "attention_impl")
+# change which candidates are kept; by what computes them.
+ROUNDING = {
+    "local": ("batch_size", "value_device", "value_cache_gb", "value_batch_tokens", "attention_impl"),
+    "sglang": ("batch_size", "value_sglang_args"),
+}
 
 
 def check_output_path(output_path: str, shard: Shard | None = None) -> RunPaths:
@@ -195,16 +198,19 @@ def _numerics(meta: dict[str, Any], by_servers: bool) -> dict[str, Any]:
     return {name: value for name, value in numerics.items() if name != "generator_dtype" or not by_servers}
 
 
-def reproducible(value_dtype: str) -> dict[str, Any]:
-    """For X.meta.json: how exactly values can be had again, and which free flags they depend on."""
+def reproducible(value_dtype: str, value_engine: str) -> dict[str, Any]:
+    """For X.meta.json: how exactly values can be had again, and which free flags they depend on. value_engine: local or
+    sglang."""
     if value_dtype == "fp32":
         return {"values": "to 1e-5", "depends_on": []}
-    return {"values": "to rounding", "depends_on": list(ROUNDING)}
+    return {"values": "to rounding", "depends_on": list(ROUNDING[value_engine])}
 
 
 def warn_of_rounding(earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Say which flags have changed that fp32 values do not depend on and bf16 ones do."""
-    before, after = earlier["arguments"], now["arguments"]
+    before, after = dict(earlier["arguments"]), now["arguments"]
+    if isinstance(one := before.get("value_device"), str):  # of a run from before there could be several
+        before["value_device"] = [one]
     changed = [f"--{name} was {before[name]!r} and is {after[name]!r}" for name in now.get("reproducible", {}).get("depends_on", ())
                if name in before and before[name] != after[name]]  # fmt: skip
     if changed:

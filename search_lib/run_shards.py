@@ -16,15 +16,15 @@ SHARD_NAME = re.compile(r"\.shard-(0|[1-9][0-9]*)-of-([1-9][0-9]*)")
 
 
 def find_shards(whole: Path) -> dict[Shard, RunPaths]:
-    """The shards of the run X.jsonl that are there, finished or begun; one of which nothing has come yet is none. Raises
-    UserError where they are not of one run: cut in different numbers, or beside an X.jsonl."""
+    """The shards of the run X.jsonl that are there, finished or begun. Raises UserError where they are not of one run: cut
+    in different numbers, or beside an X.jsonl."""
     stem, found = whole.name.removesuffix(".jsonl"), {}
     for path in sorted(whole.parent.glob("*.jsonl")):
         rest = path.name.removeprefix(stem).removesuffix(".jsonl")
         if path.name.startswith(stem) and (name := SHARD_NAME.fullmatch(rest)):
             shard = Shard(int(name[1]), int(name[2]))
             paths = RunPaths.of(whole, shard)
-            if any(file.exists() and file.stat().st_size for file in (paths.results, paths.tree)):
+            if _has_begun(paths):
                 found[shard] = paths
     if found and whole.exists():
         raise UserError(
@@ -36,6 +36,14 @@ def find_shards(whole: Path) -> dict[Shard, RunPaths]:
             "the other run away"
         )
     return dict(sorted(found.items(), key=lambda item: item[0].index))
+
+
+def _has_begun(paths: RunPaths) -> bool:
+    """Not one that ended before anything had come of it, as where its flags were wrong or its engine did not start."""
+    if any(file.exists() and file.stat().st_size for file in (paths.results, paths.tree)):
+        return True
+    sessions = (read_meta(paths.meta) or {}).get("sessions") or [{"ended": ""}]
+    return sessions[-1]["ended"] is None  # it is at work
 
 
 def _listed(found: dict[Shard, RunPaths]) -> str:

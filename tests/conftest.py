@@ -63,6 +63,16 @@ def fork():
     set_start_method("spawn", force=True)
 
 
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """Starts real SGLang servers, routers and this project's scripts, and ends them."""
+    from sglang_host import Host  # psutil comes with sglang
+
+    host = Host(tmp_path_factory.mktemp("host"))
+    yield host
+    host.close()
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """Headless Chromium, one for all tests of the report's page."""

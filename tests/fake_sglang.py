@@ -1,5 +1,6 @@
 """A small HTTP server that answers as SGLang's does, in a thread, and can be told to misbehave."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -190,3 +191,41 @@ class FakeValueServer(FakeServer):
 
 def reply_of(row: list[float]) -> dict:
     return {"embedding": row, "meta_info": {"finish_reason": {"type": "length", "length": 0}}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For tests
+
+
+@contextlib.contextmanager
+def fake_servers(kind=FakeServer):
+    """make(count, **settings): one fake server, or a list of several; all are ended."""
+    made = []
+
+    def make(count=1, kind=kind, **settings):
+        new = [kind(**settings) for _ in range(count)]
+        made.extend(new)
+        return new if count > 1 else new[0]
+
+    try:
+        yield make
+    finally:
+        for server in made:
+            server.kill()
+
+
+def urls_of(servers) -> tuple[str, ...]:
+    return tuple(server if isinstance(server, str) else server.url for server in servers)
+
+
+def run_with(engine, main):
+    """What main(engine) returns; the engine is closed, and no test hangs, whatever goes wrong."""
+
+    async def run():
+        try:
+            async with asyncio.timeout(40):
+                return await main(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())

@@ -94,6 +94,10 @@ class Server(Child):
         except OSError:
             return False
 
+    def serves(self, servers: int) -> bool:
+        """Is this router up, with so many servers behind it?"""
+        return self.is_up() and len(self.get("workers")["workers"]) == servers
+
 
 def wait_until(condition, seconds: float, child: Child | None = None) -> None:
     end = time.monotonic() + seconds

@@ -273,7 +273,7 @@ def assert_same_lines(seen, plain):
 
 SETTINGS = {
     "batch_size": ["1", "3"], "value_cache_gb": ["0.0001", "0.001"], "value_batch_tokens": ["1", "20", "50"],
-    "attention_impl": ["eager", "sdpa"],
+    "attention_impl": ["eager", "sdpa"], "value_device": ["cpu cpu"],
 }  # fmt: skip
 
 
@@ -284,10 +284,10 @@ def plain(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in SETTINGS.items() for value in values])
 def test_fp32_results_depend_on_none_of_the_free_flags(flag, value, start, plain):
-    assert set(SETTINGS) == set(ROUNDING)
+    assert set(SETTINGS) == set(ROUNDING["local"])
     assert plain.meta["numerics"]["value_dtype"] == "fp32"
     assert plain.meta["reproducible"] == {"values": "to 1e-5", "depends_on": []}
-    assert_same_lines(start(f"--{flag}", value), plain)
+    assert_same_lines(start(f"--{flag}", *value.split()), plain)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -296,7 +296,7 @@ def test_a_start_that_goes_on_with_other_settings_is_warned_in_bf16(flag, dtype,
     flags, output = ["--value_dtype", dtype], tmp_path / "out.jsonl"
     assert start(*flags, output=output, fail_after=30).status == 1
     value = SETTINGS[flag][0]
-    assert start(*flags, f"--{flag}", value, output=output, fail_after=5).status == 1
+    assert start(*flags, f"--{flag}", *value.split(), output=output, fail_after=5).status == 1
     said = [record.getMessage() for record in caplog.records if "in bf16 the last bits" in record.getMessage()]
     if dtype == "fp32":
         assert not said
@@ -304,7 +304,38 @@ def test_a_start_that_goes_on_with_other_settings_is_warned_in_bf16(flag, dtype,
         (line,) = said
         assert f"--{flag} was " in line and "--value_dtype fp32" in line
         meta = json.loads((tmp_path / "out.meta.json").read_text())
-        assert meta["reproducible"] == {"values": "to rounding", "depends_on": list(ROUNDING)}
+        assert meta["reproducible"] == {"values": "to rounding", "depends_on": list(ROUNDING["local"])}
     caplog.clear()
-    assert start(*flags, f"--{flag}", value, output=output).status == 0
+    assert start(*flags, f"--{flag}", *value.split(), output=output).status == 0
     assert "in bf16 the last bits" not in caplog.text
+
+
+def test_of_served_values_other_flags_are_named(start, tmp_path, caplog):
+    flags, output = ["--value_dtype", "bf16", "--value_engine", "sglang"], tmp_path / "out.jsonl"
+    assert start(*flags, output=output, fail_after=30).status == 1
+    meta = json.loads((tmp_path / "out.meta.json").read_text())
+    assert meta["reproducible"]["depends_on"] == ["batch_size", "value_sglang_args"]
+    start(*flags, "--value_cache_gb", "0.001", output=output, fail_after=5)
+    assert "in bf16 the last bits" not in caplog.text
+    start(
+        *flags,
+        "--value_cache_gb",
+        "0.001",
+        "--value_sglang_args",
+        "chunked_prefill_size=64",
+        output=output,
+        fail_after=5,
+    )
+    assert "--value_sglang_args was [] and is ['chunked_prefill_size=64']" in caplog.text
+
+
+def test_a_run_of_one_device_from_before_there_were_several_is_not_warned_of(start, tmp_path, caplog):
+    flags, output = ["--value_dtype", "bf16"], tmp_path / "out.jsonl"
+    assert start(*flags, output=output, fail_after=30).status == 1
+    meta = json.loads((tmp_path / "out.meta.json").read_text())
+    meta["arguments"]["value_device"] = "auto"
+    (tmp_path / "out.meta.json").write_text(json.dumps(meta))
+    assert start(*flags, output=output, fail_after=5).status == 1
+    assert "in bf16 the last bits" not in caplog.text
+    start(*flags, "--value_device", "cpu", "cpu", output=output)
+    assert "--value_device was ['auto'] and is ['cpu', 'cpu']" in caplog.text

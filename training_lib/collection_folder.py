@@ -16,14 +16,13 @@ from filelock import BaseFileLock
 
 from common_lib.cli import UserError
 from common_lib.files import LineFile, fsync, lock, output_errors, read_rows, write_text, write_whole
-from common_lib.shards import Shard
+from common_lib.shards import WHOLE, Shard
 from engine_lib.arguments import LATER_ARGUMENTS
 from engine_lib.http_client import allow_open_files
 from training_lib.rollout_files import WORK, count_files, file_places, written_file
 
 logger = logging.getLogger(__name__)
 
-WHOLE = Shard(0, 1)
 PATIENCE_S = 60.0  # another process looks at the folder, or writes the data card, for a moment
 IDS = pa.list_(pa.list_(pa.int32()))
 SCHEMA = pa.schema(

@@ -42,13 +42,6 @@ REPLACED_IN_PROCESS = {
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("host"))
-    yield host
-    host.close()
-
-
-@pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
     """Flags that name tiny models and a benchmark, and make traces short."""
     words = kill_test.make_inputs(tmp_path_factory.mktemp("inputs"), problems=1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import fake_sglang
 import pytest
-from fake_sglang import FakeServer, block
+from fake_sglang import FakeServer, block, fake_servers, run_with, urls_of
 
 from common_lib.cli import UserError
 from engine_lib.base import EngineConfig, EngineError, Reply, Request
@@ -31,33 +31,16 @@ def model(tmp_path):
 
 @pytest.fixture
 def servers():
-    """Makes fake servers and ends them."""
-    made = []
-
-    def make(count=1, **settings):
-        new = [FakeServer(**settings) for _ in range(count)]
-        made.extend(new)
-        return new if count > 1 else new[0]
-
-    yield make
-    for server in made:
-        server.kill()
+    with fake_servers(FakeServer) as make:
+        yield make
 
 
 def new_engine(model, *servers, patience=QUICK, **settings):
-    urls = tuple(server if isinstance(server, str) else server.url for server in servers)
-    return SGLangServerEngine(replace(model, sglang_urls=urls, **settings), patience)
+    return SGLangServerEngine(replace(model, sglang_urls=urls_of(servers), **settings), patience)
 
 
 def with_engine(model, servers, main, **settings):
-    async def run(engine):
-        try:
-            async with asyncio.timeout(40):  # whatever goes wrong, no test hangs
-                return await main(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run(new_engine(model, *servers, **settings)))
+    return run_with(new_engine(model, *servers, **settings), main)
 
 
 def some_requests(count: int, groups: int = 1000, new: int = 5) -> list[Request]:

@@ -21,7 +21,7 @@ import asyncio
 import kill_test
 import tiny
 import torch
-from sglang_host import SGLANG_ARGS, Host, free_port, wait_until
+from sglang_host import SGLANG_ARGS, free_port, wait_until
 
 from common_lib.cli import UserError
 from common_lib.models import inspect_model, load_tokenizer
@@ -33,13 +33,6 @@ from search_lib.search import select
 from search_lib.tree import SearchConfig
 
 PROBLEMS, REPETITIONS = 6, 3
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("host"))
-    yield host
-    host.close()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,7 @@ def servers(host, generator):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.router(servers)
-    wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
+    wait_until(lambda: router.serves(2), 60, router)
     return router
 
 

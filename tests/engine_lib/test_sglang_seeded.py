@@ -21,7 +21,7 @@ import kill_test
 import numpy as np
 import tiny
 import torch
-from sglang_host import CPU_FLAGS, ENVIRONMENT, SGLANG_ARGS, Host, Server, free_port, wait_until
+from sglang_host import CPU_FLAGS, ENVIRONMENT, SGLANG_ARGS, Server, free_port, wait_until
 
 from common_lib.cli import UserError
 from engine_lib import seeded, sglang_local
@@ -182,13 +182,6 @@ def test_a_draw_that_fails_ends_its_request_with_one_line_and_no_other(folder, f
 # Servers
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("host"))
-    yield host
-    host.close()
-
-
 def server_far_from_here(host, folder) -> Server:
     """Started in another folder, and as a user starts it: nothing of this project can be imported there."""
     port, log = free_port(), host.folder / "far.log"
@@ -247,7 +240,7 @@ def test_any_order_and_batching_on_two_servers(folder, requests, expected, serve
 def test_a_router_that_drops_the_sampler_is_refused(host, folder, servers):
     """Else every text would be greedy."""
     router = host.router(servers[:2])
-    wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
+    wait_until(lambda: router.serves(2), 60, router)
     with pytest.raises(UserError, match=f"^--seeded: {router.url} does not draw by seeds, as a router .* each server"):
         of_servers(folder, router.url)
 

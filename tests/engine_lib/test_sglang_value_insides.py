@@ -218,12 +218,13 @@ def test_a_cache_that_sglang_switched_off_is_said(requests, package, config, cap
 def both(requests, package, config):  # noqa: F811
     package.Engine.answer = None
     requests.reply = None
+    before = signal.getsignal(signal.SIGQUIT)
     generator = SGLangEngine(CONFIG)
     value = SGLangValueEngine(config)
     yield generator, value
     for engine in (generator, value):
         asyncio.run(engine.close())
-    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) == before
 
 
 async def both_asked(generator, value, requests):

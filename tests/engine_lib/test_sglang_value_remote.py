@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import tiny
 import torch
-from sglang_host import Host, wait_until
+from sglang_host import wait_until
 
 from common_lib.cli import UserError
 from common_lib.models import inspect_model
@@ -32,13 +32,6 @@ from engine_lib.value_client import ValueClient
 # values before it are none either, and stay in the cache.
 NAN_TOKEN = 263
 CHUNK = 64  # prompts of more tokens are computed in chunks
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("host"))
-    yield host
-    host.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +62,7 @@ def servers(host, folder):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.children[2]
-    wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
+    wait_until(lambda: router.serves(2), 60, router)
     return router
 
 

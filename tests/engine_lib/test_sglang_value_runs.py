@@ -20,7 +20,7 @@ import random
 
 import kill_test
 import tiny
-from sglang_host import SGLANG_ARGS, Host, wait_until
+from sglang_host import SGLANG_ARGS, wait_until
 from simulated import simple_generate
 
 import inference_eval
@@ -37,13 +37,6 @@ PROBLEMS, REPETITIONS = 4, 2
 CLOSE = 1e-5  # values that are closer may be ranked otherwise
 SAMPLED = ["--engine", "transformers", "--device", "cpu", "--temperature", "0.6"]
 IN_PROCESS = ["--value_engine", "sglang", "--value_sglang_args", "max_running_requests=64"]
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("host"))
-    yield host
-    host.close()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +63,7 @@ def servers(host, value_model):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.router(servers)
-    wait_until(lambda: router.is_up() and len(router.get("workers")["workers"]) == 2, 60, router)
+    wait_until(lambda: router.serves(2), 60, router)
     return router
 
 

@@ -7,7 +7,16 @@ import time
 from dataclasses import replace
 
 import pytest
-from fake_sglang import VALUE_VOCABULARY, FakeServer, FakeValueServer, reply_of, value_logits
+from fake_sglang import (
+    VALUE_VOCABULARY,
+    FakeServer,
+    FakeValueServer,
+    fake_servers,
+    reply_of,
+    run_with,
+    urls_of,
+    value_logits,
+)
 
 from common_lib.cli import UserError
 from engine_lib import sglang_value_remote
@@ -32,33 +41,16 @@ def model(tmp_path):
 
 @pytest.fixture
 def servers():
-    """Makes fake value servers and ends them."""
-    made = []
-
-    def make(count=1, kind=FakeValueServer, **settings):
-        new = [kind(**settings) for _ in range(count)]
-        made.extend(new)
-        return new if count > 1 else new[0]
-
-    yield make
-    for server in made:
-        server.kill()
+    with fake_servers(FakeValueServer) as make:
+        yield make
 
 
 def new_engine(model, *servers, patience=QUICK, **settings):
-    urls = tuple(server if isinstance(server, str) else server.url for server in servers)
-    return SGLangValueServers(replace(model, urls=urls, **settings), patience)
+    return SGLangValueServers(replace(model, urls=urls_of(servers), **settings), patience)
 
 
 def with_engine(model, servers, main, **settings):
-    async def run(engine):
-        try:
-            async with asyncio.timeout(30):  # whatever goes wrong, no test hangs
-                return await main(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run(new_engine(model, *servers, **settings)))
+    return run_with(new_engine(model, *servers, **settings), main)
 
 
 def expected(traces) -> list[Valued]:

@@ -118,9 +118,9 @@ def test_another_shard_that_has_begun_in_the_meantime_is_seen_under_the_lock(fol
     def make_plan(*arguments):
         paths = RunPaths.of(tmp_path / "x.jsonl", Shard(0, 2))
         meta = json.loads(RunPaths.of(whole.output).meta.read_text())
-        paths.meta.write_text(json.dumps(meta | {"arguments": meta["arguments"] | {"seed": 5, "shard": "0/2"}}))
-        paths.tree.write_text(RunPaths.of(whole.output).tree.read_text())
-        paths.results.touch()
+        meta |= {"arguments": meta["arguments"] | {"seed": 5, "shard": "0/2"}, "sessions": [{"ended": None}]}
+        paths.meta.write_text(json.dumps(meta))
+        paths.results.touch(), paths.tree.touch()
         return plan(*arguments)
 
     monkeypatch.setattr(inference_eval, "make_plan", make_plan)
@@ -128,6 +128,10 @@ def test_another_shard_that_has_begun_in_the_meantime_is_seen_under_the_lock(fol
     with pytest.raises(UserError, match="is a shard of another configuration: --seed was 5 and is 1337"):
         search_spy.run([*search_spy.base_flags(folder, tmp_path / "x.jsonl"), "--shard", "1/2"], seen=seen)
     assert not seen.engines
+    monkeypatch.undo()  # the refused start is over, and blocks nobody
+    for path in tmp_path.glob("x.shard-0-of-2.*"):
+        path.unlink()
+    assert run_shard(folder, tmp_path / "x.jsonl", "0/2", "--seed", "5", "--num_repetitions", "1").status == 0
 
 
 def test_a_whole_run_does_not_take_a_shards_name(folder, tmp_path):
