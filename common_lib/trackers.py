@@ -114,6 +114,8 @@ class WandbTracker(Tracker):
             import wandb
 
             wandb.setup(settings=wandb.Settings(silent=True))  # else it tells how it logs in
+        # Its threads log tracebacks where its process has gone; what matters of that is said here.
+        logging.getLogger("wandb").setLevel(logging.CRITICAL)
         self._wandb: Any = wandb
         self._target: dict[str, Any] = {"entity": entity or None, "project": name, "tags": tags or None}
         asked = os.environ.get("WANDB_MODE", "").lower() in ("offline", "dryrun")

@@ -35,8 +35,12 @@ if ((SLURM_ARRAY_TASK_ID >= SHARDS)); then
     echo "task $SLURM_ARRAY_TASK_ID of $SHARDS: tasks count from 0, as in --array=0-$((SHARDS - 1)); SHARDS=N says how many there are" >&2
     exit 2
 fi
-search="" servers=() urls=()
-trap 'if [ -n "$search" ]; then kill -TERM "$search" 2> /dev/null || true; else exit 143; fi' TERM INT
+search="" searching="" told="" servers=() urls=()
+stop() { # while servers start: at once; the search saves and leaves
+    told=1
+    if [ -n "$search" ]; then kill -TERM "$search" 2> /dev/null || true; elif [ -z "$searching" ]; then exit 143; fi
+}
+trap stop TERM INT
 trap 'if [ ${#servers[@]} -gt 0 ]; then kill "${servers[@]}" 2> /dev/null || true; fi' EXIT
 
 for ((gpu = 0; gpu < GPUS; gpu++)); do
@@ -59,14 +63,16 @@ for ((gpu = 0; gpu < GPUS; gpu++)); do
     done
 done
 
+searching=1
 # Flags of the command line come last, so that they win.
 python inference_eval.py --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" --piref_model "$GENERATOR" \
     --classifier_ckpt_path "$VALUE_MODEL" --value_engine sglang-server "${urls[@]}" \
     --batch_size $((SEARCHES * GENERATORS)) "$@" &
 search=$!
+if [ -n "$told" ]; then stop; fi # in the moment before its number was known
 status=0
 wait "$search" || status=$?
-if kill -0 "$search" 2> /dev/null; then # told to stop: it saves, and leaves
+if [ -n "$told" ]; then # the signal ended the wait: the search saves, leaves, and has a status of its own
     status=0
     wait "$search" || status=$?
 fi

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import logging
 import signal
 import struct
 import sys
@@ -85,6 +86,7 @@ def test_offline_it_keeps_configs_names_steps_and_tags_and_a_resumed_run_goes_on
     for session, step in enumerate((8, 16)):
         tracker = make_tracker("wandb", "lab/search", "aime 24/beam2", tags=["test-tag"], resume_id=run_id)
         run_id = run_id or tracker.id
+        assert not logging.getLogger("wandb.sdk.lib.asyncio_manager").isEnabledFor(logging.ERROR)
         assert (tracker.id, alone) == (run_id, (sys.exit, sys.excepthook, sys.stdout, sys.stderr))
         tracker.log_configs({"search": {"num_blocks": 8, "stops": [1, 2]}, "none": None, "session": session})
         tracker.log_metrics({"aime-24/maj_m": 0.5 + session / 4, "aime-24/maj_ci": None}, step=step)
