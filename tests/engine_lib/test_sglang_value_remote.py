@@ -128,14 +128,14 @@ def test_values_are_a_forward_passs_and_cost_what_is_new(folder, servers, plain,
 
 
 def test_one_of_two_is_killed_in_mid_use_and_used_again(host, folder, servers, router, plain):
-    """All values come, and are right, through a router too; groups move, and some come back."""
+    """All values come, and are right, through a router too; its groups move and stay, new ones go to who is back."""
     rng = random.Random(5)
     traces = [tokens(rng, 60) for _ in range(12)]
     expected = plain(traces)
 
-    async def round_and_round(engine, i, done):
+    async def round_and_round(engine, i, done, group=""):
         while not done.is_set():
-            (one,) = await engine.values([traces[i]], f"{i}")
+            (one,) = await engine.values([traces[i]], group or f"{i}")
             assert one.value == pytest.approx(expected[i], abs=1e-5)
             await asyncio.sleep(0.02)
 
@@ -149,9 +149,11 @@ def test_one_of_two_is_killed_in_mid_use_and_used_again(host, folder, servers, r
         servers[0] = await asyncio.to_thread(host.value_server, folder, servers[0].port, chunked_prefill_size=CHUNK)
         while not engine.servers[0].up:
             await asyncio.sleep(0.05)
+        new = asyncio.create_task(round_and_round(engine, 0, done, group="new"))
         while not engine.servers[0].load:
             await asyncio.sleep(0.001)
         done.set()
+        await new
         await asyncio.gather(*running)
         assert routed.servers[0].up
         await routed.close()
