@@ -5,6 +5,7 @@ them is the real code. The value model is a real one; the generator is a pure fu
 """
 
 import asyncio
+import inspect
 import json
 import random
 from collections import Counter
@@ -97,7 +98,8 @@ def read(path: Path) -> list[dict]:
 
 
 class SpyEngine:
-    """Notes its requests. `fail_after`: calls until it dies; `context`: that it says it has."""
+    """Notes its requests. `write`: what is answered, or something to wait for before; `fail_after`: calls until it dies;
+    `context`: that it says it has."""
 
     vocab_size = 264
 
@@ -119,6 +121,7 @@ class SpyEngine:
         for request in requests:
             key = request.group, tuple(request.prompt_ids)
             tokens = self.write(request, self.asked[key])
+            tokens = await tokens if inspect.isawaitable(tokens) else tokens
             self.asked[key] += 1
             replies.append(Reply(tokens, "stop" if tokens[-1] == STOP else "length", len(request.prompt_ids), 3))
         group = requests[0].group

@@ -1,5 +1,6 @@
 """Going on with a search run: which flags may change, where it may have been stopped, and what its journal must hold."""
 
+import asyncio
 import json
 import shutil
 from collections import Counter
@@ -33,17 +34,29 @@ def whole(folder, tmp_path_factory) -> search_spy.Seen:
 def half_done(folder, tmp_path_factory) -> search_spy.Seen:
     """A run whose engine died twice: some searches are finished, some are in the middle of their rounds."""
 
-    def dies_at(group, length):
-        def write(request, nth):
-            if request.group == group and len(request.prompt_ids) >= PROMPT + length:
-                raise EngineError("the spy died")
-            return search_spy.by_seed(request, nth)
+    reached = asyncio.Event()
 
-        return write
+    async def die_then():
+        await reached.wait()
+        raise EngineError("the spy died")
+
+    def die_first(request, nth):
+        if request.group == "2/0" and len(request.prompt_ids) >= PROMPT + 24:
+            raise EngineError("the spy died")
+        return search_spy.by_seed(request, nth)
+
+    def die_next(request, nth):
+        """In 3/0, once 2/0 has come a round further, where it stays."""
+        if request.group == "2/0" and len(request.prompt_ids) >= PROMPT + 36:
+            reached.set()
+            return asyncio.Event().wait()
+        if request.group == "3/0" and len(request.prompt_ids) >= PROMPT + 12:
+            return die_then()
+        return search_spy.by_seed(request, nth)
 
     flags, seen = search_spy.base_flags(folder, tmp_path_factory.mktemp("half") / "out.jsonl"), search_spy.Seen()
-    for batch_size, group, length in (("1", "2/0", 24), ("3", "3/0", 12)):
-        search_spy.run([*flags, "--batch_size", batch_size], dies_at(group, length), seen=seen)
+    for batch_size, death in (("1", die_first), ("3", die_next)):
+        search_spy.run([*flags, "--batch_size", batch_size], death, seen=seen)
     finished = set(map(search_of, seen.rows))
     assert seen.status == 1
     assert {(0, 0), (1, 0)} <= finished
