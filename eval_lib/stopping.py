@@ -20,6 +20,7 @@ Where both rules hold at once the word is `certified`: it is the claim that the 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -103,10 +104,11 @@ def stopping_point(
     """(T, kind): the repetitions of a problem that count, 0 .. T - 1, and 'certified' or 'sure', or 'full' where it needs
     all `stopping.repetitions`, as far as those given say.
 
-    searches: (answers, scores) of the repetitions 0, 1, ... without gaps; read only as far as the rule needs them.
+    searches: (answers, scores) of the repetitions 0, 1, ... without gaps; read only as far as the rule needs them,
+    and of more than `stopping.repetitions` the first.
     """
     test = StopTest(stopping, classes_of)
-    for answers, scores in searches:
+    for answers, scores in islice(searches, stopping.repetitions):
         if kind := test.add(answers, scores):
             return test.trees, kind
     return stopping.repetitions, "full"
