@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from eval_lib.intervals import Floats
 
+TIE = 1e-9  # weights that differ by less, relative to the heaviest, are equal up to rounding
+
 
 def winners(weights: ArrayLike) -> NDArray[np.bool_]:
     """Which classes win a vote: the heaviest; equal up to rounding is a tie, and nobody wins with nothing.
@@ -22,7 +24,7 @@ def winners(weights: ArrayLike) -> NDArray[np.bool_]:
     """
     weights = np.asarray(weights, dtype=np.float64)
     heaviest = weights.max(-1, keepdims=True, initial=0.0)
-    return (weights >= heaviest * (1 - 1e-9)) & (heaviest > 0)
+    return (weights >= heaviest * (1 - TIE)) & (heaviest > 0)
 
 
 @dataclass
