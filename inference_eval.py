@@ -38,8 +38,8 @@ from engine_lib.arguments import engine_config
 from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
 from engine_lib.value_base import ValueEngine
+from eval_lib.stopped import StopRecord, format_run, summarize_run
 from eval_lib.stopping import Stopping
-from eval_lib.summary import format_table, summarize
 from eval_utils import Grader, problem_classes
 from search_lib import value_models
 from search_lib.arguments import parse_args
@@ -268,12 +268,13 @@ def report(args: argparse.Namespace, stops: RunStops, grader: Grader, tracker: T
     """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
     files, lines, shard = stops.files, stops.lines, shard_of(args)
     problems = (shard or WHOLE).count_of(files.meta["num_problems"])
-    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), problems)
+    record = StopRecord.of(files.meta)
+    rows, outcome = summarize_run(lines, args.num_blocks, problem_classes(lines, grader), record, problems)
     sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
     seconds = sum(session["seconds"] for session in files.meta["sessions"])
     part = f"shard {shard}, {problems} of {files.meta['num_problems']} problems:\n" if shard else ""
     print(
-        f"{part}{format_table(rows)}\n\n"
+        f"{part}{format_run(rows, outcome)}\n\n"
         f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
         f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
         f"written to {files.paths.results}; tables{' of all shards' if shard else ''}, plots and a page to look inside: "

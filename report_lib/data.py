@@ -9,6 +9,7 @@ from typing import Any
 
 from common_lib.cli import UserError
 from common_lib.shards import WHOLE, Shard
+from eval_lib.stopped import StopRecord
 from search_lib.counted import join_stopped, planned_searches, stop_settings, stopped_of
 from search_lib.run_files import run_differences
 from search_lib.run_reader import RunPaths, read_meta, read_results
@@ -55,6 +56,11 @@ class RunRecord:
         """What to mind where searches are missing, as of a run in progress or without some of its shards."""
         words = f"not a result yet: {self.name} has {len(self.lines)} of {self.planned} searches"
         return words if self.partial else None
+
+    @cached_property
+    def stopping(self) -> StopRecord | None:
+        """Of a run whose problems were stopped early, else None."""
+        return StopRecord.of(self.meta)
 
     @property
     def search_type(self) -> str | None:
