@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common_lib.cli import check_rules
+from common_lib.models import ModelInfo
 from training_lib.arguments import AUTO, division_rules, longest_unit
 from training_lib.batch_order import first_groups
 from training_lib.packing import trie_size
@@ -62,3 +63,11 @@ def shared_tokens(table: RolloutTable, groups: Sequence[np.ndarray]) -> float:
         tokens += sum(len(trace.tokens) for trace in traces)
         computed += trie_size(traces)
     return 1 - computed / max(tokens, 1)
+
+
+def pair_cost(info: ModelInfo) -> float:
+    """FLOPs of an attended (query, key) pair in those of a token, counted as in `step.step_flops`; head left out."""
+    attention = info.num_attention_heads * info.head_dim
+    keys_and_values = 2 * info.num_key_value_heads * info.head_dim
+    weights = info.hidden_size * (2 * attention + keys_and_values + 3 * info.intermediate_size)  # of a layer
+    return 2 * attention / weights
