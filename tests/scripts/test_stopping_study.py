@@ -85,6 +85,13 @@ def test_what_is_not_as_it_must_be_is_said_and_is_the_exit_status(monkeypatch, c
     )
 
 
+def test_whom_a_certificate_may_name():
+    assert tie(3).heaviest(False) == tie(3).heaviest(True) == -1
+    assert Case("", [0.49, 0.51]).heaviest(False) == Case("", [0.49, 0.51]).heaviest(True) == 1
+    by_value = Case("", [0.6, 0.4], [(2, 4), (2, 2)])
+    assert (by_value.heaviest(False), by_value.heaviest(True)) == (-1, 0)
+
+
 def test_the_same_vote_may_have_grown_and_merged():
     a, b, ab, c = (frozenset(word) for word in ("a", "b", "ab", "c"))
     assert stopping_study.same_vote({a}, {ab}) and stopping_study.same_vote({a, b}, {ab})
