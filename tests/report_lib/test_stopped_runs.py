@@ -177,3 +177,17 @@ def test_plots_show_what_there_is_at_the_n_that_was_used(analyses):
         labels = [label for label in (line.get_label() for line in both.axes[0].lines) if not label.startswith("_")]
         assert labels == ["stopped: weighted", "by_count: majority"]
         plt.close("all")
+
+
+def test_a_run_that_has_later_repetitions_only_is_reported_as_far_as_it_is(analyses, tmp_path):
+    lines = [line for line in lines_of(1) if line["repeat_idx"] in (1, 3)]
+    meta = settings(PROBLEMS, REPETITIONS, 4, 3, 2, stop="sure", stop_vote="weighted", alpha=0.05)
+    begun = analysis_of(write_run(tmp_path / "begun.jsonl", lines, meta=meta))
+    assert begun.rows == [] and begun.outcome["kinds"] == {}
+    assert run_answer(begun).sentences == ["Nothing can be said yet: no problem has its first repetition."]
+    comparisons = [compare(begun, analyses["full"])]
+    assert comparisons[0]["rows"] == []
+    assert comparisons[0]["missing"][1] == "no problem has its first repetition in both runs yet"
+    write_tables(tmp_path, [begun, analyses["full"]], comparisons)
+    assert "0 of 0 repetitions count" in terminal_text([begun, analyses["full"]], comparisons)
+    assert accuracy_figure([begun], "n") is None and comparison_figure([begun, analyses["full"]]) is None
