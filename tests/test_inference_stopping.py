@@ -21,7 +21,7 @@ from common_lib.cli import UserError
 from common_lib.virtual_time import run_virtual
 from engine_lib.base import EngineError
 from eval_lib.grading import Grader
-from eval_lib.stopping import Stopping, stopping_point
+from eval_lib.stopping import Stopping, StopTest, stopping_point
 from report_lib.data import read_run
 from report_lib.regrade import regrade
 from search_lib import run_files
@@ -224,6 +224,18 @@ def test_other_searches_go_on_while_classes_are_asked_for(run, full, tmp_path, m
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
 
 
+def test_two_that_finish_while_classes_are_asked_for_are_looked_at_once_each(run, full, tmp_path, monkeypatch):
+    """Each repetition once, in order, whoever finishes while another is looked at."""
+    classes, told = Grader.answer_classes, []
+    add = StopTest.add
+    monkeypatch.setattr(Grader, "answer_classes", lambda *a: time.sleep(0.02) or classes(*a))
+    monkeypatch.setattr(StopTest, "add", lambda self, *a: told.append((self, self.trees)) or add(self, *a))
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48")[0] == 0
+    for test in {one for one, _ in told}:
+        assert [count for one, count in told if one is test] == list(range(test.trees))
+    check_stopped(tmp_path / "out.jsonl", full, ONCE)
+
+
 # --------------------------------------------------------------------------------------------------------------- going on
 
 
@@ -282,6 +294,15 @@ def test_without_stop_a_stopped_run_becomes_the_full_one(run, full, stopped, tmp
     }
 
 
+def test_a_full_run_is_cut_without_a_model(run, full, tmp_path):
+    """Its lines are in order already; those that do not count any more are moved."""
+    output = copied(full, tmp_path)
+    assert run(output, *ONCE) == (0, [])
+    check_stopped(output, full, ONCE)
+    every = len(rows_of(output)) + len(rows_of(RunPaths.of(output).uncounted))
+    assert every == PROBLEMS * REPETITIONS > len(rows_of(output))
+
+
 @pytest.mark.parametrize(
     "then", [RULES["sure, weighted"], RULES["certified"], ["--stop", "certified", "--alpha", "0.9"]], ids=" ".join
 )
@@ -314,8 +335,8 @@ class Killed(BaseException):
     ("found", "then", "step"),
     [
         *(("searched", ONCE, step) for step in (1, 2)),  # write X.uncounted.jsonl, write X.jsonl
-        *(("both", ONCE, step) for step in (1, 2, 3, 4)),  # write X.jsonl, remove the other, and as above
-        *(("finished", [], step) for step in (1, 2, 3)),  # the same, search, sort
+        *(("both", ONCE, step) for step in (1, 2)),  # the same
+        *(("finished", [], step) for step in (1, 2, 3)),  # write X.jsonl, remove the other; sort X.jsonl
     ],
 )
 def test_killed_while_lines_are_moved(found, then, step, run, full, stopped, tmp_path, monkeypatch):
