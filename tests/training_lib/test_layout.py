@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gpu_parts.training import PER_ROW, SyntheticTable, synthetic_table
+from gpu_parts.layouts import PER_ROW, SyntheticTable, synthetic_table
 from rollouts import random_rows, write_rows
 from tiny import save_generator, tiny_value_model
 from train_spy import command, numbered_rows, spied_run
