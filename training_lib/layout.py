@@ -30,8 +30,7 @@ def settle_layout(args: argparse.Namespace, table: RolloutTable, world: World) -
     if args.packing == AUTO:
         with world.together():
             if world.rank == 0:  # the others need not read
-                groups = first_groups(table, args.small_group_size, args.train_bt_model, args.seed, LOOKED_AT)
-                args.packing, saved = choose_packing(table, groups, world.device.type)
+                args.packing, saved = choose_packing(args, table, world.device.type)
         args.packing, saved = world.from_rank0((args.packing, saved))
     check_rules(args, division_rules(args))
     if args.packing == "none":
@@ -43,15 +42,15 @@ def settle_layout(args: argparse.Namespace, table: RolloutTable, world: World) -
     return saved
 
 
-def choose_packing(table: RolloutTable, groups: Sequence[np.ndarray], device: str) -> tuple[str, float | None]:
-    """(packing, share of the groups' tokens that shared prefixes save) on a device: cpu or cuda.
+def choose_packing(args: argparse.Namespace, table: RolloutTable, device: str) -> tuple[str, float | None]:
+    """(packing, share of the first groups' tokens that shared prefixes save) on a device: cpu or cuda.
 
     On a CPU, where a dense mask costs more than packing saves, nothing is read and the share is None. UserError where a
     roll-out cannot be read.
     """
     if device == "cpu":
         return "none", None
-    saved = shared_tokens(table, groups)
+    saved = shared_tokens(table, first_groups(table, args.small_group_size, args.train_bt_model, args.seed, LOOKED_AT))
     return "tree" if saved >= ENOUGH else "pack", saved
 
 
