@@ -27,14 +27,14 @@ CHUNK = 4_000_000  # numbers held at a time, more or less
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers of one problem. kinds: int [R, B], -1 for an empty answer; values, log_odds: float [R, B]; right: bool
-    [R, B]; equal: bool [K, K], symmetric and reflexive."""
+    """All answers of one problem. kinds: int [R, B], -1 for an empty answer; equal: bool [K, K], symmetric and reflexive, of
+    the kinds that stand there; values, log_odds: float [R, B]; right: bool [R, B]."""
 
     kinds: Integers
+    equal: NDArray[np.bool_]
     values: Floats
     log_odds: Floats
     right: NDArray[np.bool_]
-    equal: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def partitions(
     Kinds that are not in a prefix weigh nothing in it, so that they may be in any class.
     """
     together = everything[:, None] == everything
-    loose = np.flatnonzero((together & ~answers.equal).any(-1))
+    apart = (together & ~answers.equal).any(-1)  # from some kind of its class
+    loose = np.flatnonzero((together & apart).any(-1))
     if not len(loose):
         yield everything, np.ones(orders.shape, bool)
         return

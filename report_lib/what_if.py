@@ -103,7 +103,7 @@ def recorded_problems(analysis: Analysis, grader: Grader) -> Iterator[RecordedPr
         costs = [[line.get(TOKENS[cost], np.nan) for line in lines] for cost in TOKENS]
         flops = analysis.flops_by_problem.get(data_idx) if analysis.flops else None
         costs.append([sum(search.values()) for search in flops] if flops else [np.nan] * len(lines))
-        answers = Answers(padded, values, log_odds, right > 0, equal)
+        answers = Answers(padded, equal, values, log_odds, right > 0)
         yield RecordedProblem(data_idx, answers, np.array(costs, dtype=np.float64))
 
 
