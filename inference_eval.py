@@ -21,7 +21,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,8 @@ from engine_lib.arguments import engine_config
 from engine_lib.base import Engine, EngineError
 from engine_lib.choose import choose_engine, make_engine
 from engine_lib.value_base import ValueEngine
-from eval_lib.summary import format_table, summarize
+from eval_lib.stopped import StopRecord, format_run, summarize_run
+from eval_lib.stopping import Stopping
 from eval_utils import Grader, problem_classes
 from search_lib import value_models
 from search_lib.arguments import parse_args
@@ -47,6 +48,7 @@ from search_lib.plan import SearchPlan
 from search_lib.results import ResultRows
 from search_lib.run_files import FORMAT, RunFiles, check_output_path, check_same_shards, reproducible
 from search_lib.run_shards import check_beside
+from search_lib.run_stopping import RunStops
 from search_lib.runner import SearchRunner, generate_with
 from search_lib.scorers import LoadedScorer
 from search_lib.search import SearchError
@@ -99,6 +101,10 @@ def make_plan(args: argparse.Namespace, load_tokenizer: Callable[[Path, str], An
 
 def shard_of(args: argparse.Namespace) -> Shard | None:
     return None if args.shard is None else Shard.parse(args.shard, "--shard")
+
+
+def stopping_of(args: argparse.Namespace, plan: SearchPlan) -> Stopping:
+    return Stopping(args.stop, args.stop_vote, args.alpha, args.num_repetitions, plan.config.num_beams)
 
 
 def make_meta(args: argparse.Namespace, plan: SearchPlan) -> dict[str, Any]:
@@ -196,16 +202,16 @@ def start_models(
 
 
 def search_problems(
-    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, grader: Grader, loaders: Loaders
+    args: argparse.Namespace, plan: SearchPlan, files: RunFiles, stops: RunStops, grader: Grader, loaders: Loaders
 ) -> None:
     """Load both models and search what is not finished; both are closed however it ends. Raises Stopped."""
+    files.take_back()
     with StopSignal() as stop:
         engine, scorer = start_models(args, plan, files, loaders, stop)
-        say_what_is_searched(args, plan, files)
-        total = len(plan.own_prompts) * args.num_repetitions
+        say_what_is_searched(args, plan, stops)
         runner = SearchRunner(
             generate_with(engine, args.temperature, args.top_p, plan.stop_ids), scorer, plan.config, files,
-            ResultRows(plan.problems, plan.decode, grader), SearchProgress(files.finished, total, plan.config),
+            ResultRows(plan.problems, plan.decode, grader), stops, SearchProgress(stops, plan.config),
         )  # fmt: skip
 
         async def run() -> None:
@@ -221,17 +227,16 @@ def search_problems(
         asyncio.run(run_until_signal(run(), stop))
 
 
-def say_what_is_searched(args: argparse.Namespace, plan: SearchPlan, files: RunFiles) -> None:
+def say_what_is_searched(args: argparse.Namespace, plan: SearchPlan, stops: RunStops) -> None:
     logger.info(
-        "%s: %d problems x %d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
+        "%s: %d problems x %s%d repetitions; %s: %d beams x %d candidates, blocks of %d, up to %d tokens; %s engine",
         benchmark_name(args.benchmark) + (f", shard {args.shard}" if args.shard else ""), len(plan.own_prompts),
-        args.num_repetitions, args.search_type, plan.config.num_beams,
+        "" if args.stop == "none" else "at most ", args.num_repetitions, args.search_type, plan.config.num_beams,
         plan.config.beam_width, plan.config.block_size, plan.config.max_length, plan.engine,
     )  # fmt: skip
-    if files.finished or files.rounds:
-        total = len(plan.own_prompts) * args.num_repetitions
-        counts = len(files.finished), total, len(files.rounds)
-        logger.info("going on: %d of %d searches are finished, %d are under way", *counts)
+    if stops.files.finished or stops.files.rounds:
+        under_way = sum(stops.counts(*key) for key in stops.files.rounds)
+        logger.info("going on: %s, %d are under way", stops.in_words(), under_way)
 
 
 def check_context_length(args: argparse.Namespace, plan: SearchPlan, engine: Engine) -> None:
@@ -259,16 +264,17 @@ def start_tracker(args: argparse.Namespace, files: RunFiles, loaders: Loaders) -
     return tracker
 
 
-def report(args: argparse.Namespace, files: RunFiles, grader: Grader, tracker: Tracker) -> None:
+def report(args: argparse.Namespace, stops: RunStops, grader: Grader, tracker: Tracker) -> None:
     """The table, what the whole run cost, and where it is; the table's numbers also to the tracker."""
-    lines, shard = list(files.finished.values()), shard_of(args)
+    files, lines, shard = stops.files, stops.lines, shard_of(args)
     problems = (shard or WHOLE).count_of(files.meta["num_problems"])
-    rows = summarize(lines, args.num_blocks, problem_classes(lines, grader), problems)
+    record = StopRecord.of(files.meta)
+    rows, outcome = summarize_run(lines, args.num_blocks, problem_classes(lines, grader), record, problems)
     sums = {key: sum(line[key] for line in lines) for key in ("tokens_generated", "tokens_scored", "tokens_reread")}
     seconds = sum(session["seconds"] for session in files.meta["sessions"])
     part = f"shard {shard}, {problems} of {files.meta['num_problems']} problems:\n" if shard else ""
     print(
-        f"{part}{format_table(rows)}\n\n"
+        f"{part}{format_run(rows, outcome)}\n\n"
         f"{len(lines)} searches: {sums['tokens_generated']:,} tokens generated, {sums['tokens_scored']:,} scored "
         f"(of them {sums['tokens_reread']:,} read again), {seconds:,.1f} s wall-clock\n"
         f"written to {files.paths.results}; tables{' of all shards' if shard else ''}, plots and a page to look inside: "
@@ -292,12 +298,11 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
     paths = check_output_path(args.output_path, shard_of(args))
     others = check_beside(args.output_path, shard_of(args))
     plan = make_plan(args, loaders.tokenizer)
-    begin, total, meta = time.perf_counter(), len(plan.own_prompts) * args.num_repetitions, make_meta(args, plan)
+    begin, meta, stops = time.perf_counter(), make_meta(args, plan), None
     check_same_shards(others, meta)
-    finished: Sized = ()
     try:
         with RunFiles(paths, meta) as files, Grader() as grader:
-            finished = files.finished
+            stops = RunStops(stopping_of(args, plan), files, plan.own_prompts, grader.answer_classes)
             try:  # once more, now that others see this one: they may have begun in the meantime
                 check_same_shards(check_beside(args.output_path, shard_of(args)), meta)
             except UserError:
@@ -305,23 +310,23 @@ def main(argv: Sequence[str] | None = None, loaders: Loaders = Loaders()) -> int
                 raise
             with contextlib.closing(start_tracker(args, files, loaders)) as tracker:
                 try:
-                    if len(finished) < total:
-                        search_problems(args, plan, files, grader, loaders)
-                    files.sort_results()
+                    if not stops.is_over:
+                        search_problems(args, plan, files, stops, grader, loaders)
+                    files.sort_results(stops.counts)
                 finally:
                     files.note_session(time.perf_counter() - begin, devices.hardware_name(plan.device))
-                report(args, files, grader, tracker)
+                report(args, stops, grader, tracker)
         return 0
     except Stopped as stop:
-        print(f"{stop}: {how_far(finished, total)}", file=sys.stderr)
+        print(f"{stop}: {how_far(stops)}", file=sys.stderr)
         return stop.status
     except (EngineError, SearchError, OutputError) as error:
-        print(f"error: {error} ({how_far(finished, total)})", file=sys.stderr)
+        print(f"error: {error} ({how_far(stops)})", file=sys.stderr)
         return 1
 
 
-def how_far(finished: Sized, total: int) -> str:
-    return f"{len(finished)} of {total} searches are finished; the same command goes on"
+def how_far(stops: RunStops | None) -> str:
+    return f"{stops.in_words()}; the same command goes on" if stops else "the same command goes on"
 
 
 if __name__ == "__main__":

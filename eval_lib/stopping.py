@@ -141,6 +141,10 @@ def is_certified(weights: Floats, beams: int, alpha: float) -> bool:
 
 def log_evidence(series: Floats) -> Floats:
     """log E of [..., trees] observations in [-1, 1]: float64 [...]. In logarithms, since E has a factor a tree."""
-    logs = np.log1p(LAMBDAS[:, None] * series[..., None, :]).sum(-1)
+    return log_mean_exp(np.log1p(LAMBDAS[:, None] * series[..., None, :]).sum(-1))
+
+
+def log_mean_exp(logs: Floats) -> Floats:
+    """log of the mean over the last axis of exp(logs), without overflow."""
     top = logs.max(-1, keepdims=True)
     return top[..., 0] + np.log(np.exp(logs - top).mean(-1))

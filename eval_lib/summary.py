@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval_lib.intervals import Floats, clustered_interval, or_none, repeat_noise_half_width, variance_warning
-from eval_lib.tables import Table, as_text, half_width, number, percent, thin
+from eval_lib.tables import Table, half_width, number, percent, thin
 from eval_lib.votes import pooled_best, pooled_sums, pooled_votes
 
 # data_idx -> repeat_idx -> class of each beam's answer, -1 for none, one numbering for a problem: eval_utils.problem_classes
@@ -27,6 +27,16 @@ COST_NOTE = (
     "problems; shares of the answers that are length-limited (reached max_length), and without a box."
 )
 
+N_COLUMN: dict[str, tuple[Any, ...]] = {"N": (partial(number, form="d"), "N")}
+COST_COLUMNS: dict[str, tuple[Any, ...]] = {  # of `budget_table`
+    "problems": (str, "problems"),
+    "generated": (partial(number, form=",.0f"), "tokens_generated"),
+    "scored": (partial(number, form=",.0f"), "tokens_scored"),
+    "seconds": (partial(number, form=",.1f"), "seconds"),
+    "length-limited": (partial(number, form=".1%"), "truncated"),
+    "empty": (partial(number, form=".1%"), "empty"),
+}
+
 
 def pooled_scores(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[int, dict[str, list[Floats]]]:
     """By problem (data_idx) and metric (METRICS): entry m - 1 is float64 [windows], the scores at m pooled repetitions.
@@ -34,7 +44,7 @@ def pooled_scores(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[
     lines: the lines of an output file (reward, generated_scores are read). Raises ValueError for two lines of one search,
     and for a score that is not a number >= 0.
     """
-    return {i: _score_problem(searches) for i, searches in _read_searches(lines, classes).items()}
+    return {i: score_problem(searches) for i, searches in read_searches(lines, classes).items()}
 
 
 def summarize(
@@ -52,8 +62,8 @@ def summarize(
     tokens_generated, tokens_scored, seconds (mean over problems of the sum over the pooled searches); truncated, empty
     (shares of answers); note ('' or what to mind). None: cannot be told.
     """
-    searches = _read_searches(lines, classes)
-    scores = {i: _score_problem(runs) for i, runs in searches.items()}
+    searches = read_searches(lines, classes)
+    scores = {i: score_problem(runs) for i, runs in searches.items()}
     total = max(num_problems or 0, len(scores))
     repetitions = max((len(runs) for runs in searches.values()), default=0)
     rows = []
@@ -74,7 +84,7 @@ def summarize(
             if warning := variance_warning(means):
                 warnings[warning].append(METRICS[metric])
         notes += [f"{', '.join(names)}: {warning}" for warning, names in warnings.items()]
-        rows.append(row | _costs([searches[i] for i in problems], m) | {"note": "; ".join(notes)})
+        rows.append(row | mean_of_costs([searches[i] for i in problems], m) | {"note": "; ".join(notes)})
     return rows
 
 
@@ -82,7 +92,13 @@ def budget_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
 ) -> Table:
     """A table of some rows of `summarize`. columns: head -> (how it is shown, keys of what is shown)."""
-    columns = {"N": (partial(number, form="d"), "N"), "pooled": (str, "pooled")} | dict(columns)
+    return rows_table(title, rows, N_COLUMN | {"pooled": (str, "pooled")} | dict(columns), notes)
+
+
+def rows_table(
+    title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[Any, ...]], notes: Sequence[str] = ()
+) -> Table:
+    """`budget_table` without the columns that say of which budget a row is."""
     cells = [[form(*map(row.__getitem__, keys)) for form, *keys in columns.values()] for row in rows]
     return Table(title, list(columns), cells, notes)
 
@@ -93,24 +109,22 @@ def run_tables(rows: Sequence[Mapping[str, Any]], run: str = "", all_rows: bool 
     run: for the titles.
     """
     shown = rows if all_rows else thin(rows)
-    named = f" ({run})" if run else ""
-    left_out = [f"{len(shown)} of {len(rows)} budgets are shown{named}."] * (len(shown) < len(rows))
     of = f": {run}" if run else ""
     accuracy = {words: (percent, f"{metric}_m", f"{metric}_ci") for metric, words in METRICS.items()}
     noise = {words: (repeat_noise, f"{metric}_ci_repeat", "repeat_groups") for metric, words in METRICS.items()}
-    costs = {
-        "problems": (str, "problems"),
-        "generated": (partial(number, form=",.0f"), "tokens_generated"),
-        "scored": (partial(number, form=",.0f"), "tokens_scored"),
-        "seconds": (partial(number, form=",.1f"), "seconds"),
-        "length-limited": (partial(number, form=".1%"), "truncated"),
-        "empty": (partial(number, form=".1%"), "empty"),
-    }
     return [
-        budget_table(f"Accuracy, %{of}", shown, accuracy, [INTERVAL_NOTE, *_row_notes(shown, run), *left_out]),
+        budget_table(
+            f"Accuracy, %{of}", shown, accuracy, [INTERVAL_NOTE, *row_notes(shown, run), *left_out(shown, rows, run)]
+        ),
         budget_table(f"Half-width from repeat noise only, %, as released{of}", shown, noise, [NOISE_NOTE]),
-        budget_table(f"Cost of one problem{of}", shown, costs, [COST_NOTE]),
+        budget_table(f"Cost of one problem{of}", shown, COST_COLUMNS, [COST_NOTE]),
     ]
+
+
+def left_out(shown: Sequence[Any], rows: Sequence[Any], run: str) -> list[str]:
+    """A note where rows are not shown."""
+    named = f" ({run})" if run else ""
+    return [f"{len(shown)} of {len(rows)} budgets are shown{named}."] * (len(shown) < len(rows))
 
 
 def repeat_noise(half: float | None, groups: int) -> str:
@@ -118,12 +132,7 @@ def repeat_noise(half: float | None, groups: int) -> str:
     return half_width(half) + "*" * (groups == 1 and half is not None)
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `summarize` as text of at most 80 columns."""
-    return "\n\n".join(map(as_text, run_tables(rows)))
-
-
-def _row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
+def row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
     """What to mind of the rows that are shown: each remark once, with the columns and rows that it is about."""
     missing: dict[str, list[int]] = defaultdict(list)
     about: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -147,7 +156,7 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _read_searches(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[int, list[dict[str, Any]]]:
+def read_searches(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict[int, list[dict[str, Any]]]:
     """By problem, in order, its searches in the order of repeat_idx, without the bulk of a line."""
     found: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
@@ -165,7 +174,7 @@ def _read_searches(lines: Iterable[Mapping[str, Any]], classes: Classes) -> dict
     return {problem: [runs[r] for r in sorted(runs)] for problem, runs in sorted(found.items())}
 
 
-def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floats]]:
+def score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floats]]:
     """The scores of one problem at every pooled number of repetitions: metric -> [m - 1] -> float64 [windows]."""
     names = {c: k for k, c in enumerate(dict.fromkeys(c for s in searches for c in s["classes"] if c >= 0))}
     count, weight, right_count, right_weight = np.zeros((4, len(searches), len(names)))
@@ -195,8 +204,11 @@ def _score_problem(searches: Sequence[Mapping[str, Any]]) -> dict[str, list[Floa
     }
 
 
-def _costs(searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, float | None]:
-    """Mean cost of m pooled searches, each problem counting the same; shares over all answers. None: not recorded."""
+def mean_of_costs(
+    searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int | None = None
+) -> dict[str, float | None]:
+    """Mean cost of m pooled searches (None: of each problem all), each problem counting the same; shares over all
+    answers. None: not recorded."""
     searches = [search for runs in searches_by_problem for search in runs]
     answers = sum(len(search["classes"]) for search in searches) or 1
 
@@ -204,8 +216,10 @@ def _costs(searches_by_problem: Sequence[Sequence[Mapping[str, Any]]], m: int) -
         return all(search[key] is not None for search in searches)
 
     def cost(key: str) -> float | None:
-        means = (np.mean([search[key] for search in runs]) for runs in searches_by_problem)
-        return m * float(np.mean(list(means))) if known(key) else None
+        if not known(key):
+            return None
+        means = [np.mean([search[key] for search in runs]) * (1 if m else len(runs)) for runs in searches_by_problem]
+        return (m or 1) * float(np.mean(means))
 
     reasons = [reason for search in searches for reason in search["finish_reasons"] or ()]
     return {

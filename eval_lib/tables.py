@@ -78,9 +78,9 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every number unrounded; empty where it cannot be told."""
+    """Every number unrounded; empty where it cannot be told, or where only other rows have such a number."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()

@@ -1,5 +1,6 @@
 """One pass over a run, problem by problem: what tables, plots and page say is gathered here, in bounded memory."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_lib.grading import Grader
-from eval_lib.summary import pooled_scores, summarize
+from eval_lib.stopped import StopRecord, stopped_scores, summarize_run
+from eval_lib.summary import pooled_scores
 from report_lib.clones import clone_rows, families_by_round
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
 from report_lib.data import RunRecord
@@ -65,12 +67,15 @@ class Analysis:
         self.problems.append(problem_row(view, pruned_right) | {"clones": clones})
         self.classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
         final_only = bool(self.run.prunes) and not self.run.biased
+        # Where a problem stopped depends on what its repetitions held: what every problem has shows no more than is there.
+        shown = self.run.stopping.smallest if self.run.stopping else math.inf
         for search in view.searches:
             self.tokens_generated += sum(map(len, search.tree.tokens))
             self._without_journal += not search.in_journal
             if search.line:
                 self._beams = len(search.tree.beams)
-                self._observations.append(observe_search(view.data_idx, search, final_only))
+                if search.repeat_idx < shown:
+                    self._observations.append(observe_search(view.data_idx, search, final_only))
                 self._add_costs(view.data_idx, search, search.line)
 
     def _add_costs(self, data_idx: int, search: SearchView, line: dict[str, Any]) -> None:
@@ -94,10 +99,13 @@ class Analysis:
         rescued = [row["rescued"] for row in self.problems]
         self.pruned_right = sum(rescued) if self._sees_rejected and None not in rescued else None
         self.flops = mean_costs(self.flops_by_problem) if self.flops_by_problem and not self._without_flops else None
-        if run.meta and not self.flops:
+        if run.stopping:
+            self._finish_stopped(run.stopping)
+        elif run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"
             self.notes.append(f"{run.name}: no FLOPs ({needs})")
-        self.rows = summarize(run.lines, run.num_blocks, self.classes, run.num_problems)
+        counted = run.lines, run.num_blocks, self.classes, run.stopping, run.num_problems
+        self.rows, self.outcome = summarize_run(*counted)
         for row in self.rows:
             for key in (*COST_KEYS, "flops"):
                 row[key] = self.flops[key] * row["pooled"] if self.flops else None
@@ -106,10 +114,14 @@ class Analysis:
         # seconds a search spent in each round, and waiting: neither generating nor being scored; mean over searches
         self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
         self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches
-        self.scores = {
-            i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
-            for i, scores in pooled_scores(run.lines, self.classes).items()
-        }
+        self.scores = (
+            stopped_scores(run.lines, self.classes, run.stopping)
+            if run.stopping
+            else {
+                i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
+                for i, scores in pooled_scores(run.lines, self.classes).items()
+            }
+        )
         self.costs: dict[str, dict[int, float] | None] = {"tokens": None, "flops": None}
         if all("tokens_generated" in line for line in run.lines):
             spent = {i: [line["tokens_generated"] for line in lines] for i, lines in run.by_problem.items()}
@@ -117,6 +129,14 @@ class Analysis:
         if self.flops:
             spent = {i: [sum(costs.values()) for costs in searches] for i, searches in self.flops_by_problem.items()}
             self.costs["flops"] = {i: float(np.mean(flops)) for i, flops in spent.items()}
+
+    def _finish_stopped(self, record: StopRecord) -> None:
+        self.flops = None  # of a problem that stopped, the mean of its repetitions times their number says too little
+        self.tokens_generated += record.uncounted.get("generated", 0)  # they are not shown
+        self.notes += [
+            f"{self.run.name}: problems were stopped early ({record.words}): no FLOPs; its values are judged by the first "
+            f"{record.smallest} repetitions, which every problem has; shares in the list of problems are of those that count"
+        ]
 
     @property
     def seconds(self) -> float | None:

@@ -154,10 +154,13 @@ def run_answer(analysis: Analysis) -> Answer:
     run, vote = analysis.run, vote_of(analysis.run)
     most = min(len(metrics[vote]) for metrics in analysis.scores.values())
     row = analysis.rows[most - 1]
-    scores = {m: {i: metrics[m][most - 1] for i, metrics in analysis.scores.items()} for m in VOTES}
-    others = [metric for metric in VOTES if metric != vote]
+    known = [m for m in VOTES if all(len(metrics[m]) >= most for metrics in analysis.scores.values())]
+    scores = {m: {i: metrics[m][most - 1] for i, metrics in analysis.scores.items()} for m in known}
+    others = [metric for metric in known if metric != vote]
     budget = f"N = {row['N']}, " if row["N"] else ""
     pooled = f"{budget}{most} repetition{'s' * (most > 1)} pooled"
+    if run.stopping:
+        pooled = f"{budget}at most {most} repetition{'s' * (most > 1)}, {row['repetitions_m']:.1f} on average"
     reached = f"{share(row[f'{vote}_m'])} of the problems{interval_words(row[f'{vote}_m'], row[f'{vote}_ci'])}"
     against = "; ".join(against_words(scores[vote], scores[metric], VOTES[metric]) for metric in others)
     warnings = [run.unfinished, variance_warning(list(scores[vote].values()))]
@@ -169,7 +172,9 @@ def run_answer(analysis: Analysis) -> Answer:
     )
     return Answer(
         run.name,
-        [f"{sentence(VOTES[vote])} ({pooled}) is{' so far' * run.partial} right on {reached}: {against}."],
+        [
+            f"{sentence(VOTES[vote])} ({pooled}) is{' so far' * run.partial} right on {reached}{': ' * bool(against)}{against}."
+        ],
         f"{chosen}, intervals clustered by problem.",
         remarks(warnings),
         "accuracy_n" if row["N"] else None,

@@ -3,6 +3,10 @@
 Scores are paired by problem and the interval is clustered by problem (`paired_difference`). Costs grow in proportion to
 the pooled repetitions m, so "the same tokens" is a fractional m of each run; a problem's score there is interpolated
 linearly between the whole numbers around it. Budgets that one run does not reach are not extrapolated to.
+
+A run whose problems were stopped early has no score at a given m that another run's could be compared with, but it has
+tokens: what its problems' first min(m, T) repetitions took, and in proportion what was spent on searches that do not count.
+So it is compared at equal tokens only, by the vote that stopping looked at.
 """
 
 import math
@@ -12,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common_lib.cli import UserError
-from eval_lib.intervals import paired_difference, variance_warning
+from eval_lib.intervals import Floats, paired_difference, variance_warning
 from eval_lib.summary import METRICS
 from report_lib.analysis import Analysis
 from report_lib.data import RunRecord
@@ -26,8 +30,11 @@ def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
     pairs = common_problems(one.run, other.run)
     # repetitions that every common problem has
-    most = min(len(one.scores[a]["pass1"]) for a, _ in pairs), min(len(other.scores[b]["pass1"]) for _, b in pairs)
-    budgets, missing = shared_budgets(one, other, pairs, most)
+    most = tuple(
+        min(len(side.scores[pair[k]][vote_of(side.run)]) for pair in pairs) for k, side in enumerate((one, other))
+    )
+    stopped = one.run.stopping or other.run.stopping
+    budgets, missing = stopped_budgets(one, other, pairs, most) if stopped else shared_budgets(one, other, pairs, most)
     rows = []
     for basis, (amount, pooled_one, pooled_other) in budgets:
         for metric_one, metric_other in metric_pairs(one.run, other.run):
@@ -65,7 +72,7 @@ def difference_warning(first: Mapping[int, float], second: Mapping[int, float]) 
 
 
 def shared_budgets(
-    one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, int]
+    one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, ...]
 ) -> tuple[list[tuple[str, Budget]], list[str]]:
     """(basis, budget) of all that both runs reach; and in words why a basis has none."""
     budgets = [("N", budget) for budget in equal_n_budgets(one.run, other.run, most)]
@@ -86,6 +93,47 @@ def shared_budgets(
             reach = [f"{cost:.3g} to {cost * pooled:.3g}" for cost, pooled in zip((first, second), most, strict=True)]
             missing.append(f"no budget of {words} that both runs reach: {reach[0]} against {reach[1]} a problem")
     return budgets, missing
+
+
+def stopped_budgets(
+    one: Analysis, other: Analysis, pairs: Sequence[tuple[int, int]], most: tuple[int, ...]
+) -> tuple[list[tuple[str, Budget]], list[str]]:
+    """`shared_budgets` where a run stopped problems early: of tokens alone."""
+    names = " and ".join(side.run.name for side in (one, other) if side.run.stopping)
+    missing = [f"equal N and FLOPs: {names} stopped problems early, and such runs are compared at equal tokens only"]
+    sides = zip((one, other), zip(*pairs, strict=True), most, strict=True)
+    known = [tokens_by_pooled(side, problems, reach) for side, problems, reach in sides]
+    curves = [curve for curve in known if curve is not None]
+    if len(curves) < 2:
+        return [], [*missing, "tokens are not known of both runs"]
+    first, second = curves
+    budgets = spread(max(first[0], second[0]), min(first[-1], second[-1]))
+    if not budgets:
+        reach = " against ".join(f"{curve[0]:.3g} to {curve[-1]:.3g}" for curve in curves)
+        missing.append(f"no budget of tokens that both runs reach: {reach} a problem")
+    pooled = [[float(np.interp(budget, curve, range(1, len(curve) + 1))) for curve in curves] for budget in budgets]
+    return [("tokens", (budget, a, b)) for budget, (a, b) in zip(budgets, pooled, strict=True)], missing
+
+
+def tokens_by_pooled(side: Analysis, problems: Sequence[int], most: int) -> Floats | None:
+    """Mean over problems of the tokens that m = 1 .. most pooled repetitions took; None where they are not known."""
+    record, means = side.run.stopping, side.costs["tokens"]
+    if means is None:
+        return None
+    if record is None:
+        return float(np.mean([means[i] for i in problems])) * np.arange(1.0, most + 1)
+    rows = []
+    for i in problems:
+        sums = np.cumsum([line["tokens_generated"] for line in record.first(side.run.by_problem[i])])
+        used = (record.used(i, len(sums), m) for m in range(1, most + 1))
+        rows.append([sums[n - 1] for n in used if n])
+    return np.mean(rows, axis=0) * (1 + uncounted_share(side.run))
+
+
+def uncounted_share(run: RunRecord) -> float:
+    """Tokens spent on searches that do not count, by those that were counted."""
+    counted = sum(line["tokens_generated"] for line in run.lines)
+    return run.stopping.uncounted.get("generated", 0) / counted if run.stopping and counted else 0.0
 
 
 def common_problems(one: RunRecord, other: RunRecord) -> list[tuple[int, int]]:
@@ -109,18 +157,27 @@ def comparison_note(one: RunRecord, other: RunRecord, pairs: Sequence[tuple[int,
         note += f"; {left_out} that only one of them has are left out"
     if differing := sum(one.by_problem[a][0]["gt_answer"] != other.by_problem[b][0]["gt_answer"] for a, b in pairs):
         note += f"; WARNING: {differing} of them have different reference answers in the two runs"
+    for run in (one, other):
+        if run.stopping and (share := uncounted_share(run)):
+            note += f"; tokens of {run.name} include {share:.1%} more for searches that do not count"
     return note
 
 
 def vote_of(run: RunRecord) -> str:
     """The metric that a run is judged by, chosen before any figure is seen: a search's value-weighted vote, and the
-    majority vote of `bon`, the baseline without values."""
+    majority vote of `bon`, the baseline without values; of a run that stopped problems early, the vote that decided."""
+    if run.stopping:
+        return run.stopping.metric
     return "maj" if run.search_type == "bon" else "wmaj"
 
 
 def metric_pairs(one: RunRecord, other: RunRecord) -> list[tuple[str, str]]:
-    """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote."""
+    """Each metric with itself; where one run is `bon`, also the other's weighted vote with its plain majority vote. Of a
+    run that stopped problems early only the vote that decided, with the other's own and with the same one."""
     first, second = vote_of(one), vote_of(other)
+    if one.stopping or other.stopping:
+        same = [first] * (other.stopping is None) + [second] * (one.stopping is None)
+        return list(dict.fromkeys([(first, second), *((metric, metric) for metric in same)]))
     return [(metric, metric) for metric in METRICS] + [(first, second)] * (first != second)
 
 
@@ -137,7 +194,7 @@ def spread(low: float, high: float) -> list[float]:
     return [low * (high / low) ** (i / max(1, steps)) for i in range(steps + 1)]
 
 
-def equal_n_budgets(one: RunRecord, other: RunRecord, most: tuple[int, int]) -> list[Budget]:
+def equal_n_budgets(one: RunRecord, other: RunRecord, most: tuple[int, ...]) -> list[Budget]:
     """The N that both runs have, thinned to MAX_BUDGETS."""
     if not one.num_blocks or not other.num_blocks:
         return []
@@ -149,7 +206,7 @@ def equal_n_budgets(one: RunRecord, other: RunRecord, most: tuple[int, int]) -> 
     return [(n, first[n], second[n]) for n in sorted(wanted)]
 
 
-def equal_cost_budgets(one: float, other: float, most: tuple[int, int]) -> list[Budget]:
+def equal_cost_budgets(one: float, other: float, most: tuple[int, ...]) -> list[Budget]:
     """Costs that both runs reach, where a repetition costs `one` and `other`."""
     budgets = spread(max(one, other), min(one * most[0], other * most[1]))
     return [(budget, min(budget / one, most[0]), min(budget / other, most[1])) for budget in budgets]

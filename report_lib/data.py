@@ -9,6 +9,8 @@ from typing import Any
 
 from common_lib.cli import UserError
 from common_lib.shards import WHOLE, Shard
+from eval_lib.stopped import StopRecord
+from search_lib.counted import join_stopped, planned_searches, stop_settings, stopped_of
 from search_lib.run_files import run_differences
 from search_lib.run_reader import RunPaths, read_meta, read_results
 from search_lib.run_shards import find_shards, whole_run
@@ -23,7 +25,7 @@ class RunRecord:
     """One run. `lines` (of `read_results`) are ordered by problem, then repetition.
 
     `num_blocks` and `num_problems` are None where nothing tells them; `planned` is the number of searches the run was to
-    have. parts: its files; several where `path` is a run in shards.
+    have, of a problem that --stop has decided those that count. parts: its files; several where `path` is a run in shards.
     """
 
     path: Path
@@ -55,6 +57,11 @@ class RunRecord:
         words = f"not a result yet: {self.name} has {len(self.lines)} of {self.planned} searches"
         return words if self.partial else None
 
+    @cached_property
+    def stopping(self) -> StopRecord | None:
+        """Of a run whose problems were stopped early, else None."""
+        return StopRecord.of(self.meta)
+
     @property
     def search_type(self) -> str | None:
         return self.meta["arguments"].get("search_type") if self.meta else None
@@ -85,15 +92,17 @@ def read_run(path: Path, name: str, num_blocks: int | None = None) -> RunRecord:
     shards = find_shards(path)
     if not path.is_file() and not shards:
         raise UserError(f"{path}: no such file; give the --output_path of a run")
-    if path.name.endswith((".tree.jsonl", ".meta.json")):
-        raise UserError(f"{path}: that is a run's journal or settings; give the run's own file, which lies beside it")
+    if path.name.endswith((".tree.jsonl", ".meta.json", ".uncounted.jsonl")):
+        raise UserError(
+            f"{path}: that is a run's journal, settings or uncounted lines; give the run's own file, which lies beside it"
+        )
     parts = list(shards.values()) or [RunPaths.of(path)]
     metas = [read_meta(part.meta) for part in parts]
     meta = join_settings(shards, metas) if shards else metas[0]
     notes = shard_notes(name, shards, meta)
     lines: list[dict[str, Any]] = []
     for part in parts:
-        found, more = read_results(part.results, meta["num_problems"] if meta else None)
+        found, more = read_results(part.results, meta["num_problems"] if meta else None, stopped_of(meta))
         lines, notes = lines + found, notes + more
     if not lines:
         if any(part.tree.exists() for part in parts):
@@ -109,7 +118,7 @@ def read_run(path: Path, name: str, num_blocks: int | None = None) -> RunRecord:
             notes.append(f"{name}: --num_blocks {num_blocks} ignored, the run's settings say {known}")
         num_blocks = known
         num_problems = shard_of(meta).count_of(meta["num_problems"])
-        planned = num_problems * meta["arguments"].get("num_repetitions", 1)
+        planned = planned_searches(num_problems, meta["arguments"].get("num_repetitions", 1), stopped_of(meta))
     else:
         planned = len(counts) * (1 + max(line["repeat_idx"] for line in lines))
         notes.append(f"{name}: no settings beside it ({parts[0].meta.name}): no FLOPs, no wall-clock of the run")
@@ -138,9 +147,15 @@ def join_settings(shards: Mapping[Shard, RunPaths], metas: Sequence[dict[str, An
             whole, first = whole_run(meta), paths
         elif differences := run_differences(whole, whole_run(meta)):
             raise UserError(f"{paths.results} is no shard of the run of {first.results.name}: {'; '.join(differences)}")
+        elif (stop := stop_settings(meta)) != stop_settings(whole):
+            raise UserError(
+                f"{paths.results} has stopped by {stop}, {first.results.name} by {stop_settings(whole)}; start the search of one "
+                "again with the --stop of the other"
+            )
     repetitions = max(meta["arguments"].get("num_repetitions", 1) for meta in metas if meta)
     sessions = [session for meta in metas if meta for session in meta.get("sessions", [])]
-    return whole | {"sessions": sessions, "arguments": whole["arguments"] | {"num_repetitions": repetitions}}
+    joined = {"sessions": sessions, "arguments": whole["arguments"] | {"num_repetitions": repetitions}}
+    return whole | joined | join_stopped([meta for meta in metas if meta])
 
 
 def shard_of(meta: Mapping[str, Any]) -> Shard:

@@ -34,10 +34,18 @@ def marked(rows: Sequence[dict]) -> list[int]:
     return [i for i, row in enumerate(rows) if row["pooled"] & (row["pooled"] - 1) == 0 or row is rows[-1]]
 
 
+def budget_of(row: dict, key: str) -> float:
+    """Where a row stands: of a run that stopped problems early, at the mean N that they used."""
+    return row["N_used"] if key == "N" and "N_used" in row else row[key]
+
+
 def draw_metric(axis: Axes, rows: Sequence[dict], key: str, metric: str, style: tuple, label: str, band: bool) -> None:
     """One line, the mean over problems, and its band: the problem-clustered 95 % interval."""
     colour, dash, marker = style
-    x, y = [row[key] for row in rows], [row[f"{metric}_m"] for row in rows]
+    rows = [row for row in rows if row[f"{metric}_m"] is not None]  # of a stopped run only one vote has them all
+    if not rows:
+        return
+    x, y = [budget_of(row, key) for row in rows], [row[f"{metric}_m"] for row in rows]
     half = [row[f"{metric}_ci"] for row in rows]
     if band and None not in half:
         low, high = np.clip(np.subtract(y, half), 0, None), np.clip(np.add(y, half), None, 1)
@@ -67,12 +75,12 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str, columns: int = 3) 
     if not shown:
         return None
     figure, axes = grid(len(shown), width=5.4, height=4.0, columns=columns, sharey=True)
-    budgets = [row[key] for analysis in shown for row in analysis.rows]
+    budgets = [budget_of(row, key) for analysis in shown for row in analysis.rows]
     for axis, analysis in zip(axes, shown, strict=True):
         for metric, style in LINES.items():
             draw_metric(axis, analysis.rows, key, metric, style, METRICS[metric], metric in BANDS)
         axis.set(title=printable(analysis.run.name), xlabel=label)
-        set_ticks(axis, [analysis.rows[i][key] for i in marked(analysis.rows)], log=True, reach=budgets)
+        set_ticks(axis, [budget_of(analysis.rows[i], key) for i in marked(analysis.rows)], log=True, reach=budgets)
     return finish_accuracy(figure, axes, entry=1.8)
 
 
@@ -84,13 +92,14 @@ def comparison_figure(analyses: Sequence[Analysis], columns: int = 3) -> Figure 
     figure, axes = grid(len(shown), width=4.8, height=4.0, columns=columns, sharey=True)
     for axis, (key, label, _) in zip(axes, shown, strict=True):
         for i, analysis in enumerate(analyses):
-            for metric in ("wmaj", "maj") if analysis.run.search_type == "bon" else ("wmaj",):
+            by_both = analysis.run.search_type == "bon" and not analysis.run.stopping
+            for metric in ("wmaj", "maj") if by_both else (vote_of(analysis.run),):
                 style: tuple = RUN_LINES[i % len(RUN_LINES)]
                 style = (style[0], (0, (3, 1, 1, 1, 1, 1)), "x") if metric == "maj" else style
                 name = f"{brief(analysis.run.name)}: {METRICS[metric]}"
                 band = i < 2 and metric == vote_of(analysis.run)  # more than two bands cannot be told apart
                 draw_metric(axis, analysis.rows, key, metric, style, name, band)
-        set_ticks(axis, [a.rows[i][key] for a in analyses for i in marked(a.rows)], log=True)
+        set_ticks(axis, [budget_of(a.rows[i], key) for a in analyses for i in marked(a.rows)], log=True)
         axis.set(xlabel=label)
     return finish_accuracy(figure, axes, entry=3.4)
 

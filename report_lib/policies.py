@@ -7,7 +7,7 @@ A policy is written VOTE, VOTE:NUMBER, or VOTE:STOP[:PARAMETER][@NUMBER]:
     majority:sure          until the vote cannot change any more
     weighted:certified:0.1 until it is certified, at alpha 0.1
     majority:beta@8        until the Beta posterior of Adaptive-Consistency is 0.95, at most 8 repetitions
-    majority:esc:5         until the 5 latest answers are equal (ESC), which is looked at every 5 answers
+    majority:esc:5         until all answers of a window of 5 repetitions are equal (ESC), windows following each other
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from common_lib.cli import UserError
+from eval_lib.stopping_peers import POSTERIOR, WINDOW
 
 VOTES = {  # as written -> in words, and whether it uses values
     "majority": ("majority", False),
@@ -44,14 +45,14 @@ STOPS: dict[str, Parameter | None] = {
     "none": None,
     "sure": None,
     "certified": _share("ALPHA", 0.05),
-    "beta": _share("POSTERIOR", 0.95),
-    "esc": Parameter("ANSWERS", 8, int, "a whole number of at least 2", lambda value: value >= 2),
+    "beta": _share("POSTERIOR", POSTERIOR),
+    "esc": Parameter("WINDOW", WINDOW, int, "a whole number of at least 1", lambda value: value >= 1),
 }
 GUARANTEED = ("none", "sure", "certified")
 EXPLORED = ["sure", *(f"certified:{alpha:g}" for alpha in (0.01, 0.05, 0.1, 0.2)), "beta", "esc"]
 GRAMMAR = (
     f"VOTE, VOTE:NUMBER or VOTE:STOP[:PARAMETER][@NUMBER]; votes: {', '.join(VOTES)}; stops: none, sure, certified:ALPHA, "
-    "beta:POSTERIOR, esc:ANSWERS (sure and certified: of the majority or the weighted vote)"
+    "beta:POSTERIOR, esc:WINDOW (sure and certified: of the majority or the weighted vote)"
 )
 
 

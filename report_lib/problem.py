@@ -1,5 +1,6 @@
 """One problem of a run: its output lines and its trees joined, graded, with the classes of equal answers and the votes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def problem_view(run: RunRecord, journal: Journal, data_idx: int, grader: Grader
     recorded = journal.searches.get(data_idx, {})
     gold = next(iter(lines.values()))["gt_answer"] if lines else ""
     searches = []
-    for repeat_idx in sorted(lines.keys() | recorded.keys()):
+    last = run.stopping.stopped.get(data_idx, math.inf) if run.stopping else math.inf
+    for repeat_idx in sorted(r for r in lines.keys() | recorded.keys() if r < last):
         line, in_journal = lines.get(repeat_idx), repeat_idx in recorded
         tree, text = journal.read(data_idx, repeat_idx) if in_journal else tree_of_line(lines[repeat_idx])
         if line and in_journal:

@@ -74,7 +74,7 @@ def check_target(source: Path, target: Path) -> None:
         raise UserError(f"--regrade takes shards one by one: {paths.results} into {new}, and so on")
     if target.exists() or RunPaths.of(target).meta.exists():
         raise UserError(f"--regrade {target} exists; samples and earlier grades are never overwritten, give a new name")
-    if not target.name.endswith(".jsonl") or target.name.endswith(".tree.jsonl"):
+    if not target.name.endswith(".jsonl") or target.name.endswith((".tree.jsonl", ".uncounted.jsonl")):
         raise UserError(f"--regrade {target} must be a file name that ends in .jsonl")
     if target.parent.resolve() != source.parent.resolve():
         raise UserError(f"--regrade {target} must lie in the folder of {source.name}, whose journal it refers to")

@@ -4,7 +4,6 @@ Every problem has the recorded order of its repetitions and NUM_ORDERS random on
 repetition's place in the order is all that changes: the trees are the recorded ones.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,10 +93,9 @@ def stop_fires(policy: Policy, prefixes: Prefixes, most: int, beams: int) -> NDA
         return np.zeros(stops["alike"].shape, bool)
     parameter = policy.parameter or 0.0
     if policy.stop == "beta":
-        return stops["posterior"] > parameter
+        return stops["posterior"] >= parameter
     if policy.stop == "esc":
-        window = math.ceil(parameter / beams)  # repetitions; looked at when each is full
-        return (stops["alike"] >= window) & (t % window == 0)
+        return (stops["alike"] >= parameter) & (t % parameter == 0)
     sure = (stops[f"lead_{policy.vote}"] > (most - t) * beams) & (t < most)
     if policy.stop == "sure":
         return sure

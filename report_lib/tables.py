@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.files import write_text
-from eval_lib.summary import METRICS, budget_table, run_tables
+from eval_lib.stopped import tables_of
+from eval_lib.summary import METRICS, budget_table
 from eval_lib.tables import Table, as_csv, as_markdown, as_text, number, percent, printable, short, thin
 from report_lib.analysis import Analysis
 from report_lib.answer import Answer, first_screen
@@ -58,13 +59,16 @@ def all_tables(
 
     brief: extreme budgets and votes alone of comparisons. all_rows: a row for every number of repetitions.
     """
-    by_run = [run_tables(analysis.rows, analysis.run.name, all_rows) for analysis in analyses]
+    by_run = [tables_of(analysis.rows, analysis.outcome, analysis.run.name, all_rows) for analysis in analyses]
     marked = {analysis.run.name for analysis in analyses if no_evidence(analysis.values)}
     tables = [mark_votes(accuracy, a) for a, (accuracy, _, _) in zip(analyses, by_run, strict=True)]
     tables += [comparison_table(comparison, brief, marked) for comparison in comparisons]
     tables += [table for analysis in analyses for table in what_if_tables(analysis, all_rows)]
-    for analysis, (_, noise, cost) in zip(analyses, by_run, strict=True):
-        tables += [replace(noise, folded=True), replace(cost, notes=[*cost.notes, *wall_clock(analysis)])]
+    for analysis, (_, second, cost) in zip(analyses, by_run, strict=True):
+        tables += [
+            replace(second, folded=analysis.outcome is None),
+            replace(cost, notes=[*cost.notes, *wall_clock(analysis)]),
+        ]
         if analysis.flops:
             title = f"FLOPs of one problem, generator (decode, prefill) and value model: {analysis.run.name}"
             rows = analysis.rows if all_rows else thin(analysis.rows)
@@ -211,6 +215,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "planned": analysis.run.planned,
         "notes": analysis.notes,
         "table": analysis.rows,
+        "stopped": analysis.outcome,
         "value_model": analysis.values,
         "searches_rescuable_by_a_rejected_candidate": analysis.pruned_right,
         "clones": analysis.clones,

@@ -2,6 +2,7 @@
 
     python scripts/kill_test.py --times 100                      # search, simulated generator and scorer: byte-identical
     python scripts/kill_test.py --times 20 --engine transformers # search, tiny real models: scores within 1e-6
+    python scripts/kill_test.py --stop sure --times 50           # search that stops decided problems: the lines that count
     python scripts/kill_test.py --shards 4 --times 10            # four shards, two killed: lines and report of one run
     python scripts/kill_test.py --train --times 20               # training: losses bit-identical
     python scripts/kill_test.py --collect --times 20             # collection in three shards, simulated generators: byte-identical
@@ -29,7 +30,9 @@ from subprocess import DEVNULL, PIPE, Popen
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from common_lib.cli import ArgumentParser, run_script
+from common_lib.cli import ArgumentParser, UserError, run_script
+from search_lib.counted import is_counted, stopped_of
+from search_lib.run_reader import RunPaths, read_meta
 
 # What a second start may change: how long things took, and what had to be read again.
 FREE_KEYS = {"dt", "seconds_generate", "seconds_score", "tokens_scored", "tokens_reread", "tokens_cached"}
@@ -96,9 +99,11 @@ def tolerance(engine: str) -> float:
     return 0.0 if engine == "simulated" else 1e-6
 
 
-def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path) -> int:
+def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path, stop: str = "none") -> int:
     """Number of trials that failed."""
     flags, rng = make_inputs(folder, problems), random.Random(seed)
+    if stop != "none":  # so many repetitions that some problems are decided before the last one
+        flags += ["--num_repetitions", "8", "--stop", stop, "--stop_vote", "majority"]
     reference = folder / "reference.jsonl"
     run_to_end(command(engine, flags, reference))
     meta = json.loads((folder / "reference.meta.json").read_text())
@@ -113,7 +118,7 @@ def kill_trials(times: int, engine: str, problems: int, seed: int, folder: Path)
                 kills += stop_when(after_growth(journal, rng.uniform(0, 0.6) * searching), cmd)
             run_to_end(cmd)
             compare(output, reference, tolerance(engine))
-            result = "equal"
+            result = "equal" + in_vain(output)
         except ValueError as error:
             failed += 1
             result = f"DIFFERENT: {error}"
@@ -136,27 +141,41 @@ def after_growth(journal: Path, seconds: float) -> Callable[[], bool]:
     return due
 
 
+def in_vain(output: Path) -> str:
+    """Of a run with --stop: how many problems were decided, and what was done beyond."""
+    meta = read_meta(RunPaths.of(output).meta) or {}
+    words = "; {} problems decided, {} tokens uncounted"
+    return words.format(len(meta["stopped"]), meta["tokens_uncounted"]["generated"]) if "stopped" in meta else ""
+
+
 def read_run(output: Path) -> tuple[list[str], list[float]]:
     """(lines without what may differ, scores) of a finished run. Raises ValueError for anything lost or done twice."""
+    paths, stopped = RunPaths.of(output), stopped_of(read_meta(RunPaths.of(output).meta))
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     order = [row["global_idx"] for row in rows]
-    if order != list(range(len(rows))):
+    if order != (sorted(set(order)) if stopped else list(range(len(rows)))):
         raise ValueError(f"global_idx is not 0 .. {len(rows) - 1} in order: {order}")
+    aside = paths.uncounted.read_text(encoding="utf-8").splitlines() if paths.uncounted.exists() else []
+    for number, row in enumerate([*rows, *map(json.loads, aside)]):
+        if is_counted(stopped, row["data_idx"], row["repeat_idx"]) != (number < len(rows)):
+            raise ValueError(f"global_idx {row['global_idx']} is in the wrong file (stopped: {stopped})")
     rounds: dict[tuple[int, int], list[int]] = {}
-    for line in output.with_name(output.stem + ".tree.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in paths.tree.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         rounds.setdefault((row["data_idx"], row["repeat_idx"]), []).append(row["round"])
     for key, numbers in rounds.items():
         if numbers != list(range(len(numbers))):
             raise ValueError(f"rounds of search {key} are {numbers}")
-    if len(rounds) != len(rows):
-        raise ValueError(f"{len(rows)} results, but {len(rounds)} searches in the journal")
+    if len(rows) != (searches := sum(is_counted(stopped, *key) for key in rounds)):
+        raise ValueError(f"{len(rows)} results, but {searches} searches in the journal")
     scores = [score for row in rows for score in row.pop("generated_scores")]
     return [json.dumps({k: v for k, v in row.items() if k not in FREE_KEYS}) for row in rows], scores
 
 
 def compare(output: Path, reference: Path, tolerance: float) -> None:
     """Raises ValueError where two finished runs differ."""
+    if len({json.dumps((read_meta(RunPaths.of(path).meta) or {}).get("stopped")) for path in (output, reference)}) > 1:
+        raise ValueError("other problems are decided, or after other repetitions")
     (lines, scores), (expected, expected_scores) = read_run(output), read_run(reference)
     for line, other in zip(lines, expected, strict=True):
         if line != other:
@@ -404,9 +423,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", action="store_true", help="training in the place of a search")
     what.add_argument("--collect", action="store_true", help="a collection in three shards in the place of a search")
+    parser.add_argument("--stop", choices=("none", "sure", "certified"), default="none", help="of a search")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.stop != "none" and (args.train or args.collect or args.shards > 1):
+        raise UserError("--stop is for a search in one process")
     with tempfile.TemporaryDirectory() as folder:
         if args.collect:
             return 1 if collect_trials(args.times, args.problems, args.seed, Path(folder)) else 0
@@ -415,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 1 if shard_trials(args.times, args.engine, args.problems, args.shards, args.seed, Path(folder)) else 0
             )
         if not args.train:
-            return 1 if kill_trials(args.times, args.engine, args.problems, args.seed, Path(folder)) else 0
+            return 1 if kill_trials(args.times, args.engine, args.problems, args.seed, Path(folder), args.stop) else 0
         try:
             train_trials([KINDS[i % len(KINDS)] for i in range(args.times)], args.ranks, args.seed, Path(folder))
         except ValueError as error:

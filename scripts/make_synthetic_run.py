@@ -29,9 +29,11 @@ from common_lib.files import write_text
 from common_lib.virtual_time import run_virtual
 from data_utils import Problem
 from engine_lib.base import Reply
+from eval_lib.stopping import Stopping
 from eval_utils import Grader
 from search_lib.results import ResultRows
 from search_lib.run_files import FORMAT, RunFiles, RunPaths
+from search_lib.run_stopping import RunStops
 from search_lib.runner import SearchRunner
 from search_lib.scorers import Scored
 from search_lib.search_progress import SearchProgress
@@ -93,8 +95,10 @@ def make_synthetic_run(path: Path, options: Options) -> None:
     models = SimulatedModels(options, [int(problem.answer) for problem in problems], rates, text)
     with RunFiles(paths, meta(options)) as files, Grader() as grader:
         rows = ResultRows(problems, text.decode, grader)
-        progress = SearchProgress(files.finished, len(prompts) * options.repetitions, options.config())
-        runner = SearchRunner(models.generate, models, options.config(), files, rows, progress)
+        every = Stopping("none", "weighted", 0.05, options.repetitions, options.config().num_beams)
+        stops = RunStops(every, files, range(len(prompts)), grader.answer_classes)
+        progress = SearchProgress(stops, options.config())
+        runner = SearchRunner(models.generate, models, options.config(), files, rows, stops, progress)
         # A few at once: lines of different searches interleave. In virtual time: it takes as long as the work.
         run_virtual(runner.run(dict(enumerate(prompts)), options.repetitions, batch_size=4))
         files.sort_results()

@@ -9,7 +9,10 @@ from common_lib.devices import check_device_name
 from common_lib.shards import Shard
 from engine_lib.arguments import add_engine_flags, add_sampling_flags, check_url, engine_rules, resolve_engine
 from engine_lib.choose import VALUE_ENGINES
+from eval_lib.stopping import STOP_VOTES, STOPS
 from search_lib.tree import SELECTIONS, parse_search_type
+
+ALPHA = 0.05  # of --stop certified
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -28,8 +31,22 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         args.shard = str(Shard.parse(args.shard, "--shard"))
     resolve_engine(args)
     resolve_value_engine(args)
+    resolve_stopping(args)
     args.tracker = args.tracker or ("none" if args.neptune_project is None else "neptune")
     return args
+
+
+def resolve_stopping(args: argparse.Namespace) -> None:
+    """Checks the flags of --stop against each other, and gives those that are not given their defaults. Raises UserError."""
+    if args.stop_vote is not None and args.stop == "none":
+        raise UserError(
+            f"--stop_vote {args.stop_vote} needs --stop sure or --stop certified: without it nothing is stopped"
+        )
+    if args.alpha is not None and args.stop != "certified":
+        raise UserError(f"--alpha {args.alpha} needs --stop certified, not {args.stop}")
+    args.stop_vote = args.stop_vote or "weighted"
+    args.alpha = ALPHA if args.alpha is None else args.alpha
+    check_rules(args, [("alpha", 0 < args.alpha < 1, "is a probability of error: above 0 and below 1")])
 
 
 def resolve_value_engine(args: argparse.Namespace) -> None:
@@ -99,6 +116,16 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add_sampling_flags(flag)
     flag("--batch_size", type=int, default=32,
          help="searches at once, over all problems and repetitions; with bf16 values it may change results")
+
+    flag = parser.add_argument_group("stopping", "--num_repetitions is then the most a problem may get").add_argument
+    flag("--stop", choices=STOPS, default="none",
+         help="when a problem is searched no more. sure: its vote cannot have another winner after all repetitions; certified: "
+              "also where a test, after each repetition, is sure enough (--alpha) of the answer that is heaviest in expectation. "
+              "Only the repetitions before that count. May change when a run goes on: it changes which lines count, no line")
+    flag("--alpha", type=float,
+         help=f"of --stop certified: probability that a problem is certified for an answer that is not the heaviest (default: "
+              f"{ALPHA})")
+    flag("--stop_vote", choices=STOP_VOTES, help="the vote that is to be decided (default: weighted)")
 
     flag = parser.add_argument_group("generator").add_argument
     flag("--piref_model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name")

@@ -1,26 +1,29 @@
 """The files of a search run: written so that nothing is lost, and a run goes on where it stopped.
 
-X.jsonl       one line per finished search; at the end in the order of global_idx
-X.meta.json   arguments, versions, both models; what a second start is compared with
-X.tree.jsonl  one line per finished round of each search: the journal, and what a report's page shows
+X.jsonl            one line per finished search; at the end those that count, in the order of global_idx
+X.uncounted.jsonl  with --stop, at the end: lines of searches that were finished though their problem was decided
+X.meta.json        arguments, versions, both models; what a second start is compared with
+X.tree.jsonl       one line per finished round of each search: the journal, and what a report's page shows
 
-Both .jsonl files only grow. A last line without its newline is torn: it is cut off, said, and done again. How the files
-are read is in search_lib/run_reader.py.
+X.jsonl and the journal only grow while a run goes on. A last line without its newline is torn: it is cut off, said, and
+done again. A line that is moved is in both files for a moment, never in none. How the files are read is in
+search_lib/run_reader.py.
 """
 
 import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common_lib.cli import UserError
-from common_lib.files import LineFile, OutputError, lock, read_rows, write_json, write_whole
+from common_lib.files import LineFile, OutputError, fsync, lock, output_errors, read_rows, write_json, write_whole
 from common_lib.shards import Shard
 from engine_lib.arguments import FREE_ARGUMENTS as ENGINE_ARGUMENTS
 from engine_lib.arguments import LATER_ARGUMENTS
+from search_lib.counted import STOP_KEYS, stop_settings
 from search_lib.run_reader import FORMAT as FORMAT
 from search_lib.run_reader import Journal, Key, RunPaths, read_meta, read_results
 from search_lib.run_shards import whole_run
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 FREE_ARGUMENTS = ENGINE_ARGUMENTS | {
     "batch_size", "value_device", "value_cache_gb", "value_batch_tokens", "tracker", "neptune_project", "num_repetitions",
     "output_path", "benchmark", "piref_model", "classifier_ckpt_path", "value_dtype", "value_engine", "value_url",
-    "value_sglang_args",
+    "value_sglang_args", "stop", "alpha", "stop_vote",
 }  # fmt: skip
 
 # In bf16 the last bits of a value depend on what it was batched with and how, so with such values these of the free ones can
@@ -54,7 +57,7 @@ def check_output_path(output_path: str, shard: Shard | None = None) -> RunPaths:
         raise UserError(f"--output_path {output_path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_path {output_path}: the folder {folder} cannot be written to")
-    for path in (paths.results, paths.meta, paths.tree):
+    for path in (paths.results, paths.meta, paths.tree, paths.uncounted):
         if path.exists() and (not path.is_file() or not os.access(path, os.W_OK)):
             raise UserError(f"--output_path {output_path}: {path} is not a file that can be written to")
     return paths
@@ -63,7 +66,7 @@ def check_output_path(output_path: str, shard: Shard | None = None) -> RunPaths:
 class RunFiles:
     """The open files of one run, and what an earlier start left: finished searches, and rounds of unfinished ones."""
 
-    finished: dict[Key, dict[str, Any]]  # without generated_ids
+    finished: dict[Key, dict[str, Any]]  # without generated_ids; those in X.uncounted.jsonl too
     rounds: dict[Key, list[Round]]
 
     def __init__(self, paths: RunPaths, meta: dict[str, Any]):
@@ -80,6 +83,8 @@ class RunFiles:
             meta["sessions"] = [*earlier.get("sessions", []), session]
             meta["started"] = earlier["started"]
             meta["tracker_ids"] = earlier.get("tracker_ids", {})
+            if _counting(earlier) == _counting(meta):  # else it says of other lines that they do not count
+                meta |= {key: earlier[key] for key in STOP_KEYS if key in earlier}
             write_json(paths.meta, meta)
             self.results = LineFile(paths.results)
             stack.callback(lambda: self.results.close())
@@ -87,45 +92,87 @@ class RunFiles:
             self._opened = stack.pop_all()
 
     def _read(self) -> None:
-        lines, _ = read_results(self.paths.results, self.meta["num_problems"])
-        self.finished = {(line["data_idx"], line["repeat_idx"]): line for line in lines}
+        problems, uncounted = self.meta["num_problems"], self.paths.uncounted
+        lines, _ = read_results(self.paths.results, problems)
+        aside = read_results(uncounted, problems)[0] if uncounted.exists() else []
+        self._aside = {_key(line): line["offset"] for line in aside}  # of X.uncounted.jsonl
+        self._twice = any(_key(line) in self._aside for line in lines)  # killed while lines were moved
+        self.finished = {_key(line): line for line in [*aside, *lines]}
         journal = Journal(self.paths.tree)
         started = [(data_idx, repeat_idx) for data_idx, runs in journal.searches.items() for repeat_idx in runs]
         self.rounds = {key: journal.read(*key)[0].rounds for key in started if key not in self.finished}
+        self._spent: dict[Key, tuple[int, int]] = {}  # tokens generated and scored of searches that are not finished
+        for key, rounds in self.rounds.items():
+            for record in rounds:
+                self._spend(key, record)
+
+    def _spend(self, key: Key, record: Round) -> None:
+        generated, scored = self._spent.get(key, (0, 0))
+        self._spent[key] = generated + sum(map(len, record.tokens)), scored + record.tokens_scored
 
     def add_round(self, task: SearchTask, record: Round, texts: list[str]) -> None:
         row = {"data_idx": task.data_idx, "repeat_idx": task.repeat_idx} | vars(record) | {"text": texts}
         if record.round == 0:
             row["prompt_ids"] = list(task.prompt_ids)
         self.tree.append(row)
+        self._spend(_key(row), record)
 
     def add_result(self, row: dict[str, Any]) -> None:
         self.results.append(row)
-        self.rounds.pop((row["data_idx"], row["repeat_idx"]), None)
-        self.finished[row["data_idx"], row["repeat_idx"]] = {k: v for k, v in row.items() if k != "generated_ids"}
+        self.rounds.pop(_key(row), None)
+        self._spent.pop(_key(row), None)
+        self.finished[_key(row)] = {k: v for k, v in row.items() if k != "generated_ids"}
 
-    def sort_results(self) -> None:
-        """Put the lines in the order of global_idx: copied beside, then renamed; never the whole file in memory."""
-        places = [(row["global_idx"], offset) for offset, row in read_rows(self.paths.results)]
-        if places == sorted(places):
+    def tokens_of(self, which: Callable[[Key], bool]) -> dict[str, int]:
+        """Tokens generated and scored by some of the searches, unfinished ones as far as their rounds are written."""
+        spent = [pair for key, pair in self._spent.items() if which(key)]
+        spent += [
+            (line["tokens_generated"], line["tokens_scored"]) for key, line in self.finished.items() if which(key)
+        ]
+        return {"generated": sum(pair[0] for pair in spent), "scored": sum(pair[1] for pair in spent)}
+
+    # ------------------------------------------------------------------------------------------------- moving lines
+
+    def take_back(self) -> None:
+        """Put the lines of X.uncounted.jsonl behind those of X.jsonl, which may need them again."""
+        if not self.paths.uncounted.exists():
             return
+        here = [(self.paths.results, offset) for offset, _ in read_rows(self.paths.results)]
+        known = {_key(line) for line in self.finished.values() if line.get("path") != self.paths.uncounted}
+        there = [(self.paths.uncounted, offset) for key, offset in self._aside.items() if key not in known]
+        self._write_results([*here, *there])
+        with output_errors(self.paths.uncounted):
+            self.paths.uncounted.unlink()
+        self._aside, self._twice = {}, False
 
-        def copy(target: BinaryIO) -> None:
-            with self.paths.results.open("rb") as source:
-                for _, offset in sorted(places):
-                    source.seek(offset)
-                    target.write(source.readline())
+    def sort_results(self, counts: Callable[[int, int], bool] = lambda data_idx, repeat_idx: True) -> None:
+        """Put the lines that count (data_idx, repeat_idx) in the order of global_idx, and move the others to
+        X.uncounted.jsonl."""
+        if self._twice or any(counts(*key) == (key in self._aside) for key in self.finished):
+            self.take_back()
+        rows = [(row["global_idx"], offset, counts(*_key(row))) for offset, row in read_rows(self.paths.results)]
+        if rows == sorted(rows) and all(counted for *_, counted in rows):
+            return
+        if moved := [(self.paths.results, offset) for _, offset, counted in sorted(rows) if not counted]:
+            write_lines(self.paths.uncounted, moved)
+        self._write_results([(self.paths.results, offset) for _, offset, counted in sorted(rows) if counted])
 
-        write_whole(self.paths.results, copy)
+    def _write_results(self, places: Iterable[tuple[Path, int]]) -> None:
+        write_lines(self.paths.results, places)
         self.results.close()
         self.results = LineFile(self.paths.results)
+
+    # ------------------------------------------------------------------------------------------------- settings
 
     def note_session(self, seconds: float, hardware: str) -> None:
         """Note in the meta file how long this start has run, and on what."""
         ended = {"ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "hardware": hardware}
         self.meta["sessions"][-1] |= ended
         with contextlib.suppress(OutputError):  # a full disk has been told already; the record of it is not worth more
-            write_json(self.paths.meta, self.meta)
+            self.write_meta()
+
+    def write_meta(self) -> None:
+        write_json(self.paths.meta, self.meta)
 
     def __enter__(self) -> "RunFiles":
         return self
@@ -136,6 +183,35 @@ class RunFiles:
     def close(self) -> None:
         """Flush and unlock."""
         self._opened.close()
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["data_idx"], row["repeat_idx"]
+
+
+def write_lines(path: Path, places: Iterable[tuple[Path, int]]) -> None:
+    """Write a file whole, of lines of others or of itself: file and byte offset of each. Never all of it in memory.
+
+    It is so after a power cut before anything that comes later is, where the file system can. Raises OutputError.
+    """
+
+    def copy(target: BinaryIO) -> None:
+        sources: dict[Path, BinaryIO] = {}
+        with contextlib.ExitStack() as stack:
+            for source, offset in places:
+                if source not in sources:
+                    sources[source] = stack.enter_context(source.open("rb"))
+                sources[source].seek(offset)
+                target.write(sources[source].readline())
+
+    write_whole(path, copy)
+    with contextlib.suppress(OSError):
+        fsync(path.parent)
+
+
+def _counting(meta: Mapping[str, Any]) -> tuple[object, ...]:
+    """What decides which lines count."""
+    return stop_settings(meta), meta["arguments"]["num_repetitions"]
 
 
 def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:

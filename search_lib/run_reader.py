@@ -12,11 +12,13 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from common_lib.cli import UserError
 from common_lib.files import read_lines
 from common_lib.shards import Shard
+from search_lib.counted import Stopped, is_counted, stopped_of
 from search_lib.tree import Round, Tree
 
 FORMAT = 1  # of X.meta.json
@@ -25,11 +27,13 @@ Key = tuple[int, int]  # data_idx, repeat_idx
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The three files of `--output_path X.jsonl`, and the lock that a process that writes them holds."""
+    """The files of `--output_path X.jsonl`, and the lock that a process that writes them holds. uncounted: only of a run
+    with --stop."""
 
     results: Path
     meta: Path
     tree: Path
+    uncounted: Path
     lock: Path
 
     @classmethod
@@ -39,7 +43,7 @@ class RunPaths:
         if shard is not None:
             results = results.with_name(f"{results.name.removesuffix('.jsonl')}{shard.suffix}.jsonl")
         stem = results.name.removesuffix(".jsonl")
-        names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f".{stem}.lock")
+        names = (f"{stem}.meta.json", f"{stem}.tree.jsonl", f"{stem}.uncounted.jsonl", f".{stem}.lock")
         return cls(results, *map(results.with_name, names))
 
 
@@ -52,6 +56,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
         if meta["format"] != FORMAT:
             raise UserError(f"{path}: format {meta['format']!r:.40} is not known; this version knows format {FORMAT}")
         counts = [meta["num_problems"], *(meta["search"][key] for key in ("width", "branch", "num_blocks"))]
+        stopped_of(meta)
         if not isinstance(meta["arguments"], dict) or not all(map(is_count, counts)):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -85,11 +90,14 @@ def _parse_lines(path: Path, form: "LineFormat", notes: list[str]) -> Iterator[t
 # Results
 
 
-def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """All lines of X.jsonl with the keys that are known, checked; and notes on what was left out.
+def read_results(
+    path: Path, num_problems: int | None, stopped: Stopped = MappingProxyType({})
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of X.jsonl that count with the keys that are known, checked; and notes on what was left out.
 
     In place of `generated_ids` a line has `lengths` (tokens, by beam), and where it stands: `path`, `offset` (bytes), `line`.
-    num_problems: of the run, None where nothing tells it. Raises UserError, also for lines of several runs.
+    num_problems: of the run, None where nothing tells it. stopped: of the settings (`stopped_of`), all lines count without.
+    Raises UserError, also for lines of several runs.
     """
     lines: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -103,7 +111,7 @@ def read_results(path: Path, num_problems: int | None) -> tuple[list[dict[str, A
     if unknown:
         notes.append(f"{path.name}: keys that are not known here were ignored: {', '.join(sorted(unknown)[:8])}")
     _check_one_run(path, lines, num_problems)
-    return lines, notes
+    return [line for line in lines if is_counted(stopped, line["data_idx"], line["repeat_idx"])], notes
 
 
 def read_token_ids(line: dict[str, Any]) -> list[Sequence[int]]:

@@ -23,6 +23,7 @@ import inference_eval
 from common_lib import tracking
 from engine_lib import choose
 from engine_lib.base import Reply, Request
+from eval_lib.stopping import Stopping
 from search_lib import served_scorer
 
 STOP = 256
@@ -62,6 +63,7 @@ class Seen:
     moved: list[str] = field(default_factory=list)  # devices that a value model was sent to
     scorers: list[classifier_lib.ValueScorer] = field(default_factory=list)
     value_engines: list[tuple[str, FakeValueEngine]] = field(default_factory=list)
+    stoppings: list[Stopping] = field(default_factory=list)
     checked: list[object] = field(default_factory=list)  # ValueConfig of served value models
     trackers: list["SpyTracker"] = field(default_factory=list)
     output: Path = Path()
@@ -197,6 +199,10 @@ def run(
         async def check(engine, config):
             seen.checked.append(config)
 
+        stops = inference_eval.RunStops
+        stack.enter_context(
+            mock.patch.object(inference_eval, "RunStops", lambda *a: seen.stoppings.append(a[0]) or stops(*a))
+        )
         stack.enter_context(mock.patch.object(served_scorer, "check_values", check))
         stack.enter_context(mock.patch.dict(choose.ENGINES, engines))
         stack.enter_context(mock.patch.dict(choose.VALUE_ENGINES, {kind: value(kind) for kind in choose.VALUE_ENGINES}))

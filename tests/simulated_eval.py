@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,11 @@ from common_lib.cli import run_script
 BLOCK_SECONDS = float(os.environ.get("SIM_SECONDS", "0.02"))
 
 
+BOX = [59, 69, 65, 78, 87]  # "\\fbox" in the tiny tokenizer, whose bytes 15 to 24 are the digits
+
+
 class SimEngine:
-    """Answers after a random time; the stop token is the first stop id."""
+    """Answers after a random time; the stop token is the first stop id, before it an answer, mostly 0."""
 
     name, context_length, vocab_size = "simulated", 1 << 20, 264
 
@@ -37,7 +41,11 @@ class SimEngine:
 
     async def one(self, request):
         await asyncio.sleep(random.expovariate(1 / BLOCK_SECONDS))
-        return sim_block(request.prompt_ids, request.seed, request.max_new_tokens, stop=request.stop_ids[0])
+        reply = sim_block(request.prompt_ids, request.seed, request.max_new_tokens, 0.3, stop=request.stop_ids[0])
+        if reply.finish_reason == "length" or request.max_new_tokens < len(BOX) + 2:
+            return reply
+        digit = random.Random(hash((tuple(request.prompt_ids), request.seed, 1))).choice("000000000123")
+        return replace(reply, token_ids=[*BOX, 15 + int(digit), *reply.token_ids[-1:]])
 
     async def close(self):
         pass

@@ -15,6 +15,7 @@ from common_lib.cli import UserError
 from common_lib.models import stop_token_ids
 from data_utils import INSTRUCTION
 from engine_lib.value_base import ValueConfig
+from eval_lib.stopping import Stopping
 from search_lib.arguments import build_parser
 from search_lib.tree import request_seed
 
@@ -120,6 +121,10 @@ TABLE = {
     "value_dtype": (["bf16"], lambda seen: seen.scorers[0].model.score[0].weight.dtype, torch.bfloat16),
     "value_cache_gb": (["0.02"], lambda seen: seen.scorers[0].budget.limit, 20_000_000),
     "value_batch_tokens": (["100"], lambda seen: seen.scorers[0].max_batch_tokens, 100),
+    "stop": (["sure"], lambda seen: (seen.stoppings[0].kind, "stopped" in seen.meta), ("sure", True)),
+    "alpha": (["0.2", "--stop", "certified"], lambda seen: seen.stoppings[0],
+              Stopping("certified", "weighted", 0.2, 2, 2)),
+    "stop_vote": (["majority", "--stop", "sure"], lambda seen: seen.stoppings[0], Stopping("sure", "majority", 0.05, 2, 2)),
     "neptune_project": (["me/vgs"], tracker, ("neptune", "me/vgs", True, 1)),
     "tracker": (["trackio"], tracker, ("trackio", None, True, 1)),
 }  # fmt: skip

@@ -133,6 +133,9 @@ CHANGES = {
     "value_dtype": [("fp32", None), ("bf16", ENGINE)],
     "value_cache_gb": [("0.02", None)],
     "value_batch_tokens": [("100", None)],
+    "stop": [("sure", None), ("certified", None)],
+    "alpha": [("0.2 --stop certified", None)],
+    "stop_vote": [("majority --stop sure", None)],
     "neptune_project": [("me/vgs", None)],
     "tracker": [("trackio", None)],
 }

@@ -7,52 +7,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from stopping_study import Equality, class_sums, random_problem, same_vote, winning
 
 from eval_lib.stopping import LAMBDAS, Stopping, StopTest, is_sure, log_evidence, stopping_point
 from eval_utils import weighted_vote
 
 # ------------------------------------------------------------------------------------------------------ plain reference
-
-
-class Equality:
-    """Which answers are equal: listed pairs, and what follows from them among the answers that are there."""
-
-    def __init__(self, pairs):
-        self.pairs, self.asked = pairs, 0
-
-    def __call__(self, answers):
-        self.asked += 1
-        there = dict.fromkeys(answer for answer in answers if answer)
-        of = {answer: number for number, answer in enumerate(there)}
-        for one, other in self.pairs:
-            if one in of and other in of:
-                old, new = of[one], of[other]
-                of = {answer: new if number == old else number for answer, number in of.items()}
-        return [of[answer] if answer else -1 for answer in answers]
-
-
-def class_sums(searches, equal, vote):
-    """Sets of equal answers -> [their exact weight in each tree]; all weights 1 where the vote's are all 0."""
-    answers = [answer for beams, _ in searches for answer in beams]
-    classes = equal(answers)
-    counted = vote == "majority"
-    sums: dict[int, list[Fraction]] = {}
-    numbers = iter(classes)
-    for tree, (beams, scores) in enumerate(searches):
-        for (_, score), number in zip(zip(beams, scores, strict=True), numbers, strict=False):
-            if number >= 0:
-                row = sums.setdefault(number, [Fraction(0)] * len(searches))
-                row[tree] += 1 if counted else Fraction(score)
-    members = {n: frozenset(a for a, c in zip(answers, classes, strict=True) if c == n) for n in sums}
-    return {members[number]: row for number, row in sums.items()}
-
-
-def winning(searches, equal, vote):
-    """The sets of equal answers that win."""
-    totals = {members: sum(row) for members, row in class_sums(searches, equal, vote).items()}
-    if vote == "weighted" and totals and not any(totals.values()):
-        return winning(searches, equal, "majority")
-    return {members for members, total in totals.items() if total == max(totals.values())}
 
 
 def plain_kind(stopping, searches, equal):
@@ -76,22 +36,6 @@ def plain_kind(stopping, searches, equal):
     return "sure" if left and sum(sums[leader]) > others else None
 
 
-def random_problem(rng, trees, beams):
-    """Searches with ties, zeros and empty answers; values are eighths, so that every sum is exact. And an equality that
-    may merge classes when an answer comes late."""
-    names = ["a", "b", "c", "d"][: rng.randint(1, 4)]
-    favourite = rng.choice(["", *names])
-    values = rng.choice([[0.0], [0.0, 1.0], [k / 8 for k in range(9)], [0.5]])
-    same = rng.random() < 0.3  # the beams of a tree agree
-    searches = []
-    for _ in range(trees):
-        drawn = [favourite if rng.random() < 0.5 else rng.choice(["", *names]) for _ in range(rng.randint(0, beams))]
-        answers = drawn[:1] * len(drawn) if same else drawn
-        searches.append((answers, [rng.choice(values) for _ in answers]))
-    pairs = [pair for pair in itertools.combinations(names, 2) if rng.random() < 0.25]
-    return searches, Equality(pairs)
-
-
 # --------------------------------------------------------------------------------------------------------------- whole
 
 
@@ -100,7 +44,7 @@ def random_problem(rng, trees, beams):
 def test_random_runs_stop_where_the_definition_says_and_sure_ones_keep_the_vote(kind, vote):
     rng = random.Random(f"{kind} {vote}")
     seen = {"sure": 0, "certified": 0, "full": 0}
-    for _ in range(1000 if kind == "sure" else 300):
+    for _ in range(1000 if kind == "sure" else 150):
         trees, beams = rng.randint(1, 14), rng.randint(1, 4)
         stopping = Stopping(kind, vote, rng.choice([0.2, 0.9]), trees, beams)
         searches, equal = random_problem(rng, trees, beams)
@@ -111,10 +55,9 @@ def test_random_runs_stop_where_the_definition_says_and_sure_ones_keep_the_vote(
         assert [test.add(*search) for search in searches] == kinds
         seen[first[1]] += 1
         if first[1] == "sure":
-            (now,) = winning(searches[: first[0]], equal, vote)
-            (at_last,) = winning(searches, equal, vote)
-            assert now <= at_last  # the class may have grown
-    assert min(seen["full"], seen["sure"]) > 20 and (seen["certified"] > 20) == (kind == "certified")
+            now = winning(searches[: first[0]], equal, vote)
+            assert len(now) == 1 and same_vote(now, winning(searches, equal, vote))
+    assert min(seen["full"], seen["sure"]) > 5 and (seen["certified"] > 5) == (kind == "certified")
 
 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])
@@ -123,7 +66,7 @@ def test_sure_is_said_exactly_where_no_way_to_go_on_changes_the_vote(vote):
     the leader (so that all its rivals merge), with a weight of 0, a half or 1."""
     rng = random.Random(vote)
     said = 0
-    for _ in range(40):
+    for _ in range(20):
         trees, beams = rng.choice([(1, 2), (2, 1)])  # that are to come
         searches = [
             (
@@ -149,7 +92,7 @@ def test_sure_is_said_exactly_where_no_way_to_go_on_changes_the_vote(vote):
                 changed |= not (len(won) == 1 and leader in next(iter(won)))
         assert sure != changed, (searches, leader)
         said += sure
-    assert said > 10
+    assert said >= 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules

@@ -9,7 +9,8 @@ import pytest
 
 from eval_lib.grading import Grader
 from eval_lib.intervals import clustered_interval, paired_difference
-from eval_lib.summary import format_table, pooled_scores, run_tables, summarize
+from eval_lib.stopped import format_run
+from eval_lib.summary import pooled_scores, run_tables, summarize
 from eval_lib.tables import thin
 from eval_utils import best_of_n, majority_vote, problem_classes, weighted_vote
 
@@ -133,8 +134,8 @@ def test_missing_repetitions_are_said():
     assert "1 of 7 problems lack 1 repetition;" in rows[0]["note"] + ";"
     assert "3 of 7 problems lack 5 repetitions" in rows[4]["note"]
     said = "Not yet there: 1 of 7 problems lack 1, 2 repetitions; 3 of 7 problems lack 4, 5 repetitions."
-    assert " ".join(format_table(rows).split()).count("problems lack") == 2
-    assert said in " ".join(format_table(rows).split())
+    assert " ".join(format_run(rows).split()).count("problems lack") == 2
+    assert said in " ".join(format_run(rows).split())
 
 
 def test_a_warning_is_said_once_with_its_columns_and_rows():
@@ -156,7 +157,7 @@ def test_lines_of_the_released_code_leave_out_what_they_do_not_tell():
     rows = table_of(({key: entry[key] for key in keys} for entry in run_lines()), num_blocks=None)
     assert rows[0]["N"] is rows[0]["tokens_generated"] is rows[0]["truncated"] is None
     assert rows[0]["maj_m"] == table_of(run_lines())[0]["maj_m"]
-    assert format_table(rows).splitlines()[2].split()[:2] == ["–", "1"]
+    assert format_run(rows).splitlines()[2].split()[:2] == ["–", "1"]
 
 
 def test_lines_that_cannot_be_are_refused():
@@ -172,7 +173,7 @@ def test_lines_that_cannot_be_are_refused():
 
 def test_a_run_without_lines_or_answers_has_a_table():
     assert table_of([]) == []
-    assert "Accuracy" in format_table([])
+    assert "Accuracy" in format_run([])
     rows = table_of([line(0, 0, ["", ""], [False, False], [0.5, 0.5]), line(1, 0, [], [], [])])
     assert [rows[0][f"{metric}_m"] for metric in ("pass1", "pass", "bon", "maj", "wmaj")] == [0.0] * 5
     assert rows[0]["empty"] == 1.0
@@ -181,7 +182,7 @@ def test_a_run_without_lines_or_answers_has_a_table():
 
 def test_the_table_fits_80_columns_and_stays_short():
     rows = table_of(run_lines(problems=30, repetitions=20), num_blocks=128)
-    text = format_table(rows)
+    text = format_run(rows)
     assert max(map(len, text.splitlines())) <= 80
     assert "6 of 20 budgets are shown." in text
     assert [row.split()[1] for row in text.splitlines()[2:8]] == ["1", "2", "4", "8", "16", "20"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eval_lib.stopping import Stopping, stopping_point
+from eval_lib.stopping_peers import equal_window, posterior_needs
 from eval_utils import best_of_n, majority_vote, weighted_vote
 from report_lib.policies import VOTES, Policy, parse_policy
 from report_lib.prefix_votes import Answers, lead_posterior, look_at_prefixes
@@ -87,7 +88,9 @@ def group_shares(classes, values):
     return shares
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.5, 0.25], [0.5, 0.5, 1.0, 0.25, 0.25], [0.0] * 4, [0.1, 0.9, 0.9, 0.9, 0.2, 0.4]])
+@pytest.mark.parametrize(
+    "values", [[0.5], [0.5, 0.25], [0.5, 0.5, 1.0, 0.25, 0.25], [0.0] * 4, [0.1, 0.9, 0.9, 0.9, 0.2, 0.4]]
+)
 def test_shares_of_bootstrap_groups_are_those_of_all_groups(values):
     """Each group's best, ties shared, counted over all groups; and the vote weighs by that."""
     n = len(values)
@@ -101,7 +104,9 @@ def test_shares_of_bootstrap_groups_are_those_of_all_groups(values):
     right = np.arange(n)[:, None] == 0
     kinds = np.zeros((n, 1), int)  # all are equal: the vote is right to the share of the first one
     answers = Answers(kinds, np.ones((1, 1), bool), np.array(values)[:, None], np.zeros((n, 1)), right)
-    assert look_at_prefixes(answers, np.arange(n)[None]).score["bootstrap"][0, -1] == pytest.approx(counted[0] / len(groups))
+    assert look_at_prefixes(answers, np.arange(n)[None]).score["bootstrap"][0, -1] == pytest.approx(
+        counted[0] / len(groups)
+    )
 
 
 def plain_stop(policy, words, values, repetitions, beams):
@@ -112,16 +117,14 @@ def plain_stop(policy, words, values, repetitions, beams):
         searches = zip(words[:most], values[:most], strict=True)
         return stopping_point(stopping, ((list(w), list(v)) for w, v in searches), classes_of)[0]
     for t in range(1, most):
-        flat = [word for row in words[:t] for word in row]
-        classes = classes_of(flat)
+        classes = classes_of([word for row in words[:t] for word in row])
         if policy.stop == "beta":
             counts = sorted(([classes.count(c) for c in set(classes) if c >= 0] + [0, 0]), reverse=True)
-            if beta_tail(counts[0] + 1, counts[1] + 1) > policy.parameter:
+            if beta_tail(counts[0] + 1, counts[1] + 1) >= policy.parameter:
                 return t
-        if policy.stop == "esc":
-            window = math.ceil(policy.parameter / beams) * beams
-            if len(flat) % window == 0 and len(set(classes[-window:])) == 1 and classes[-1] >= 0:
-                return t
+        trees = [classes[i : i + beams] for i in range(0, len(classes), beams)]
+        if policy.stop == "esc" and equal_window(trees, policy.parameter) == t:
+            return t
     return most
 
 
@@ -138,7 +141,7 @@ POLICIES = [
     *(Policy(vote, most=m) for vote in VOTES for m in (1, 3)),
     *map(parse_policy, ["majority:sure", "weighted:sure", "majority:sure@4", "weighted:sure@5", "majority:certified:0.3",
                         "weighted:certified:0.6", "weighted:certified:0.5@6", "majority:beta:0.8", "weighted:beta:0.9@5",
-                        "bootstrap:beta:0.7", "majority:esc:2", "best-of-n:esc:3", "log-odds:esc:4@6"]),
+                        "bootstrap:beta:0.7", "majority:esc:1", "best-of-n:esc:2", "log-odds:esc:2@6"]),
 ]  # fmt: skip
 
 
@@ -166,7 +169,7 @@ def plain_figures(policy, words, problem, order):
 def drawn():
     return [draw_problem(seed) for seed in range(10)] + [
         draw_problem(100, beams=1, repetitions=9), draw_problem(101, words=["", "g", "a"]), draw_problem(102, words=[""]),
-        
+
         *(draw_problem(seed, words=["a", "b", "c", "g"], beams=1) for seed in range(103, 111)), draw_problem(111, words=["a", "c", "a", "b", "g"], beams=3, repetitions=6),
     ]  # fmt: skip
 
@@ -187,7 +190,9 @@ def test_every_policy_on_every_order_is_what_a_plain_loop_finds(drawn):
 
 
 def test_sure_never_has_another_answer_and_stops_as_early_as_the_rule(drawn):
-    found = replay([parse_policy("weighted:sure"), parse_policy("majority:sure")], [problem for _, problem in drawn], 20)
+    found = replay(
+        [parse_policy("weighted:sure"), parse_policy("majority:sure")], [problem for _, problem in drawn], 20
+    )
     assert (found.mean["same"] == 1).all() and (found.mean["false"] == 0).all()
     assert found.mean["early"].mean() > 0.3
 
@@ -225,3 +230,7 @@ def test_the_posterior_is_that_of_a_beta_distribution():
     for first, second in itertools.product(range(5), repeat=2):
         assert lead_posterior(first, second) == pytest.approx(beta_tail(first + 1, second + 1), abs=1e-4)
     assert lead_posterior(4, 0) == 1 - 2**-5
+    needs = posterior_needs(40, 0.95)
+    for both, first in itertools.product(range(41), repeat=2):
+        if first <= both <= 2 * first:
+            assert (lead_posterior(first, both - first) >= 0.95) == (first >= needs[both])

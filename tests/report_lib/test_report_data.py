@@ -197,7 +197,7 @@ BAD = {
     "negative ids": (spoil(lambda rows: rows[2]["generated_ids"].append([-1])), "it must be lists of token ids"),
     "a list": (lambda path: path.write_text("[1]\n"), "line 1 is not a JSON object"),
     "deep JSON": (lambda path: path.write_text('{"a":' + "[" * 100_000 + "\n"), "line 1 is not JSON"),
-    "the journal": (lambda path: path, "that is a run's journal or settings"),
+    "the journal": (lambda path: path, "that is a run's journal, settings or uncounted lines"),
     "other settings": (spoil_meta('{"format": 7}'), "format 7 is not known; this version knows format 1"),
     "broken settings": (spoil_meta("{"), "not a run's settings"),
     "another journal": (

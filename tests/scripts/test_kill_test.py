@@ -4,6 +4,7 @@ import json
 
 import kill_test
 import pytest
+from handmade_runs import settings
 
 
 @pytest.mark.parametrize(("engine", "tolerance"), [("simulated", 0.0), ("transformers", 1e-6)])
@@ -14,7 +15,8 @@ def test_trials_kill_run_on_and_compare_with_one_reference(tmp_path, monkeypatch
     def run_to_end(cmd):
         ran.append(cmd)
         if len(ran) == 1:
-            (tmp_path / "reference.meta.json").write_text(json.dumps({"sessions": [{"seconds": 4.0}]}))
+            meta = settings(3, 3, 8, 4, 2) | {"sessions": [{"seconds": 4.0}]}
+            (tmp_path / "reference.meta.json").write_text(json.dumps(meta))
         if len(ran) == 3:
             raise ValueError("exit status 1")
 

@@ -17,6 +17,7 @@ import pytest
 import scaling_study
 import tiny
 import torch
+from handmade_runs import settings
 from parser_flags import flags_of, words
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,10 +159,10 @@ def test_flags_of_the_scaling_study(monkeypatch, tmp_path, capsys):
     assert flags_of(scaling_study.main, monkeypatch) == {*flags, "generators", "ratios", "pool_gb"}
 
 
-@pytest.mark.parametrize("what", ["search", "train", "collect", "shards 5"])
+@pytest.mark.parametrize("what", ["search", "stop sure", "train", "collect", "shards 5"])
 def test_flags_of_the_kill_test(monkeypatch, what):
     calls = []
-    monkeypatch.setattr(kill_test, "kill_trials", lambda *given: calls.append(given[:4]) or 1)
+    monkeypatch.setattr(kill_test, "kill_trials", lambda *given: calls.append((*given[:4], *given[5:])) or 1)
     monkeypatch.setattr(kill_test, "train_trials", lambda *given: calls.append(given[:3]))
     monkeypatch.setattr(kill_test, "collect_trials", lambda *given: calls.append(given[:3]) or 1)
     monkeypatch.setattr(kill_test, "shard_trials", lambda *given: calls.append(given[:5]) or 1)
@@ -169,14 +170,18 @@ def test_flags_of_the_kill_test(monkeypatch, what):
     status = kill_test.main(flags if what == "search" else [*flags, *f"--{what}".split()])
     assert status == (0 if what == "train" else 1)
     kinds = [*kill_test.KINDS, *kill_test.KINDS[:2]]
-    expected = {"search": (7, "transformers", 3, 9), "train": (kinds, 4, 9), "collect": (7, 3, 9),
+    expected = {"search": (7, "transformers", 3, 9, "none"), "stop sure": (7, "transformers", 3, 9, "sure"),
+                "train": (kinds, 4, 9), "collect": (7, 3, 9),
                 "shards 5": (7, "transformers", 3, 5, 9)}  # fmt: skip
     assert calls == [expected[what]]
     assert flags_of(kill_test.main, monkeypatch) == {
-        "times", "engine", "problems", "train", "collect", "shards", "ranks", "seed",
+        "times", "engine", "problems", "train", "collect", "shards", "stop", "ranks", "seed",
     }  # fmt: skip
     with pytest.raises(UserError, match="--collect: not allowed with argument --train"):
         kill_test.main(["--train", "--collect"])
+    for other in (["--train"], ["--collect"], ["--shards", "2"]):
+        with pytest.raises(UserError, match="--stop is for a search in one process"):
+            kill_test.main(["--stop", "sure", *other])
 
 
 def test_the_kill_test_sees_a_byte_and_a_journal_of_a_collection(tmp_path):
@@ -219,6 +224,33 @@ def test_the_kill_test_sees_what_was_lost_or_done_twice(tmp_path):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=told):
             kill_test.compare(write("spoilt", spoilt, journal), reference, 0.0)
+
+
+def test_the_kill_test_sees_what_should_not_count(tmp_path):
+    """Of a run in which the first problem is decided after one repetition."""
+    lines = [
+        {"data_idx": i, "repeat_idx": r, "global_idx": 2 * r + i, "generated_scores": [0.5]}
+        for r in range(2) for i in range(2)
+    ]  # fmt: skip
+    rounds = [{"data_idx": i, "repeat_idx": r, "round": 0} for r in range(2) for i in range(2)]
+
+    def write(name, lines, aside=(), stopped=1):
+        for ending, rows in ((".jsonl", lines), (".tree.jsonl", rounds), (".uncounted.jsonl", aside)):
+            (tmp_path / f"{name}{ending}").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        meta = settings(2, 2, 2, 1, 2) | {"stopped": {"0": stopped}}
+        (tmp_path / f"{name}.meta.json").write_text(json.dumps(meta))
+        return tmp_path / f"{name}.jsonl"
+
+    counted = [lines[0], lines[1], lines[3]]
+    reference = write("reference", counted, lines[2:3])
+    kill_test.compare(write("again", counted), reference, 0.0)
+    for spoilt, aside, stopped, told in [
+        (lines, [], 1, "global_idx 2 is in the wrong file"), (counted, lines[1:2], 1, "global_idx 1 is in the wrong file"),
+        (lines, [], 2, "other problems are decided"), ([lines[1], lines[0], lines[3]], [], 1, "in order"),
+        (counted[:2], [], 1, "2 results, but 3 searches"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            kill_test.compare(write("spoilt", spoilt, aside, stopped), reference, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

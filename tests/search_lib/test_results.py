@@ -1,13 +1,16 @@
 """What the files say of a search: texts of blocks, result lines, and the line of progress."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from simulated import SimScorer, simple_generate
 
 from data_utils import Problem
+from eval_lib.stopping import Stopping
 from search_lib.results import ResultRows
+from search_lib.run_stopping import RunStops
 from search_lib.search import search
 from search_lib.search_progress import SearchProgress
 from search_lib.tree import Round, SearchConfig, SearchTask, Tree
@@ -59,13 +62,14 @@ def test_the_line_of_a_search():
 def test_the_line_of_progress(capsys):
     times = iter([100.0, 110.0, 120.0])
     finished = {(0, 0): {"reward": [True, False]}}  # of an earlier start
-    progress = SearchProgress(finished, 5, SearchConfig(1, 2, 10, 40), clock=lambda: next(times))
+    stops = RunStops(Stopping("none", "weighted", 0.05, 1, 1), SimpleNamespace(finished=finished), range(5), list)
+    progress = SearchProgress(stops, SearchConfig(1, 2, 10, 40), clock=lambda: next(times))
     assert progress.status() == "1/5 searches, ETA ? | 0 tok/s generated, 0 scored | pass@1 0.500"
     first, second = SearchTask(1, 0, ()), SearchTask(2, 0, ())
     record = Round(0, [0, 0], [[1] * 10, [1] * 20], [0.1, 0.2], [True, False], ["", ""], tokens_scored=50)
     for task in (first, first, second):
         progress.add_round(task, record)
     finished[1, 0] = {"reward": [True, True]}
-    progress.add_result(first)
+    progress.end(first)
     # In 20 s a whole search and a quarter of another; 2.75 are left. 90 tokens generated, 150 scored.
     assert progress.status() == "2/5 searches, ETA 44s | 4 tok/s generated, 8 scored | pass@1 0.750"

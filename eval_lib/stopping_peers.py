@@ -1,0 +1,45 @@
+"""Published stops that promise nothing of the kind that stopping.py does, to be compared with it. No torch.
+
+Both count answers, each for itself, and look at no values.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+POSTERIOR = 0.95
+WINDOW = 5
+
+
+def posterior_needs(most: int, level: float = POSTERIOR) -> NDArray[np.int64]:
+    """Adaptive-Consistency's Beta criterion (arXiv 2305.11860): stop where P(p > 1/2) >= level for p of Beta(first + 1,
+    second + 1), first and second being how often the two most frequent answers came.
+
+    Returns int64 [most + 1]: the least `first`, by first + second. The probability is that of at most `first` heads in
+    first + second + 1 tosses.
+    """
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 2)))])  # of factorials
+    needs = np.zeros(most + 1, dtype=np.int64)
+    for both in range(most + 1):
+        tosses, heads = both + 1, np.arange(both + 2)
+        chances = np.exp(logs[tosses] - logs[heads] - logs[tosses - heads] - tosses * math.log(2))
+        needs[both] = np.searchsorted(np.cumsum(chances), level)
+    return needs
+
+
+def equal_window(trees: Iterable[Sequence[int]], window: int = WINDOW) -> int | None:
+    """ESC (arXiv 2401.10480): repetitions come in windows, one after the other, and the first whose answers are all the
+    same ends the sampling. Returns the repetitions until then, None where no window is like that.
+
+    trees: classes of the answers of each repetition; -1, an empty one, is like no other.
+    """
+    seen: set[int] = set()
+    for count, classes in enumerate(trees, start=1):
+        seen |= set(classes)
+        if count % window == 0:
+            if len(seen) == 1 and -1 not in seen:
+                return count
+            seen = set()
+    return None
