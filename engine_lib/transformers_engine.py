@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -47,6 +47,7 @@ class TransformersEngine:
         self.max_batch_tokens = max_batch_tokens or default_batch_tokens(self.model.config, self.dtype, self.device)
         self.max_batch_rows = max_batch_rows
         self._waiting: list[tuple[Request, asyncio.Future]] = []
+        self._running: dict[int, asyncio.Future] = {}  # by id() of the running batch's requests
         self._drain_task: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, "generate", set_thread_device, (self.device,))
         self._closed = False
@@ -87,6 +88,7 @@ class TransformersEngine:
             batch = self._take_batch()
             if not batch:
                 continue
+            self._running = {id(request): future for request, future in batch}
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._run, [r for r, _ in batch])
             (outcome,) = await asyncio.gather(work, return_exceptions=True)
             for row, (_, future) in enumerate(batch):
@@ -108,6 +110,10 @@ class TransformersEngine:
             count += 1
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
+
+    def _is_unwanted(self, request: Request) -> bool:
+        """Has whoever asked been cancelled? Then its row ends, and the batch with the last that is wanted."""
+        return self._closed or self._running[id(request)].done()
 
     def _run(self, requests: list[Request]) -> list[Reply]:
         """One batch; halved, and said, where the device runs out of memory."""
@@ -131,7 +137,7 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (start - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         prompt_of = [prompts[tuple(r.prompt_ids)] for r in requests]
         row_of = torch.tensor(prompt_of, device=self.device)
-        rows = _BatchRows(requests, start, self.device, lambda: self._closed)
+        rows = _BatchRows(requests, start, self.device, self._is_unwanted)
         with torch.inference_mode():
             cache = None
             if len(prompts) < len(requests) and start > 1:
@@ -167,8 +173,8 @@ def default_batch_tokens(config, dtype: torch.dtype, device: str) -> int:
 class _BatchRows:
     """What `generate` asks about the rows of a batch at each step: which token, and which rows are done."""
 
-    def __init__(self, requests: list[Request], start: int, device: str, stopped):
-        self.requests, self.start, self.stopped = requests, start, stopped
+    def __init__(self, requests: list[Request], start: int, device: str, is_unwanted: Callable[[Request], bool]):
+        self.requests, self.start, self.is_unwanted = requests, start, is_unwanted
         self.seeds = np.array([r.seed for r in requests], dtype=np.uint64)
         self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device)
         self.top_ps = torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device)
@@ -180,7 +186,7 @@ class _BatchRows:
     def is_done(self, input_ids, scores, **kwargs):
         written, last = input_ids.shape[1] - self.start, input_ids[:, -1].tolist()
         done = [
-            token in request.stop_ids or written >= request.max_new_tokens or self.stopped()
+            token in request.stop_ids or written >= request.max_new_tokens or self.is_unwanted(request)
             for token, request in zip(last, self.requests, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
@@ -189,7 +195,7 @@ class _BatchRows:
         """`shared`: an earlier row of the batch has read this prompt, all but its last token."""
         request = self.requests[row]
         tokens = new_tokens[: request.max_new_tokens]
-        reason = "length" if len(tokens) == request.max_new_tokens else "abort"  # closed in mid-batch
+        reason = "length" if len(tokens) == request.max_new_tokens else "abort"  # closed or cancelled in mid-batch
         if stops := [at for at, token in enumerate(tokens) if token in request.stop_ids]:
             tokens, reason = tokens[: stops[0] + 1], "stop"
         return Reply(tokens, reason, len(request.prompt_ids), len(request.prompt_ids) - 1 if shared else 0)

@@ -149,7 +149,7 @@ def join_settings(shards: Mapping[Shard, RunPaths], metas: Sequence[dict[str, An
             raise UserError(f"{paths.results} is no shard of the run of {first.results.name}: {'; '.join(differences)}")
         elif (stop := stop_settings(meta)) != stop_settings(whole):
             raise UserError(
-                f"{paths.results} has stopped by {stop}, {first.results.name} by {stop_settings(whole)}; start the search of one "
+                f"{paths.results} stops by {stop}, {first.results.name} by {stop_settings(whole)}; start the search of one "
                 "again with the --stop of the other"
             )
     repetitions = max(meta["arguments"].get("num_repetitions", 1) for meta in metas if meta)

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import math
+import os
 import random
 import shutil
 import time
@@ -15,11 +17,13 @@ import pytest
 import simulated_eval
 
 import inference_eval
+from common_lib.cli import UserError
 from common_lib.virtual_time import run_virtual
 from engine_lib.base import EngineError
 from eval_lib.grading import Grader
 from eval_lib.stopping import Stopping, stopping_point
 from report_lib.data import read_run
+from report_lib.regrade import regrade
 from search_lib import run_files
 from search_lib.arguments import parse_args
 from search_lib.run_reader import RunPaths, read_meta
@@ -42,7 +46,8 @@ def inputs(tmp_path_factory) -> list[str]:
 
 
 class Engine(simulated_eval.SimEngine):
-    """Notes what it is asked, by search and time; dies after so many calls; takes `slow` seconds for some searches."""
+    """Notes what it is asked, by search and time; dies after so many calls; takes `slow` seconds longer for some searches, at
+    which it dies where that is for ever."""
 
     def __init__(self, fail_after: int | None, slow: dict[str, float]):
         self.left, self.slow, self.asked = fail_after, slow, []
@@ -53,7 +58,10 @@ class Engine(simulated_eval.SimEngine):
             if self.left < 0:
                 raise EngineError("it died")
         self.asked.append((requests[0].group, asyncio.get_running_loop().time()))
-        await asyncio.sleep(self.slow.get(requests[0].group, 0.0))
+        seconds = self.slow.get(requests[0].group, 0.0)
+        await asyncio.sleep(min(seconds, 1e6))
+        if seconds == math.inf:
+            raise EngineError("it died")
         return await super().generate(requests)
 
 
@@ -344,3 +352,60 @@ def test_killed_while_lines_are_moved(found, then, step, run, full, stopped, tmp
         assert [path.read_text().splitlines(True) for path in (paths.results, paths.uncounted)] == [kept, aside]
     else:
         assert rows_of(output) == rows_of(full) and not paths.uncounted.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ around it
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--stop certified --alpha 0", r"--alpha 0\.0 is a probability of error: above 0 and below 1$"),
+        ("--stop certified --alpha 1", r"--alpha 1\.0 is a probability of error"),
+        ("--stop certified --alpha nan", r"--alpha nan is a probability of error"),
+        ("--alpha 0.05", r"--alpha 0\.05 needs --stop certified, not none$"),
+        ("--stop sure --alpha 0.1", r"--alpha 0\.1 needs --stop certified, not sure$"),
+        ("--stop_vote weighted", r"--stop_vote weighted needs --stop sure or --stop certified"),
+        ("--stop maybe", r"--stop: invalid choice: 'maybe'"),
+        ("--stop sure --stop_vote best", r"--stop_vote: invalid choice: 'best'"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(flags.split())
+
+
+def test_defaults():
+    args = parse_args([])
+    assert (args.stop, args.stop_vote, args.alpha) == ("none", "weighted", 0.05)
+
+
+def test_an_uncounted_file_that_cannot_be_written_is_told_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "out.uncounted.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"out\.uncounted\.jsonl is not a file that can be written to$"):
+        run(tmp_path / "out.jsonl", *ONCE)
+
+
+def test_a_run_that_ends_early_says_how_many_problems_are_decided(run, full, tmp_path, capsys):
+    """And a report of it reads only what counts."""
+    output = tmp_path / "out.jsonl"
+    slow = {f"1/{r}": math.inf for r in range(REPETITIONS)}
+    status, _ = run(output, *ONCE, "--batch_size", "48", timing=4, slow=slow)
+    assert status == 1
+    meta = read_meta(RunPaths.of(output).meta)
+    found, lines = read_run(output, "out"), rows_of(output)
+    assert 0 < len(meta["stopped"]) < PROBLEMS and len(found.lines) < len(lines)
+    decided = len(meta["stopped"]) + sum(
+        str(i) not in meta["stopped"] and sum(row["data_idx"] == i for row in lines) == REPETITIONS
+        for i in range(PROBLEMS)
+    )
+    assert f"({decided} of 6 problems are decided, {len(found.lines)} searches finished; the same command goes on)" in (
+        capsys.readouterr().err
+    )
+    assert found.planned == sum(meta["stopped"].get(str(i), REPETITIONS) for i in range(PROBLEMS))
+    regrade(output, tmp_path / "again.jsonl")
+    assert sorted(map(key, rows_of(tmp_path / "again.jsonl"))) == sorted(map(key, found.lines))
+
+
+def test_killed_at_random_moments(tmp_path):
+    assert kill_test.kill_trials(2, "simulated", problems=4, seed=os.getpid(), folder=tmp_path, stop="sure") == 0

@@ -16,6 +16,7 @@ from tiny import save_generator
 import inference_eval
 import report
 import train_classifier
+from eval_lib.stopping import STOPS
 from search_lib.run_reader import RESULT, ROUND, RunPaths
 from training_lib.collection_folder import SCHEMA
 from training_lib.evaluation import POSITIONS, _pair_metrics, _rollout_metrics
@@ -63,8 +64,8 @@ def search_run(tmp_path_factory):
     flags = [*inputs, "--num_repetitions", "2", "--max_length", "16", "--device", "cpu", "--output_path", str(path)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulated_eval, "BLOCK_SECONDS", 0.001)
-        for repetitions in ("1", "2"):
-            assert inference_eval.main([*flags, "--num_repetitions", repetitions], simulated_eval.LOADERS) == 0
+        for more in (["1"], ["2", "--stop", "sure"]):
+            assert inference_eval.main([*flags, "--num_repetitions", *more], simulated_eval.LOADERS) == 0
     return RunPaths.of(path)
 
 
@@ -96,6 +97,8 @@ def test_settings_of_a_search(tables, search_run, tmp_path):
     assert len(meta["sessions"]) == 2
     assert words_of(documented["numerics"]) == set(meta["numerics"])
     assert words_of(documented["reproducible"]) >= {*meta["reproducible"], meta["reproducible"]["values"]}
+    assert words_of(documented["stopped_by"]) >= set(STOPS) - {"none"}
+    assert words_of(documented["tokens_uncounted"]) >= set(meta["tokens_uncounted"])
     for model in ("generator", "value_model"):
         assert words_of(documented["generator"]) == set(meta[model])
     assert documented["generator"] == documented["value_model"]

@@ -150,6 +150,34 @@ def test_another_error_ends_its_requests_with_one_line(generator):
         with_engine(generator, lambda e: e.generate(some_requests(2)), Broken)
 
 
+def test_a_batch_ends_with_its_last_wanted_row(generator):
+    """A cancelled request's row ends where it is; the others write what they had written alone."""
+
+    async def main(engine):
+        (alone,) = await engine.generate([Request([2], 40)])
+        passes, begun = [], threading.Event()
+
+        def count(*_):
+            passes.append(1)
+            if len(passes) > 3:
+                begun.set()
+
+        hook = engine.model.register_forward_pre_hook(count)
+        short = asyncio.create_task(engine.generate([Request([2], 40)]))
+        long = asyncio.create_task(engine.generate([Request([1], 2000)]))
+        assert await asyncio.to_thread(begun.wait, 30)
+        long.cancel()
+        (reply,) = await short
+        hook.remove()
+        assert reply.token_ids == alone.token_ids and reply.finish_reason == "length"
+        assert len(passes) < 1000
+        assert (await engine.generate([Request([2], 40)]))[0].token_ids == alone.token_ids
+        with pytest.raises(asyncio.CancelledError):
+            await long
+
+    with_engine(generator, main)
+
+
 def test_cancelled_and_closed(generator):
     async def main(engine):
         long = asyncio.create_task(engine.generate([Request([1], 2000)]))

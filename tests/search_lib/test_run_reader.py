@@ -118,6 +118,38 @@ def test_the_journal_of_long_interleaved_rounds_is_read_search_by_search(tmp_pat
         ]
 
 
+# ------------------------------------------------------------------------------------------------------ a run with --stop
+
+STOPPED = {"stopped": {"0": 1, "2": 3}, "stopped_by": {"0": "sure", "2": "certified"}}
+
+
+def test_what_does_not_count_is_left_out_while_the_run_goes_on(tmp_path):
+    """Of four problems one is decided after one repetition, one with its last: 10 of 12 searches are to come, 2 miss."""
+    lines = [line for line in random_lines(5, 4, 3) if (line["data_idx"], line["repeat_idx"]) not in ((1, 2), (2, 2))]
+    path = write_run(tmp_path / "run.jsonl", lines, (), settings(4, 3, 2, 1, 2) | STOPPED)
+    run = read_run(path, "run")
+    keys = [(line["data_idx"], line["repeat_idx"]) for line in run.lines]
+    assert keys == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    assert (run.planned, run.partial) == (10, True)
+    assert [list(read_token_ids(line)[0]) for line in run.lines] == [[5, 6]] * 8
+    assert len(read_results(path, 4)[0]) == 10
+    write_run(path, random_lines(5, 4, 3))
+    assert not read_run(path, "run").partial
+
+
+@pytest.mark.parametrize("stopped", [[1], {"0": 0}, {"0": True}, {"one": 1}, {"0": {"T": 1}}, None])
+def test_settings_that_say_something_else_of_stopped_problems_are_refused(tmp_path, stopped):
+    path = write_run(tmp_path / "run.jsonl", random_lines(5), (), settings(6, 4, 2, 1, 2) | {"stopped": stopped})
+    with pytest.raises(UserError, match=r"run\.meta\.json: not a run's settings"):
+        read_run(path, "run")
+
+
+def test_lines_that_do_not_count_are_no_run(tmp_path):
+    path = write_run(tmp_path / "run.uncounted.jsonl", random_lines(5))
+    with pytest.raises(UserError, match="that is a run's journal, settings or uncounted lines"):
+        read_run(path, "run")
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_a_journal_must_have_each_round_once(tmp_path, number):
     """Twice, at once or later, or not at all while a later one is there; the last one may be missing still."""

@@ -153,6 +153,35 @@ def test_killed_shards_go_on_and_the_report_is_that_of_one_run(tmp_path):
     assert kill_test.shard_trials(1, "simulated", 4, 4, os.getpid(), tmp_path) == 0
 
 
+def test_shards_stop_their_own_problems(folder, tmp_path):
+    """Their lines are those of the whole run, and so is what is read of them; another rule in one of them is refused."""
+
+    def write(request, nth):
+        return search_spy.ENDINGS[request.seed % 3 // 2 if request.group[0] == "3" else 0]
+
+    def run_one(name, *more):
+        return search_spy.run([*search_spy.base_flags(folder, tmp_path / name), "--num_repetitions", "6", *more], write)
+
+    stop = ["--stop", "sure", "--stop_vote", "majority", "--batch_size", "3"]
+    whole, parts = run_one("whole.jsonl", *stop), [run_one("x.jsonl", *stop, "--shard", f"{i}/2") for i in range(2)]
+    for index, part in enumerate(parts):
+        part.output = RunPaths.of(tmp_path / "x.jsonl", Shard(index, 2)).results
+    assert by_search(row for one in parts for row in one.rows) == by_search(whole.rows)
+    assert len(whole.rows) == sum(whole.meta["stopped"].values()) + 6 * (4 - len(whole.meta["stopped"]))
+    run, of_whole = read_run(tmp_path / "x.jsonl", "x"), read_run(tmp_path / "whole.jsonl", "whole")
+    for key in ("stopped", "stopped_by"):
+        assert run.meta[key] == of_whole.meta[key] and run.meta[key].keys() >= {"0", "1", "2"}
+        assert all({int(i) % 2 for i in part.meta[key]} == {index} for index, part in enumerate(parts))
+    assert (run.planned, run.partial, len(run.lines)) == (of_whole.planned, False, len(whole.rows))
+    assert run.meta["tokens_uncounted"] == {
+        name: sum(part.meta["tokens_uncounted"][name] for part in parts) for name in ("generated", "scored")
+    }
+    assert run_one("x.jsonl", "--stop", "sure", "--shard", "1/2").status == 0
+    told = r"x\.shard-1-of-2\.jsonl stops by .*'weighted'.*x\.shard-0-of-2\.jsonl by .*'majority'"
+    with pytest.raises(UserError, match=told):
+        read_run(tmp_path / "x.jsonl", "x")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
