@@ -46,13 +46,13 @@ def check_what_if(runs: Sequence[RunRecord], policies: Sequence[Policy]) -> None
     run = runs[0]
     if len(runs) > 1:
         raise UserError(f"--what_if replays one run, and {len(runs)} are given; report them one by one")
+    if run.stopping:
+        raise UserError(
+            f"--what_if needs all repetitions, a run of --stop none; problems of {run.path} were stopped early "
+            f"({run.stopping.words})"
+        )
     if run.partial:
         raise UserError(f"--what_if needs a finished run; {run.path} has {len(run.lines)} of {run.planned} searches")
-    stop = run.meta["arguments"].get("stop", "none") if run.meta else "none"
-    if stop != "none":
-        raise UserError(
-            f"--what_if needs every repetition of a run of --stop none; {run.path} was stopped early (--stop {stop})"
-        )
     counts = {len(lines) for lines in run.by_problem.values()}
     if len(counts) > 1 or counts == {1}:
         words = "1 of each problem" if counts == {1} else f"{min(counts)} to {max(counts)} of the problems"

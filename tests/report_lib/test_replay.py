@@ -167,11 +167,14 @@ def plain_figures(policy, words, problem, order):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return [draw_problem(seed) for seed in range(10)] + [
-        draw_problem(100, beams=1, repetitions=9), draw_problem(101, words=["", "g", "a"]), draw_problem(102, words=[""]),
-
-        *(draw_problem(seed, words=["a", "b", "c", "g"], beams=1) for seed in range(103, 111)), draw_problem(111, words=["a", "c", "a", "b", "g"], beams=3, repetitions=6),
-    ]  # fmt: skip
+    return [
+        *map(draw_problem, range(10)),
+        draw_problem(100, beams=1, repetitions=9),
+        draw_problem(101, words=["", "g", "a"]),
+        draw_problem(102, words=[""]),
+        *(draw_problem(seed, words=["a", "b", "c", "g"], beams=1) for seed in range(103, 111)),
+        draw_problem(111, words=["a", "c", "a", "b", "g"], beams=3, repetitions=6),
+    ]
 
 
 def test_every_policy_on_every_order_is_what_a_plain_loop_finds(drawn):
