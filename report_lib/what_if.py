@@ -57,9 +57,6 @@ def check_what_if(runs: Sequence[RunRecord], policies: Sequence[Policy]) -> None
     if len(counts) > 1 or counts == {1}:
         words = "1 of each problem" if counts == {1} else f"{min(counts)} to {max(counts)} of the problems"
         raise UserError(f"--what_if needs at least 2 repetitions, as many of each problem; {run.path} has {words}")
-    for line in run.lines:
-        if not all(0 <= value <= 1 for value in line["generated_scores"]):
-            raise UserError(f"--what_if needs values in [0, 1]; line {line['line']} of {line['path']} has others")
     check_policies(policies, counts.pop())
 
 
