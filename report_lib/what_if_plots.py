@@ -35,7 +35,8 @@ def what_if_figure(analysis: Analysis) -> Figure | None:
     if found is None:
         return None
     figure, axis = plt.subplots(figsize=(5.6, 5.0), layout="constrained")
-    for row in found.rows:
+    order = list(VOTES)[::-1]  # of drawing: log-odds lie below weights, which they often agree with
+    for row in sorted(found.rows, key=lambda row: (row["stop"] != "none", order.index(row["vote"]))):
         if not row["chosen"]:
             style = HOLLOW | {"marker": STOPS[row["stop"]][0], "color": COLOURS[row["vote"]]}
             axis.plot(row[found.basis], row["accuracy"], zorder=2, **style)

@@ -15,11 +15,13 @@ from eval_lib.grading import Grader
 from report_lib.analysis import analyse
 from report_lib.answer import first_screen
 from report_lib.data import read_run
+from report_lib.plots import figures
 from report_lib.policies import EXPLORED, VOTES, Policy, all_policies, parse_policy
 from report_lib.replay import orders_of
 from report_lib.tables import all_tables, terminal_text, write_tables
 from report_lib.value import MARK
 from report_lib.what_if import EXPLORED_NOTE, answer_kinds, check_what_if, mark_frontier, recorded_problems, what_if
+from report_lib.what_if_plots import COLOURS, what_if_figure
 
 CHOSEN = list(map(parse_policy, ["weighted:sure", "majority:2", "majority:certified:0.4@3"]))
 
@@ -296,6 +298,31 @@ def test_the_first_screen_says_what_was_chosen_or_that_nothing_was(found, tmp_pa
     assert "None was chosen beforehand (--policy). All 34 policies of the table and the plot are exploratory" in text
     assert "weighted:sure answers as all 4 repetitions do on every problem (" in text
     assert "What if, chosen beforehand" not in text
+
+
+def test_the_plot_has_a_point_a_policy_and_numbers_those_chosen_beforehand(found, monkeypatch):
+    figure = what_if_figure(found)
+    (axis,) = figure.axes
+    points = {}
+    for line in axis.lines:
+        if line.get_linestyle() == "None" and len(line.get_xdata()) == 1 and line.get_marker() in "osD^v":
+            points.setdefault((line.get_xdata()[0], line.get_ydata()[0]), []).append(line)
+    for row in found.what_if.rows:
+        at = points[row["tokens_generated"], row["accuracy"]]
+        hollow = {line.get_markerfacecolor() == "white" for line in at if line.get_color() == COLOURS[row["vote"]]}
+        assert (not row["chosen"]) in hollow, row["policy"]
+    numbers = {text.get_text(): text.xy for text in axis.texts}
+    assert numbers == {
+        str(n): (row["tokens_generated"], row["accuracy"]) for n, row in enumerate(found.what_if.chosen, 1)
+    }
+    words = [[text.get_text() for text in legend.get_texts()] for legend in figure.legends]
+    assert words[1] == ["1 weighted:sure", "2 majority:2", "3 majority:certified:0.4@3"]
+    assert "frontier (exploratory)" in words[0]
+    steps = next(line for line in axis.lines if line.get_drawstyle() == "steps-post")
+    assert list(steps.get_ydata()) == sorted({row["accuracy"] for row in found.what_if.rows if row["frontier"]})
+    monkeypatch.setattr(found, "what_if", None)
+    assert what_if_figure(found) is None
+    assert {stem: draw() for stem, _, draw in figures([found]) if stem == "what_if"} == {"what_if": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
