@@ -152,6 +152,8 @@ def sentence(words: str) -> str:
 def run_answer(analysis: Analysis) -> Answer:
     """What its vote reaches, against the other vote and against one answer alone."""
     run, vote = analysis.run, vote_of(analysis.run)
+    if not analysis.scores:  # of a stopped run: repetitions are counted in their order
+        return Answer(run.name, ["Nothing can be said yet: no problem has its first repetition."])
     most = min(len(metrics[vote]) for metrics in analysis.scores.values())
     row = analysis.rows[most - 1]
     known = [m for m in VOTES if all(len(metrics[m]) >= most for metrics in analysis.scores.values())]

@@ -28,10 +28,12 @@ Budget = tuple[float, float, float]  # how much, repetitions pooled in the one r
 
 def compare(one: Analysis, other: Analysis) -> dict[str, Any]:
     """All rows of a comparison (first minus second), and what it rests on. Raises UserError without common problems."""
-    pairs = common_problems(one.run, other.run)
+    # Of a stopped run in progress a problem may have later repetitions only, which do not count yet.
+    pairs = [(a, b) for a, b in common_problems(one.run, other.run) if a in one.scores and b in other.scores]
     # repetitions that every common problem has
     most = tuple(
-        min(len(side.scores[pair[k]][vote_of(side.run)]) for pair in pairs) for k, side in enumerate((one, other))
+        min((len(side.scores[pair[k]][vote_of(side.run)]) for pair in pairs), default=0)
+        for k, side in enumerate((one, other))
     )
     stopped = one.run.stopping or other.run.stopping
     budgets, missing = stopped_budgets(one, other, pairs, most) if stopped else shared_budgets(one, other, pairs, most)
@@ -101,6 +103,8 @@ def stopped_budgets(
     """`shared_budgets` where a run stopped problems early: of tokens alone."""
     names = " and ".join(side.run.name for side in (one, other) if side.run.stopping)
     missing = [f"equal N and FLOPs: {names} stopped problems early, and such runs are compared at equal tokens only"]
+    if not pairs:
+        return [], [*missing, "no problem has its first repetition in both runs yet"]
     sides = zip((one, other), zip(*pairs, strict=True), most, strict=True)
     known = [tokens_by_pooled(side, problems, reach) for side, problems, reach in sides]
     curves = [curve for curve in known if curve is not None]

@@ -71,7 +71,7 @@ def finish_accuracy(figure: Figure, axes: Sequence[Axes], entry: float) -> Figur
 def accuracy_figure(analyses: Sequence[Analysis], basis: str, columns: int = 3) -> Figure | None:
     """Accuracy against N, tokens or FLOPs: a panel a run, a line an aggregator."""
     key, label, _ = AXES[basis]
-    shown = [analysis for analysis in analyses if all(row[key] for row in analysis.rows)][:MAX_PANELS]
+    shown = [a for a in analyses if a.rows and all(row[key] for row in a.rows)][:MAX_PANELS]
     if not shown:
         return None
     figure, axes = grid(len(shown), width=5.4, height=4.0, columns=columns, sharey=True)
@@ -87,7 +87,7 @@ def accuracy_figure(analyses: Sequence[Analysis], basis: str, columns: int = 3) 
 def comparison_figure(analyses: Sequence[Analysis], columns: int = 3) -> Figure | None:
     """All runs in one panel, for each basis that all have: value-weighted vote, for `bon` runs also majority."""
     shown = [axis for axis in AXES.values() if all(row[axis[0]] for analysis in analyses for row in analysis.rows)]
-    if len(analyses) < 2 or not shown:
+    if len(analyses) < 2 or not shown or not all(analysis.rows for analysis in analyses):
         return None
     figure, axes = grid(len(shown), width=4.8, height=4.0, columns=columns, sharey=True)
     for axis, (key, label, _) in zip(axes, shown, strict=True):

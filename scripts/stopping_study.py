@@ -47,7 +47,7 @@ SAVED_BEAMS = 4
 
 
 @dataclass(frozen=True)
-class Case:
+class Population:
     """A problem. shares: of its answers; values: Beta parameters of each answer's values, (2, 2) for all if none are given."""
 
     name: str
@@ -65,26 +65,26 @@ class Case:
         return int(won.argmax()) if won.sum() == 1 else -1
 
 
-def tie(answers: int) -> Case:
-    return Case(f"tie of {answers}", [1 / answers] * answers)
+def tie(answers: int) -> Population:
+    return Population(f"tie of {answers}", [1 / answers] * answers)
 
 
 FALSE_CASES = (
     *map(tie, (2, 3, 5, 40)),
-    Case("0.51, 0.49", [0.51, 0.49]),
-    Case("0.34, 0.33, 0.33", [0.34, 0.33, 0.33]),
-    Case("0.05, 39 x 0.0244", [0.05, *[0.95 / 39] * 39]),
-    Case("0.6, 0.4 of equal weight", [0.6, 0.4], [(2, 4), (2, 2)]),
+    Population("0.51, 0.49", [0.51, 0.49]),
+    Population("0.34, 0.33, 0.33", [0.34, 0.33, 0.33]),
+    Population("0.05, 39 x 0.0244", [0.05, *[0.95 / 39] * 39]),
+    Population("0.6, 0.4 of equal weight", [0.6, 0.4], [(2, 4), (2, 2)]),
 )
 SAVED_CASES = (
-    Case("0.9", [0.9, 0.05, 0.05]),
-    Case("0.7", [0.7, 0.15, 0.1, 0.05]),
-    Case("0.5", [0.5, 0.25, 0.15, 0.1]),
-    Case("0.4, 0.3", [0.4, 0.3, 0.2, 0.1]),
+    Population("0.9", [0.9, 0.05, 0.05]),
+    Population("0.7", [0.7, 0.15, 0.1, 0.05]),
+    Population("0.5", [0.5, 0.25, 0.15, 0.1]),
+    Population("0.4, 0.3", [0.4, 0.3, 0.2, 0.1]),
 )
 
 
-def draw(case: Case, trees: int, beams: int, simulations: int, rng: np.random.Generator) -> tuple[Ints, Floats]:
+def draw(case: Population, trees: int, beams: int, simulations: int, rng: np.random.Generator) -> tuple[Ints, Floats]:
     """Answers [simulations, trees] and values [simulations, trees, beams]."""
     answers = rng.choice(len(case.shares), (simulations, trees), p=case.shares)
     a, b = np.array(case.betas, dtype=np.float64)[answers].transpose(2, 0, 1)
@@ -176,7 +176,7 @@ def false_share(stops: Stops, heaviest: int) -> float:
     return float(((stops[0] > 0) & (stops[1] != heaviest)).mean())
 
 
-def false_certificates(case: Case, beams: int, args) -> dict[str, float]:
+def false_certificates(case: Population, beams: int, args) -> dict[str, float]:
     """Share of the simulations in which a rule stops for an answer that is not the heaviest, by rule."""
     rng = np.random.default_rng([args.seed, beams, *case.name.encode()])
     answers, values = draw(case, args.trees, beams, args.simulations, rng)
@@ -219,7 +219,7 @@ def false_table(args) -> tuple[Table, list[str]]:
 # What it saves
 
 
-def saved(case: Case, budget: int, beams: int, args) -> dict[str, tuple[float, float]]:
+def saved(case: Population, budget: int, beams: int, args) -> dict[str, tuple[float, float]]:
     """By rule: share of the repetitions that it saves, and share of the problems whose vote is not that of all of them."""
     rng = np.random.default_rng([args.seed, budget, *case.name.encode()])
     answers, values = draw(case, budget, beams, args.simulations, rng)

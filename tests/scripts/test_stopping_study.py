@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import stopping_study
 from parser_flags import flags_of
-from stopping_study import Case, tie
+from stopping_study import Population, tie
 
 from common_lib.cli import UserError
 from eval_lib.stopping import Stopping, stopping_point
@@ -16,7 +16,7 @@ from eval_lib.stopping_peers import equal_window, posterior_needs
 
 
 def test_rules_on_many_simulations_are_those_on_one():
-    trees, beams, cases = 40, 2, [Case("clear", [0.8, 0.1, 0.1]), tie(3), Case("close", [0.6, 0.4])]
+    trees, beams, cases = 40, 2, [Population("clear", [0.8, 0.1, 0.1]), tie(3), Population("close", [0.6, 0.4])]
     kinds = []
     for case in cases:
         names = len(case.shares)
@@ -83,6 +83,13 @@ def test_what_is_not_as_it_must_be_is_said_and_is_the_exit_status(monkeypatch, c
         "counted singly do no harm"
         in stopping_study.false_table(SimpleNamespace(simulations=5, trees=5, alpha=0.05, seed=1))[1].pop()
     )
+
+
+def test_whom_a_certificate_may_name():
+    assert tie(3).heaviest(False) == tie(3).heaviest(True) == -1
+    assert Population("", [0.49, 0.51]).heaviest(False) == Population("", [0.49, 0.51]).heaviest(True) == 1
+    by_value = Population("", [0.6, 0.4], [(2, 4), (2, 2)])
+    assert (by_value.heaviest(False), by_value.heaviest(True)) == (-1, 0)
 
 
 def test_the_same_vote_may_have_grown_and_merged():
