@@ -96,7 +96,6 @@ class RunFiles:
         lines, _ = read_results(self.paths.results, problems)
         aside = read_results(uncounted, problems)[0] if uncounted.exists() else []
         self._aside = {_key(line): line["offset"] for line in aside}  # of X.uncounted.jsonl
-        self._twice = any(_key(line) in self._aside for line in lines)  # killed while lines were moved
         self.finished = {_key(line): line for line in [*aside, *lines]}
         journal = Journal(self.paths.tree)
         started = [(data_idx, repeat_idx) for data_idx, runs in journal.searches.items() for repeat_idx in runs]
@@ -143,12 +142,12 @@ class RunFiles:
         self._write_results([*here, *there])
         with output_errors(self.paths.uncounted):
             self.paths.uncounted.unlink()
-        self._aside, self._twice = {}, False
+        self._aside = {}
 
     def sort_results(self, counts: Callable[[int, int], bool] = lambda data_idx, repeat_idx: True) -> None:
         """Put the lines that count (data_idx, repeat_idx) in the order of global_idx, and move the others to
-        X.uncounted.jsonl."""
-        if self._twice or any(counts(*key) == (key in self._aside) for key in self.finished):
+        X.uncounted.jsonl. After a kill while lines were moved X.jsonl has all of them, and this does it again."""
+        if any(counts(*key) == (key in self._aside) for key in self.finished):
             self.take_back()
         rows = [(row["global_idx"], offset, counts(*_key(row))) for offset, row in read_rows(self.paths.results)]
         if rows == sorted(rows) and all(counted for *_, counted in rows):
