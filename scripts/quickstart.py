@@ -34,7 +34,7 @@ from common_lib.signals import Stopped, StopSignal
 NUM_BLOCKS, REPETITIONS = 8, 2  # budgets N = 8 and, both repetitions pooled, 16
 # Of the run that is asked when it could have stopped: with two repetitions nothing can be saved, with more than a few
 # problems it would take minutes.
-FEW_PROBLEMS, FEW_BLOCKS, MANY_REPETITIONS, POLICY = 16, 4, 16, "weighted:sure"
+FEW_PROBLEMS, FEW_BLOCKS, MANY_REPETITIONS, POLICY = 12, 4, 16, "weighted:sure"
 BLOCK_SIZE, MAX_LENGTH = 6, 60  # one step of a trace; a whole one has 42 tokens
 INDENT = "      "
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -199,7 +199,7 @@ def test_the_run_that_is_replayed_has_enough_repetitions_and_few_problems(runner
     found = {
         flag: runner.value("search_many", f"--{flag}") for flag in ("num_repetitions", "num_blocks", "max_problems")
     }
-    assert found == {"num_repetitions": "16", "num_blocks": "4", "max_problems": "16"}
+    assert found == {"num_repetitions": "16", "num_blocks": "4", "max_problems": "12"}
     assert runner.value("what_if", "--policy") == "weighted:sure" and "--what_if" in runner.lines["what_if"]
 
 

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from eval_lib.stopping import Stopping, stopping_point
+from eval_lib.stopping import Stopping, log_evidence, stopping_point
 from eval_lib.stopping_peers import equal_window, posterior_needs
 from eval_utils import best_of_n, majority_vote, weighted_vote
 from report_lib.policies import VOTES, Policy, parse_policy
@@ -207,6 +207,27 @@ def test_classes_that_merge_later_are_apart_before():
     seen = look_at_prefixes(answers, np.array([[0, 1, 2, 3, 4], [4, 0, 1, 2, 3]]))
     assert seen.score["majority"].tolist() == [[1.0, 1.0, pytest.approx(2 / 3), 0.0, 1.0], [1.0] * 5]
     assert seen.stops["alike"].tolist() == [[1, 1, 1, 2, 1], [1, 2, 3, 1, 2]]
+
+
+@pytest.mark.parametrize("vote", ["weighted", "majority"])
+def test_the_evidence_of_every_prefix_is_the_least_over_its_rivals(vote):
+    """By `log_evidence` of the rule; where it is below 2, which certifies nothing, 0 will do."""
+    rng, repetitions, orders = np.random.default_rng(5), 24, orders_of(0, 24, 5)
+    words = rng.choice(["a", "d", "g", ""], (repetitions, 2), p=[0.66, 0.2, 0.08, 0.06])
+    values = rng.uniform(0.2, 1, words.shape)
+    answers = Answers(*kinds_of(words), values, np.zeros(words.shape), words == "a")
+    found = look_at_prefixes(answers, orders).stops[f"evidence_{vote}"]
+    weights = values if vote == "weighted" else np.ones(words.shape)
+    by_class = np.stack([(weights * (words == word)).sum(-1) for word in "adg"] + [np.zeros(repetitions)], -1)
+    certain = 0
+    for order, row in zip(orders, found, strict=True):
+        for t in range(1, repetitions + 1):
+            seen = by_class[order[:t]]
+            leader = seen.sum(0).argmax()
+            expected = math.exp(log_evidence((seen[:, leader, None] - np.delete(seen, leader, 1)).T / 2).min())
+            assert row[t - 1] == pytest.approx(expected) or (row[t - 1] == 0 and expected < 2)
+            certain += row[t - 1] > 2
+    assert certain > 20
 
 
 def test_orders_are_permutations_the_recorded_one_first_and_seeded():
