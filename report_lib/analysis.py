@@ -14,6 +14,7 @@ from report_lib.clones import clone_rows, families_by_round
 from report_lib.cost import COST_KEYS, forward_costs, mean_costs, search_flops
 from report_lib.data import RunRecord
 from report_lib.problem import ProblemView, SearchView, only_pruned_right, problem_row, problem_view
+from report_lib.replay import WhatIf
 from report_lib.value import observe_search, value_report
 from search_lib.run_reader import Journal
 
@@ -45,14 +46,15 @@ class Analysis:
             lost = "no trees, no rejected candidates, no values inside a trace, no clones"
             self.notes.append(f"{run.name}: no journal ({run.journal_paths[0].name}): {lost}")
         self.problems: list[dict[str, Any]] = []
+        self.classes: dict[int, dict[int, list[int]]] = {}  # data_idx -> repeat_idx -> class of each beam
+        self.flops_by_problem: dict[int, list[dict[str, float]]] = {}  # COST_KEYS of each repetition, where known
+        self.what_if: WhatIf | None = None  # where it was asked for
         self.tokens_generated = 0  # of all searches, unfinished ones too; without a journal not known
         self._sees_rejected = self.has_journal and run.prunes is not False
         self._forward_costs = forward_costs(run.meta) if self.has_journal else None
-        self._classes: dict[int, dict[int, list[int]]] = {}
         self._observations: list[NDArray] = []
         self._families: dict[int, list[list[tuple[int, int]]]] = {}
         self._beams = 0  # of one search
-        self._flops: dict[int, list[dict[str, float]]] = {}
         self._without_flops = self._without_journal = 0
         self._seconds = np.zeros((0, 2))  # [rounds, (generating, scoring)], summed over searches
 
@@ -63,7 +65,7 @@ class Analysis:
         self._families[view.data_idx] = families = list(filter(None, families))
         clones = float(np.mean([search[-1][0] for search in families])) if families else None
         self.problems.append(problem_row(view, pruned_right) | {"clones": clones})
-        self._classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
+        self.classes[view.data_idx] = {s.repeat_idx: s.classes for s in view.searches if s.line}
         final_only = bool(self.run.prunes) and not self.run.biased
         # Where a problem stopped depends on what its repetitions held: what every problem has shows no more than is there.
         shown = self.run.stopping.smallest if self.run.stopping else math.inf
@@ -80,7 +82,7 @@ class Analysis:
         known = self._forward_costs if search.in_journal else None
         flops = search_flops(search.tree, line, known) if known else None
         if flops:
-            self._flops.setdefault(data_idx, []).append(flops)
+            self.flops_by_problem.setdefault(data_idx, []).append(flops)
         self._without_flops += flops is None
         if "seconds_generate" in line:
             rounds = np.array([(record.seconds_generate, record.seconds_score) for record in search.tree.rounds])
@@ -96,13 +98,13 @@ class Analysis:
         # searches in which only a rejected candidate was right; None where some are not seen
         rescued = [row["rescued"] for row in self.problems]
         self.pruned_right = sum(rescued) if self._sees_rejected and None not in rescued else None
-        self.flops = mean_costs(self._flops) if self._flops and not self._without_flops else None
+        self.flops = mean_costs(self.flops_by_problem) if self.flops_by_problem and not self._without_flops else None
         if run.stopping:
             self._finish_stopped(run.stopping)
         elif run.meta and not self.flops:
             needs = "they need both models' shapes in the settings, the journal, and its token counts"
             self.notes.append(f"{run.name}: no FLOPs ({needs})")
-        counted = run.lines, run.num_blocks, self._classes, run.stopping, run.num_problems
+        counted = run.lines, run.num_blocks, self.classes, run.stopping, run.num_problems
         self.rows, self.outcome = summarize_run(*counted)
         for row in self.rows:
             for key in (*COST_KEYS, "flops"):
@@ -113,11 +115,11 @@ class Analysis:
         self.rounds = [{"generate": float(g), "score": float(s)} for g, s in self._seconds / searches]
         self.waiting = max(0.0, sum(line["dt"] for line in run.lines) - self._seconds.sum()) / searches
         self.scores = (
-            stopped_scores(run.lines, self._classes, run.stopping)
+            stopped_scores(run.lines, self.classes, run.stopping)
             if run.stopping
             else {
                 i: {metric: [float(np.mean(window)) for window in by_pooled] for metric, by_pooled in scores.items()}
-                for i, scores in pooled_scores(run.lines, self._classes).items()
+                for i, scores in pooled_scores(run.lines, self.classes).items()
             }
         )
         self.costs: dict[str, dict[int, float] | None] = {"tokens": None, "flops": None}
@@ -125,7 +127,7 @@ class Analysis:
             spent = {i: [line["tokens_generated"] for line in lines] for i, lines in run.by_problem.items()}
             self.costs["tokens"] = {i: float(np.mean(tokens)) for i, tokens in spent.items()}
         if self.flops:
-            spent = {i: [sum(costs.values()) for costs in searches] for i, searches in self._flops.items()}
+            spent = {i: [sum(costs.values()) for costs in searches] for i, searches in self.flops_by_problem.items()}
             self.costs["flops"] = {i: float(np.mean(flops)) for i, flops in spent.items()}
 
     def _finish_stopped(self, record: StopRecord) -> None:

@@ -4,7 +4,7 @@ What a sentence is about is chosen before any figure is seen: each run by `vote_
 reach; a single run at all the repetitions that every problem has.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ from eval_lib.intervals import paired_difference, variance_warning
 from eval_lib.tables import short
 from report_lib.analysis import Analysis
 from report_lib.compare import BASES, chosen_rows, difference_warning, vote_of
-from report_lib.value import MIN_CLUSTERS, value_sentence
+from report_lib.replay import WhatIf
+from report_lib.value import MIN_CLUSTERS, mark_note, no_evidence, value_sentence
 
 VOTES = {"wmaj": "the weighted vote", "maj": "the majority vote", "pass1": "pass@1"}
 LEVEL = 0.05  # where the p-value is smaller, the 95 % interval leaves out 0
@@ -30,14 +31,20 @@ class Answer:
 
 
 def first_screen(analyses: Sequence[Analysis], comparisons: Sequence[Mapping[str, Any]]) -> list[Answer]:
-    """Of each comparison, or of a single run; then of the values."""
+    """Of each comparison, or of a single run; of a what-if; then of the values."""
     answers = list(map(comparison_answer, comparisons)) or [run_answer(analyses[0])]
     if len(comparisons) > 1:
         answers[0].mind.append(f"No p-value is corrected for there being {len(comparisons)} comparisons.")
     for number, answer in enumerate(answers, start=1):
         if answer.plot and len(comparisons) > 1:
             answer.plot += f"_{number}"
-    return [*answers, values_answer(analyses)]
+    asked: list[Collection[str]] = [(part["one"], part["other"]) for part in comparisons]
+    asked = asked or [[analyses[0].run.name]]
+    for analysis in filter(lambda analysis: no_evidence(analysis.values), analyses):
+        for answer, names in zip(answers, asked, strict=True):
+            answer.mind += [mark_note(analysis.run.name)] * (analysis.run.name in names)
+    what_ifs = [what_if_answer(analysis, analysis.what_if) for analysis in analyses if analysis.what_if]
+    return [*answers, *what_ifs, values_answer(analyses)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +200,48 @@ def against_words(first: Mapping[int, float], second: Mapping[int, float], other
     surely = surety(found, found["difference"] < 0)
     doubt = "" if shown(found) else "; no difference is shown"
     return f"{by if found['difference'] else 'the same as'} {other} ({mean}{', ' * bool(surely)}{surely}{doubt})"
+
+
+def what_if_answer(analysis: Analysis, found: WhatIf) -> Answer:
+    """What the policies chosen beforehand would have saved; without any, `sure` of the run's vote, whose answers cannot
+    differ from those of all repetitions."""
+    vote = {"maj": "majority", "wmaj": "weighted"}[vote_of(analysis.run)]
+    rows = found.chosen or [found.row(f"{vote}:sure")]
+    others = f"{len(found.rows) - len(found.chosen)} policies of the table and the plot are exploratory"
+    looks = "the best of many looks at one set of data looks better than it is, and is no test"
+    if found.chosen:
+        chosen = (
+            f"Chosen beforehand (--policy): {', '.join(row['policy'] for row in rows)}. The other {others}: {looks}."
+        )
+    else:
+        chosen = f"None was chosen beforehand (--policy). All {others}: {looks}."
+    return Answer(
+        f"What if {analysis.run.name} had been stopped earlier?",
+        [policy_sentence(row, found) for row in rows],
+        chosen,
+        remarks(
+            f"{row['policy']}, {row['against_all']['warning']}" for row in found.chosen if row["against_all"]["warning"]
+        ),
+        "what_if",
+    )
+
+
+def policy_sentence(row: Mapping[str, Any], found: WhatIf) -> str:
+    """What a policy costs and answers, against its vote of all repetitions."""
+    whole = found.row(row["vote"])
+    everywhere = "on every problem" if row["same_answer"] == 1 else f"on {share(row['same_answer'])} of the problems"
+    tokens = "" if row["saved"] is None else f", with {100 * row['saved']:.0f} % fewer tokens generated"
+    said = (
+        f"{row['policy']} answers as all {found.repetitions} repetitions do {everywhere}{tokens} "
+        f"({row['repetitions']:.1f} repetitions): {share(row['accuracy'])} right against {share(whole['accuracy'])}"
+    )
+    if row["false_stops"]:
+        said += f"; stopped with another answer on {share(row['false_stops'])}"
+    against = row.get("against_all")
+    if against and row["same_answer"] < 1:
+        doubt = "" if shown(against) else "; no difference is shown"
+        said += f"; {points(against['difference'])}{in_brackets(surety(against))}{doubt}"
+    return f"{said}."
 
 
 def values_answer(analyses: Sequence[Analysis]) -> Answer:

@@ -19,6 +19,7 @@ from report_lib.answer_plots import clones_figure, difference_figure
 from report_lib.compare import compare, vote_of
 from report_lib.plot_parts import LINES, MAX_PANELS, NARROW, RUN_LINES, STYLE, brief, grid, set_ticks
 from report_lib.value import bias_words
+from report_lib.what_if_plots import WHAT_IF_CAPTION, what_if_figure
 
 BANDS = ("wmaj", "maj")  # no more: bands of five lines cannot be told apart
 AXES = {  # basis -> key of a row, label of the axis, words of the caption
@@ -197,6 +198,8 @@ def figures(analyses: Sequence[Analysis]) -> Iterator[tuple[str, str, Callable[.
     for basis, (_, _, words) in AXES.items():
         caption = f"{band} the weighted and the majority vote (the table has all). Accuracy against {words}."
         yield f"accuracy_{basis}", caption, partial(accuracy_figure, analyses, basis)
+    for analysis in analyses:
+        yield "what_if", WHAT_IF_CAPTION, partial(what_if_figure, analysis)
     whose = "both runs' votes" if len(analyses) == 2 else "the first two runs' votes"
     yield "comparison", f"{band} {whose}. The runs together.", partial(comparison_figure, analyses)
     for i, analysis in enumerate(analyses):

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from report_lib.analysis import Analysis
 from report_lib.answer import Answer, first_screen
 from report_lib.compare import BASES
 from report_lib.cost import FORMULA
-from report_lib.value import MIN_CLUSTERS, bias_words
+from report_lib.value import MARK, MIN_CLUSTERS, bias_words, mark_note, no_evidence
+from report_lib.what_if import what_if_tables
 
+BY_VALUE = {METRICS["wmaj"], METRICS["bon"]}
 BRIEF_METRICS = {("maj", "maj"), ("wmaj", "wmaj"), ("wmaj", "maj"), ("maj", "wmaj")}
 FLOPS_COLUMNS = {
     "decode": (short, "flops_decode"),
@@ -24,6 +26,7 @@ FLOPS_COLUMNS = {
     "value model": (short, "flops_score"),
     "total": (short, "flops"),
 }
+WHAT_IF = "what_if.csv"
 VALUE_NOTE = (
     "One observation per finished candidate and block end. AUC (pooled): chance that a right one has the higher value. "
     "AUC within: mean of the AUC inside each problem that has right and wrong ones (how many), with a 95 % interval "
@@ -57,8 +60,10 @@ def all_tables(
     brief: extreme budgets and votes alone of comparisons. all_rows: a row for every number of repetitions.
     """
     by_run = [tables_of(analysis.rows, analysis.outcome, analysis.run.name, all_rows) for analysis in analyses]
-    tables = [accuracy for accuracy, _, _ in by_run]
-    tables += [comparison_table(comparison, brief) for comparison in comparisons]
+    marked = {analysis.run.name for analysis in analyses if no_evidence(analysis.values)}
+    tables = [mark_votes(accuracy, a) for a, (accuracy, _, _) in zip(analyses, by_run, strict=True)]
+    tables += [comparison_table(comparison, brief, marked) for comparison in comparisons]
+    tables += [table for analysis in analyses for table in what_if_tables(analysis, all_rows)]
     for analysis, (_, second, cost) in zip(analyses, by_run, strict=True):
         tables += [
             replace(second, folded=analysis.outcome is None),
@@ -75,6 +80,14 @@ def all_tables(
         table.notes = [note for note in table.notes if note not in told]
         told.update(table.notes)
     return tables
+
+
+def mark_votes(accuracy: Table, analysis: Analysis) -> Table:
+    """Its table with a mark at the votes by values, where there is no evidence for these."""
+    if not no_evidence(analysis.values):
+        return accuracy
+    columns = [name + MARK * (name in BY_VALUE) for name in accuracy.columns]
+    return replace(accuracy, columns=columns, notes=[mark_note(analysis.run.name), *accuracy.notes])
 
 
 def wall_clock(analysis: Analysis) -> list[str]:
@@ -133,8 +146,12 @@ def value_cells(group: dict[str, Any]) -> list[str]:
     ]
 
 
-def comparison_table(comparison: dict[str, Any], brief: bool) -> Table:
-    """Rows by basis, budget and metric; pass@1, which no budget changes, once. `brief`: extreme budgets, votes only."""
+def comparison_table(comparison: dict[str, Any], brief: bool, marked: Collection[str] = ()) -> Table:
+    """Rows by basis, budget and metric; pass@1, which no budget changes, once. `brief`: extreme budgets, votes only.
+
+    marked: runs whose votes by values have a mark.
+    """
+    marks = [MARK * (comparison[run] in marked) for run in ("one", "other")]
     of_pass1 = [row for row in comparison["rows"] if row["metric_one"] == "pass1"]
     rows = [row for row in comparison["rows"] if row["metric_one"] != "pass1"]
     if brief:
@@ -144,19 +161,21 @@ def comparison_table(comparison: dict[str, Any], brief: bool) -> Table:
     return Table(
         f"{comparison['one']} against {comparison['other']}: accuracy in % at equal N, tokens, FLOPs",
         ["at equal", "budget", "metric", "first", "second", "difference", "p"],
-        list(map(comparison_cells, [*of_pass1[:1], *rows])),
+        [comparison_cells(row, marks) for row in [*of_pass1[:1], *rows]],
         [f"{comparison['note']}.", *[f"{missing}." for missing in comparison["missing"]], COMPARISON_NOTE]
         + [BRIEF_NOTE] * brief,
         words=["at equal", "metric"],
     )
 
 
-def comparison_cells(row: dict[str, Any]) -> list[str]:
-    label = METRICS[row["metric_one"]]
+def comparison_cells(row: dict[str, Any], marks: Sequence[str] = ("", "")) -> list[str]:
+    """marks: at votes by values of the first and of the second run."""
+    names = [METRICS[row[f"metric_{run}"]] for run in ("one", "other")]
+    one, other = (name + mark * (name in BY_VALUE) for name, mark in zip(names, marks, strict=True))
     budget = number(row["budget"], ".0f") if row["basis"] == "N" else short(row["budget"])
     return [
         *(["any", "any"] if row["metric_one"] == "pass1" else [BASES[row["basis"]], budget]),
-        label if row["metric_one"] == row["metric_other"] else f"{label} / {METRICS[row['metric_other']]}",
+        one if one == other else f"{one} / {other}",
         percent(row["one"]),
         percent(row["other"]),
         "+" * (row["difference"] >= 0) + percent(row["difference"], row["ci"]),
@@ -203,11 +222,12 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "wall_clock_seconds": analysis.seconds,
         "tokens_per_second": analysis.tokens_per_second,
         "problems": analysis.problems,
-    }
+    } | ({"what_if": analysis.what_if.rows} if analysis.what_if else {})
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: list[dict]) -> None:
-    """table.md, table.csv (one row per run and pooled number of repetitions), table.json."""
+    """table.md, table.csv (one row per run and pooled number of repetitions), table.json; what_if.csv of a what-if (one
+    row per policy), and none that an earlier report left."""
     notes = "".join(f"- {printable(note)}\n" for analysis in analyses for note in analysis.notes)
     tables = "\n".join(map(as_markdown, all_tables(analyses, comparisons)))
     answers = first_screen(analyses, comparisons)
@@ -217,5 +237,8 @@ def write_tables(folder: Path, analyses: Sequence[Analysis], comparisons: list[d
         "table.csv": as_csv([{"run": analysis.run.name, **row} for analysis in analyses for row in analysis.rows]),
         "table.json": json.dumps(data | {"comparisons": comparisons}, indent=1, allow_nan=False) + "\n",
     }
+    (folder / WHAT_IF).unlink(missing_ok=True)
+    if found := [row for analysis in analyses if analysis.what_if for row in analysis.what_if.rows]:
+        written[WHAT_IF] = as_csv([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in found])
     for name, text in written.items():
         write_text(folder / name, text)

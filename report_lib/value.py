@@ -23,6 +23,8 @@ OBSERVATION = np.dtype(  # problem: data_idx; block: from 1; position: response 
 )
 MAX_GROUPS = 8  # rows of a table by round or length
 MIN_OBSERVATIONS = 20  # fewer are not worth a row
+MARK = "†"  # of votes by values for which there is no evidence
+NO_EVIDENCE = "no evidence that its values tell right from wrong on these problems"
 MIN_CLUSTERS = 5  # an interval over fewer problems is not worth showing
 
 
@@ -120,17 +122,36 @@ def bias_words(biased: bool | None) -> str:
     return "under search, biased" if biased else "no selection by value: unbiased"
 
 
-def value_sentence(run: str, values: dict[str, Any]) -> str | None:
+def values_verdict(values: dict[str, Any]) -> str:
     """Do the values tell right answers from wrong ones of the same problem? For `value_report` with `biased`.
 
-    They are said to only where the clustered interval of the AUC within problems, at the end of the trace, lies above
-    0.5. None where the values were selected by themselves, or may have been: then nothing certain can be said.
+    `accepted` only where the clustered interval of the AUC within problems, at the end of the trace, lies above 0.5; else
+    `no evidence`; `few` problems to judge by; `biased` where the values were selected by themselves, or may have been.
     """
     end = values["groups"][0]
-    problems, auc_of_pairs, half = (end[f"auc_within{name}"] for name in ("_problems", "", "_ci"))
     if values["biased"] is not False:
+        return "biased"
+    if end["auc_within_problems"] < MIN_CLUSTERS:
+        return "few"
+    return "accepted" if end["auc_within"] - end["auc_within_ci"] > 0.5 else "no evidence"
+
+
+def no_evidence(values: dict[str, Any]) -> bool:
+    """Are votes that weigh by these values marked? Where nothing certain can be said they are not."""
+    return values_verdict(values) == "no evidence"
+
+
+def mark_note(run: str) -> str:
+    return f"{MARK} {run}: {NO_EVIDENCE}: do not rely on votes that weigh or choose by them."
+
+
+def value_sentence(run: str, values: dict[str, Any]) -> str | None:
+    """`values_verdict` in words; None where nothing certain can be said."""
+    end, verdict = values["groups"][0], values_verdict(values)
+    problems, auc_of_pairs, half = (end[f"auc_within{name}"] for name in ("_problems", "", "_ci"))
+    if verdict == "biased":
         return None
-    if problems < MIN_CLUSTERS:
+    if verdict == "few":
         return (
             f"{run}: too little to judge its values by: {problems} problem{'s' * (problems != 1)} with right and with "
             f"wrong answers, {MIN_CLUSTERS} are needed."
@@ -140,6 +161,6 @@ def value_sentence(run: str, values: dict[str, Any]) -> str | None:
         f"AUC within problems {auc_of_pairs:.3f}, 95 % interval {low:.3f} to {high:.3f} over {problems} problems; "
         "0.5 is chance"
     )
-    if low > 0.5:
+    if verdict == "accepted":
         return f"{run}: its values tell right answers from wrong ones of the same problem ({figures})."
-    return f"{run}: no evidence that its values tell right from wrong on these problems ({figures})."
+    return f"{run}: {NO_EVIDENCE} ({figures})."

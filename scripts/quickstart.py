@@ -32,6 +32,9 @@ from common_lib.progress import format_seconds
 from common_lib.signals import Stopped, StopSignal
 
 NUM_BLOCKS, REPETITIONS = 8, 2  # budgets N = 8 and, both repetitions pooled, 16
+# Of the run that is asked when it could have stopped: with two repetitions nothing can be saved, with more than a few
+# problems it would take minutes.
+FEW_PROBLEMS, FEW_BLOCKS, MANY_REPETITIONS, POLICY = 12, 4, 16, "weighted:sure"
 BLOCK_SIZE, MAX_LENGTH = 6, 60  # one step of a trace; a whole one has 42 tokens
 INDENT = "      "
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +43,7 @@ FULL = dict(generator_steps=750, train_problems=3000, test_problems=200, held_ou
 FAST = dict(generator_steps=500, train_problems=1500, test_problems=100, held_out=300, value_steps=400)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The five steps: commands with {folder}, {seed} and the numbers of FULL or FAST. `python` and `torchrun` stand for those of
+# The six steps: commands with {folder}, {seed} and the numbers of FULL or FAST. `python` and `torchrun` stand for those of
 # this environment.
 
 
@@ -54,12 +57,12 @@ class QuickstartStep:
 SAMPLING = "--prompt_format bare --temperature 0.6 --top_p 1.0 --engine transformers --device cpu"
 
 
-def search_command(name: str, search_type: str) -> str:
+def search_command(name: str, search_type: str, num_blocks: int = NUM_BLOCKS, repetitions: int = REPETITIONS) -> str:
     """search_type: with the flags that belong to it."""
     return (
         "python inference_eval.py --benchmark {folder}/problems_test.jsonl --piref_model {folder}/generator "
         f"--classifier_ckpt_path {{folder}}/value_model/latest --output_path {{folder}}/{name}.jsonl "
-        f"--search_type {search_type} --num_blocks {NUM_BLOCKS} --num_repetitions {REPETITIONS} "
+        f"--search_type {search_type} --num_blocks {num_blocks} --num_repetitions {repetitions} "
         f"--max_length {MAX_LENGTH} --batch_size 256 --seed {{seed}} --attention_impl auto {SAMPLING}"
     )
 
@@ -100,6 +103,19 @@ STEPS = (
             "search_bon": search_command("bon", "bon"),
             "search_vgs": search_command("vgs", f"beam2 --block_size {BLOCK_SIZE}"),
             "search_random": search_command("random", f"beam2 --block_size {BLOCK_SIZE} --selection random"),
+        },
+    ),
+    QuickstartStep(
+        f"{FEW_PROBLEMS} of them {MANY_REPETITIONS} times: when was their vote decided?",
+        "More repetitions, smaller searches; then a replay of stopping as soon as the vote cannot change any more.",
+        {
+            "search_many": search_command(
+                "many",
+                f"beam2 --block_size {BLOCK_SIZE} --max_problems {FEW_PROBLEMS}",
+                FEW_BLOCKS,
+                MANY_REPETITIONS,
+            ),
+            "what_if": f"python report.py {{folder}}/many.jsonl --what_if --policy {POLICY} --out {{folder}}/what_if",
         },
     ),
     QuickstartStep(
@@ -200,7 +216,8 @@ ROWS = {  # what is counted of which run, by its column in the report's table
 
 
 def collect_results(folder: Path) -> dict[str, Any]:
-    """Accuracies (0 .. 1) by budget, from the report's table, and the value model's AUC within problems."""
+    """Accuracies (0 .. 1) by budget, from the report's table; the value model's AUC within problems; and what stopping would
+    have saved, from the replay's table."""
     tables = {
         Path(run["path"]).stem: {row["N"]: row for row in run["table"]}
         for run in json.loads((folder / "report" / "table.json").read_text())["runs"]
@@ -211,7 +228,19 @@ def collect_results(folder: Path) -> dict[str, Any]:
     }
     lines, name = read_rows(folder / "value_model" / "metrics.jsonl"), "eval/within_auc_at_75"
     results["within_auc_75"] = [line[name] for _, line in lines if name in line][-1]
+    replayed = json.loads((folder / "what_if" / "table.json").read_text())["runs"][0]["what_if"]
+    row = next(row for row in replayed if row["policy"] == POLICY)
+    results["what_if"] = {key: row[key] for key in ("policy", "saved", "same_answer", "repetitions", "accuracy")}
     return results
+
+
+def stopping_words(row: Mapping[str, Any]) -> str:
+    """What a replayed stop answered and saved."""
+    same = "the same answers" if row["same_answer"] == 1 else f"the same answer on {row['same_answer']:.1%} of them"
+    return (
+        f"Stopped as soon as its vote cannot change any more (--stop sure), a search of {FEW_PROBLEMS} of these problems needs "
+        f"{row['repetitions']:.1f} of {MANY_REPETITIONS} repetitions: {same} with {100 * row['saved']:.0f} % fewer tokens."
+    )
 
 
 def tell(results: dict[str, Any], folder: Path, search: str) -> None:
@@ -228,6 +257,7 @@ def tell(results: dict[str, Any], folder: Path, search: str) -> None:
         f"model ranks a right one above a wrong one of the same problem {results['within_auc_75']:.0%} of the time."
     )
     say("\n" + textwrap.fill(found, 79))
+    say("\n" + textwrap.fill(stopping_words(results["what_if"]), 79))
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     page = shlex.quote(str(folder / "report" / "report.html"))
     say(f"\nLook inside: tables, plots, every search tree\n    {opener} {page}")

@@ -13,7 +13,8 @@ from parser_flags import flags_of
 from common_lib.signals import Stopped
 
 COMMANDS = [
-    "make_generator", "collect_rollouts", "train_classifier", "search_bon", "search_vgs", "search_random", "report",
+    "make_generator", "collect_rollouts", "train_classifier", "search_bon", "search_vgs", "search_random", "search_many",
+    "what_if", "report",
 ]  # fmt: skip
 
 
@@ -23,6 +24,7 @@ class Runner:
     def __init__(self, stop_at: str | None = None):
         self.lines: dict[str, list[str]] = {}
         self.folder, self.stop_at = Path(), stop_at
+        self.saved, self.same = 0.404, 1.0  # of the replay
 
     def __call__(self, line: str, log: Path) -> None:
         assert log.parent.name == "logs"
@@ -45,6 +47,10 @@ class Runner:
             ]
             runs.append({"path": str(self.folder / f"{name}.jsonl"), "table": rows})
         (self.folder / "report/table.json").write_text(json.dumps({"runs": runs}))
+        (self.folder / "what_if").mkdir(exist_ok=True)
+        figures = {"saved": self.saved, "same_answer": self.same, "repetitions": 9.5, "accuracy": 1.0}
+        rows = [{"policy": "weighted"}, {"policy": "weighted:sure"} | figures]
+        (self.folder / "what_if/table.json").write_text(json.dumps({"runs": [{"what_if": rows}]}))
         (self.folder / "value_model").mkdir(exist_ok=True)
         lines = [
             {"step": 1, "loss": 1.0},
@@ -71,7 +77,7 @@ def seed(runner, tmp_path):
     """In every command that draws, and in the folder's name, so that runs lie side by side."""
     assert quickstart.main(["--seed", "31", "--output_dir", str(tmp_path / "out")]) == 0
     assert list(runner.lines) == COMMANDS
-    assert {runner.value(name, "--seed") for name in COMMANDS if name != "report"} == {"31"}
+    assert {runner.value(name, "--seed") for name in COMMANDS if name not in ("what_if", "report")} == {"31"}
     assert runner.folder == tmp_path / "out/seed31"
     assert quickstart.main(["--output_dir", str(tmp_path / "out")]) == 0
     assert runner.folder == tmp_path / "out/seed1"
@@ -119,7 +125,7 @@ def output_dir(runner, tmp_path):
         ("train_classifier", "--model_path"): "generator", ("train_classifier", "--data_path"): "rollouts",
         ("train_classifier", "--save_dir"): "",
     }  # fmt: skip
-    for name in ("bon", "vgs", "random"):
+    for name in ("bon", "vgs", "random", "many"):
         paths |= {
             (f"search_{name}", "--benchmark"): "problems_test.jsonl", (f"search_{name}", "--piref_model"): "generator",
             (f"search_{name}", "--classifier_ckpt_path"): "value_model/latest",
@@ -129,6 +135,8 @@ def output_dir(runner, tmp_path):
     words = runner.lines["report"]
     assert words[2:5] == [str(folder / f"{name}.jsonl") for name in ("vgs", "bon", "random")]
     assert runner.value("report", "--out") == str(folder / "report")
+    assert runner.lines["what_if"][2] == str(folder / "many.jsonl")
+    assert runner.value("what_if", "--out") == str(folder / "what_if")
     assert (folder / "results.json").is_file()
 
 
@@ -174,6 +182,25 @@ def test_results_are_told_and_written_under_their_names(runner, tmp_path, capsys
     told = " ".join(printed.split())
     assert "adds 1 points to the majority's, and searching by value -10 more" in told
     assert "90% of the time" in told
+    assert results["what_if"] == {
+        "policy": "weighted:sure", "saved": 0.404, "same_answer": 1.0, "repetitions": 9.5, "accuracy": 1.0,
+    }  # fmt: skip
+    assert "needs 9.5 of 16 repetitions: the same answers with 40 % fewer tokens." in told
+
+
+def test_answers_that_are_not_all_the_same_are_not_called_so(runner, tmp_path, capsys):
+    runner.same = 0.875
+    quickstart.main(["--output_dir", str(tmp_path)])
+    assert "the same answer on 87.5% of them with 40 % fewer tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_run_that_is_replayed_has_enough_repetitions_and_few_problems(runner, tmp_path):
+    quickstart.main(["--output_dir", str(tmp_path)])
+    found = {
+        flag: runner.value("search_many", f"--{flag}") for flag in ("num_repetitions", "num_blocks", "max_problems")
+    }
+    assert found == {"num_repetitions": "16", "num_blocks": "4", "max_problems": "12"}
+    assert runner.value("what_if", "--policy") == "weighted:sure" and "--what_if" in runner.lines["what_if"]
 
 
 def test_a_command_runs_in_the_checkout_with_one_thread_and_no_hub(tmp_path, monkeypatch):

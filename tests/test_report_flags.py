@@ -140,9 +140,49 @@ def all_rows(tmp_path, monkeypatch, capsys):
     assert found[1] == found[2] == ([1, 2, 3, 4, 5, 6, 7], True, False, False)
 
 
+def what_if(tmp_path, monkeypatch, capsys):
+    """The tables, what_if.csv and table.json have replayed policies; without the flag nothing has. It is refused in one
+    line before anything is written."""
+    path, out = write_run(tmp_path / "run.jsonl", random_lines(0)), tmp_path / "out"
+    assert report.main([str(path), "--what_if", "--out", str(out)]) == 0
+    assert "What if, exploratory: run, 4 repetitions" in capsys.readouterr().out
+    assert len((out / "what_if.csv").read_text().splitlines()) == 1 + len(table_of(out)["runs"][0]["what_if"]) == 35
+    answers = read_data(out / "report_data/index.js")["answers"]
+    assert [part["title"] for part in answers][1] == "What if run had been stopped earlier?"
+    assert report.main([str(path), "--out", str(out)]) == 0
+    assert "What if" not in capsys.readouterr().out
+    assert "what_if" not in table_of(out)["runs"][0] and not (out / "what_if.csv").exists()
+    other = write_run(tmp_path / "other.jsonl", random_lines(1))
+    with pytest.raises(UserError, match="--what_if replays one run, and 2 are given"):
+        report.main([str(path), str(other), "--what_if", "--out", str(tmp_path / "new")])
+    for flags in (["--watch", "--out", str(tmp_path / "new")], ["--regrade", str(tmp_path / "graded.jsonl")]):
+        with pytest.raises(UserError, match="--what_if takes a finished run as it is, without --watch or --regrade"):
+            report.main([str(path), "--what_if", *flags])
+    assert not (tmp_path / "new").exists()
+
+
+def policy(tmp_path, monkeypatch, capsys):
+    """Each is chosen beforehand, in this order; all others are exploratory."""
+    path, out = write_run(tmp_path / "run.jsonl", random_lines(0)), tmp_path / "out"
+    flags = ["--policy", "weighted:3", "--policy", "majority:certified:0.3@3"]
+    assert report.main([str(path), "--what_if", *flags, "--out", str(out)]) == 0
+    assert "Chosen beforehand (--policy): weighted:3, majority:certified:0.3@3." in " ".join(
+        capsys.readouterr().out.split()
+    )
+    rows = table_of(out)["runs"][0]["what_if"]
+    assert [row["policy"] for row in rows if row["chosen"]] == ["weighted:3", "majority:certified:0.3@3"]
+    for wrong, words in (
+        (["--policy", "weighted"], "--policy is of --what_if; give that too"),
+        (["--what_if", "--policy", "weighted:5"], "--policy weighted:5: the run has 4 repetitions of each problem"),
+        (["--what_if", "--policy", "weighted:soon"], "--policy weighted:soon: there is no stop 'soon'; give VOTE"),
+    ):
+        with pytest.raises(UserError, match=words):
+            report.main([str(path), *wrong])
+
+
 FLAGS = {
     "runs": run_order, "out": out, "num_blocks": num_blocks, "tokenizer": tokenizer, "all_rows": all_rows,
-    "regrade": regrade, "watch": watch,
+    "regrade": regrade, "watch": watch, "what_if": what_if, "policy": policy,
 }  # fmt: skip
 
 

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 from chromium import BINARY, SKIP_REASON
-from synthetic_runs import make_pair
+from synthetic_runs import make_pair, make_run
 
 import report
 from report_lib.data import read_run
+from report_lib.policies import parse_policy
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason=SKIP_REASON)
 
@@ -149,3 +150,24 @@ def test_a_phone_is_shown_plots_of_one_column(page, html, width, name):
         assert shown == [name] * 2
         boxes = "[...document.querySelectorAll('figure a')].map((a) => a.scrollWidth <= a.clientWidth)"
         assert width > 1000 or page.run(boxes) == [True, True]
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_what_if_has_its_answer_its_plot_beside_it_and_its_tables(page, tmp_path, width):
+    path = make_run(tmp_path, problems=5, repetitions=4)
+    policies = [parse_policy("weighted:certified:0.05@3")]
+    draw = lambda folder, analyses: [plot | {"stem": "what_if"} for plot in plots(folder, analyses)[:1]]  # noqa: E731
+    report.write_report(tmp_path / "out", [read_run(path, "run")], None, draw, policies=policies)
+    with window(page, width):
+        page.open(tmp_path / "out/report.html")
+        page.wait(READY)
+        first = page.run("document.querySelector('.answers').textContent")
+        assert (
+            "What if run had been stopped earlier?" in first and "weighted:certified:0.05@3 answers as all 4" in first
+        )
+        assert "Chosen beforehand (--policy): weighted:certified:0.05@3." in first and "are exploratory" in first
+        assert page.run("document.querySelectorAll('.answers figure').length") == 1
+        titles = [title for title in page.run(TITLES) if title.startswith("What if")]
+        assert titles == ["What if, chosen beforehand: run, 4 repetitions", "What if, exploratory: run, 4 repetitions"]
+        assert page.run("document.documentElement.scrollWidth") == width
+    assert not page.log

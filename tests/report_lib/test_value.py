@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from report_lib.analysis import analyse
 from report_lib.data import read_run
 from report_lib.problem import SearchView, only_pruned_right
 from report_lib.tables import all_tables
-from report_lib.value import edges, observe_search, quality
+from report_lib.value import (
+    OBSERVATION,
+    edges,
+    observe_search,
+    quality,
+    value_report,
+    value_sentence,
+    values_verdict,
+)
 from search_lib.run_reader import RunPaths
 from search_lib.tree import Round, Tree
 
@@ -126,3 +135,44 @@ def test_ranges_cover_all_whole_numbers_once():
         found = edges(np.array([1, top]), groups)
         assert [n for low, high in found for n in range(low + 1, high + 1)] == list(range(1, top + 1))
         assert len(found) <= groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Are they accepted?
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    """Observations at the end of the trace of the quickstart's bon run: 16 samples of each of 60 problems."""
+    kept = json.loads(Path(__file__).with_name("miniature_values.json").read_text())
+    rows = [
+        (problem, 1, 42, value, right == "1", True)
+        for problem, (values, verdicts) in enumerate(zip(kept["values"], kept["right"], strict=True))
+        for value, right in zip(values, verdicts, strict=True)
+    ]
+    return np.array(rows, OBSERVATION)
+
+
+def verdict_of(seen):
+    return values_verdict({"biased": False, "groups": [quality(seen)]})
+
+
+def test_the_values_of_the_miniature_are_accepted(miniature):
+    assert len(miniature) == 960 and verdict_of(miniature) == "accepted"
+    assert value_sentence("bon", {"biased": False} | value_report(miniature)).startswith("bon: its values tell right")
+    assert verdict_of(miniature[miniature["problem"] < 20]) == "accepted"
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["of a problem", "of the run"])
+def test_shuffled_values_are_accepted_in_at_most_5_of_100_draws(miniature, within):
+    accepted = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        shuffled = miniature.copy()
+        key = shuffled["problem"] if within else np.zeros(len(shuffled))
+        order = np.lexsort((rng.random(len(shuffled)), key))  # values stay with their problem, or do not
+        shuffled["value"] = miniature["value"][order]
+        verdict = verdict_of(shuffled)
+        assert verdict in ("accepted", "no evidence")
+        accepted += verdict == "accepted"
+    assert accepted <= 5

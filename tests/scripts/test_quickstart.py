@@ -170,6 +170,10 @@ def test_the_fast_quickstart_shows_the_papers_claim(finished):
     assert results["within_auc_75"] >= 0.9, results
     assert set(results["16"]) == set(at_8) == {"maj", "wmaj", "bon", "vgs", "random"}
     assert (finished / "report" / "report.html").is_file()
+    assert results["what_if"]["same_answer"] == 1.0 and results["what_if"]["saved"] >= 0.25, results
+    assert "Is the value model any good here? bon: its values tell right answers from wrong" in " ".join(
+        (finished / "logs" / "report.txt").read_text().split()
+    )
 
 
 def test_a_second_quickstart_does_nothing_twice_and_says_the_same(finished, tmp_path):
@@ -178,4 +182,5 @@ def test_a_second_quickstart_does_nothing_twice_and_says_the_same(finished, tmp_
     assert start_quickstart(finished.parent, log).wait(300) == 0, log.read_text()
     assert log.read_text().count("reused: ") == 1
     assert "value-guided search" in log.read_text()
+    assert "repetitions: the same answers with " in " ".join(log.read_text().split())
     assert {name: (finished / name).read_bytes() for name in kept} == before

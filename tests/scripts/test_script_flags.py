@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark_replay
 import benchmark_search
 import compare_with
 import coverage_study
@@ -130,6 +131,21 @@ def test_the_study_depends_on_its_seed_its_runs_and_its_problems(monkeypatch):
     assert str(rows[0]) != str(rows[2])
     assert str(rows[0]) != str(rows[3])
     assert [row[3] * 40 % 2 for row in rows[0]] == [0.0] * len(rows[0])  # shares of 20 runs
+
+
+def test_what_a_replay_costs_is_measured_on_a_run_of_that_size(monkeypatch, capsys):
+    assert benchmark_replay.main(["--problems", "3", "--repetitions", "4", "--policies", "70"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("70 policies x 3 problems x 4 repetitions x 101 orders: replayed in ")
+    policies = benchmark_replay.make_policies(1000, 16)
+    assert len(set(policies)) == 1000 and {policy.stop for policy in policies} == {
+        "none",
+        "sure",
+        "certified",
+        "beta",
+        "esc",
+    }
+    assert flags_of(benchmark_replay.main, monkeypatch) == {"problems", "repetitions", "policies"}
 
 
 def test_flags_of_the_scaling_study(monkeypatch, tmp_path, capsys):
