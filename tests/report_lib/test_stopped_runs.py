@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from eval_utils import weighted_vote
 from report_lib.answer import run_answer
 from report_lib.compare import compare, metric_pairs, vote_of
 from report_lib.plots import STYLE, accuracy_figure, budget_of, comparison_figure, plt
+from report_lib.regrade import regrade
 from report_lib.tables import comparison_cells, terminal_text, write_tables
 
 PROBLEMS, REPETITIONS = 6, 4
@@ -160,8 +162,18 @@ def test_what_does_not_count_is_not_shown_and_values_are_judged_by_what_every_pr
     assert analysis.problems[0]["searches"] == 2
     assert analysis.tokens_generated == 3 * 2 * len(lines) + SPENT["generated"]
     assert analysis.values["groups"][0]["count"] == 3 * 2 * PROBLEMS  # the first two of each
-    assert "its values are judged by the first 2 repetitions" in analysis.notes[-1]
+    assert "its values are judged by the first 2 repetitions, before any problem stopped" in analysis.notes[-1]
     assert analysis.flops is None and "no FLOPs (they need" not in " ".join(analysis.notes)
+
+
+def test_a_run_that_was_graded_again_says_whose_vote_was_decided(folder, tmp_path):
+    """Other answers may be equal now, so that "sure" is about the ones before."""
+    shutil.copy(folder / "stopped.jsonl", tmp_path)
+    shutil.copy(folder / "stopped.meta.json", tmp_path)
+    regrade(tmp_path / "stopped.jsonl", tmp_path / "again.jsonl")
+    said = "graded again after it was stopped; what was decided, and sure or certified, was the vote of the answers in stopped.jsonl"
+    assert said in analysis_of(tmp_path / "again.jsonl").notes[-1]
+    assert said not in " ".join(analysis_of(tmp_path / "stopped.jsonl").notes)
 
 
 def test_plots_show_what_there_is_at_the_n_that_was_used(analyses):

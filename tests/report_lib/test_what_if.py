@@ -20,7 +20,15 @@ from report_lib.policies import EXPLORED, VOTES, Policy, all_policies, parse_pol
 from report_lib.replay import orders_of
 from report_lib.tables import all_tables, terminal_text, write_tables
 from report_lib.value import MARK
-from report_lib.what_if import EXPLORED_NOTE, answer_kinds, check_what_if, mark_frontier, recorded_problems, what_if
+from report_lib.what_if import (
+    EXPLORED_NOTE,
+    answer_kinds,
+    check_what_if,
+    interval_notes,
+    mark_frontier,
+    recorded_problems,
+    what_if,
+)
 from report_lib.what_if_plots import COLOURS, what_if_figure
 
 CHOSEN = list(map(parse_policy, ["weighted:sure", "majority:2", "majority:certified:0.4@3"]))
@@ -272,6 +280,18 @@ def test_chosen_and_exploratory_policies_are_told_apart_in_tables_text_and_files
     write_tables(tmp_path, [found], [])
     found.what_if = what
     assert not (tmp_path / "what_if.csv").exists()
+
+
+def test_intervals_that_deserve_little_trust_are_told_of(found, monkeypatch):
+    first, second = found.what_if.chosen[0] | {"warning": "3 of 8 problems carry it"}, found.what_if.chosen[1]
+    assert second["warning"] is None
+    assert interval_notes([first, second]) == [f"{first['policy']}: few of 8 problems carry it."]
+    assert interval_notes([first, second | {"warning": "2 of 8 problems carry it"}]) == [
+        "all rows: few of 8 problems carry it."
+    ]
+    monkeypatch.setitem(found.what_if.chosen[0], "warning", first["warning"])
+    shown = next(table for table in all_tables([found], []) if table.title.startswith("What if, chosen"))
+    assert interval_notes([first, second])[0] in shown.notes
 
 
 def test_the_first_screen_says_what_was_chosen_or_that_nothing_was(found, tmp_path):
