@@ -91,7 +91,13 @@ def test_rows_tables_and_files(folder, analyses):
 
 
 def test_the_first_screen_is_about_the_vote_that_decided(analyses):
-    (sentence,) = run_answer(analyses["stopped"]).sentences
+    answer = run_answer(analyses["stopped"])
+    sentence, repetitions, tokens = answer.sentences
+    assert repetitions == "19 of 24 repetitions count (20.8% saved)." and tokens.startswith(
+        "Tokens generated: counted "
+    )
+    assert answer.chosen.startswith("Chosen beforehand: the weighted vote, by which problems are stopped; 6 problems, ")
+    assert "by which" not in run_answer(analyses["full"]).chosen and len(run_answer(analyses["full"]).sentences) == 1
     at_last = np.mean([score(1, i, used(i, 4)) for i in range(PROBLEMS)])
     assert sentence.startswith(
         f"The weighted vote (N = 16, at most 4 repetitions, 3.2 on average) is right on {at_last:.1%}"
