@@ -175,7 +175,8 @@ def run_answer(analysis: Analysis) -> Answer:
     return Answer(
         run.name,
         [said, *(saved_words(analysis.outcome) if analysis.outcome else [])],
-        f"Chosen beforehand: {VOTES[vote]}, {over}; {row['problems']} problems, intervals clustered by problem.",
+        f"Chosen beforehand: {VOTES[vote]}, {over}; {row['problems']} problem{'s' * (row['problems'] > 1)}, intervals clustered "
+        "by problem.",
         remarks(warnings),
         "accuracy_n" if row["N"] else None,
     )
@@ -218,7 +219,9 @@ def what_if_answer(analysis: Analysis, found: WhatIf) -> Answer:
         [policy_sentence(row, found) for row in rows],
         chosen,
         remarks(
-            f"{row['policy']}, {row['against_all']['warning']}" for row in found.chosen if row["against_all"]["warning"]
+            f"for {row['policy']}, {row['against_all']['warning']}"
+            for row in found.chosen
+            if row["against_all"]["warning"]
         ),
         "what_if",
     )

@@ -318,6 +318,10 @@ def test_the_first_screen_says_what_was_chosen_or_that_nothing_was(found, tmp_pa
     assert "None was chosen beforehand (--policy). All 34 policies of the table and the plot are exploratory" in text
     assert "weighted:sure answers as all 4 repetitions do on every problem (" in text
     assert "What if, chosen beforehand" not in text
+    few = what_if_of(write_run(tmp_path / "run.jsonl", random_lines(3, 3, 4)), [parse_policy("weighted:sure")])
+    assert first_screen([few], [])[1].mind == [
+        "For weighted:sure, only 3 problems: the interval is no more than a hint."
+    ]
 
 
 def test_the_plot_has_a_point_a_policy_and_numbers_those_chosen_beforehand(found, monkeypatch):
