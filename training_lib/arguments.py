@@ -11,6 +11,7 @@ from common_lib.cli import ArgumentParser, Rule, check_rules
 
 PACKINGS = ("none", "pack", "tree")
 AUTO = "auto"
+FSDP = (AUTO, "on", "off")
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
     "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",
@@ -21,7 +22,7 @@ ROUNDING = (
     "micro_batch_size", "packing", "row_tokens", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
 )  # fmt: skip
 # Flags that leave a choice to the run, and the value that does. What was chosen is in the checkpoint's arguments.
-AUTOMATIC: dict[str, Any] = {"packing": AUTO, "row_tokens": None}
+AUTOMATIC: dict[str, Any] = {"packing": AUTO, "row_tokens": None, "fsdp": AUTO}
 # What a run did whose checkpoint is older than the flag; takes the run's arguments.
 OLD_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], Any]] = {
     "row_tokens": lambda run: run["micro_batch_size"] * run["max_length"],
@@ -91,6 +92,8 @@ def longest_unit(args: argparse.Namespace) -> int:
 def go_on_with(args: argparse.Namespace, trained: dict[str, Any]) -> dict[str, Any]:
     """What the flags leave to the run becomes what its checkpoint was trained with. Returns the checkpoint's arguments,
     with what an older one lacks filled in: then it did what `OLD_BEHAVIOUR` says."""
+    was = trained.get("fsdp", False)
+    trained = trained | {"fsdp": {True: "on", False: "off"}.get(was, was)}  # a switch until there was auto
     for name, automatic in AUTOMATIC.items():
         if getattr(args, name) == automatic:
             before = trained[name] if name in trained else OLD_BEHAVIOUR[name](vars(args))
@@ -139,7 +142,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--p_dropout", type=float, default=0.05, help="in attention and head")
     flag("--param_dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 parameters save memory, but small "
          "updates are lost in them")
-    flag("--autocast", action=switch, help="compute in bf16 (default: with a GPU)")
+    flag("--autocast", action=switch, help="compute in bf16 (default: with a GPU); with --fsdp on FSDP does the casting")
     flag("--use_dora", action=switch, default=False, help="accepted without effect, as in the released code")
 
     flag = parser.add_argument_group("optimization").add_argument
@@ -159,7 +162,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--compile", action=switch, default=False, help="torch.compile every layer")
     flag("--gradient_checkpointing", action=switch, default=True, help="keep one activation a layer, and compute the "
          "rest again (default: on)")
-    flag("--fsdp", action=switch, default=False, help="shard parameters, gradients and optimizer over the ranks (FSDP2)")
+    flag("--fsdp", nargs="?", const="on", choices=FSDP, default=AUTO, help="on: shard parameters, gradients and optimizer "
+         "over the ranks, and cast whole layers to bf16 (FSDP2); off: every rank has them all (DDP, autocast); auto: on with "
+         "a GPU; a run that goes on keeps what it had (default: auto)")
+    flag("--no-fsdp", dest="fsdp", action="store_const", const="off", help="--fsdp off")
 
     flag = parser.add_argument_group("evaluation, checkpoints, log").add_argument
     flag("--eval_every", type=int, default=200, help="steps; 0 or less: no evaluation, nothing held out")

@@ -27,7 +27,7 @@ from training_lib.evaluation import evaluate, format_evaluation
 from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
-from training_lib.ranks import PATIENT, STEPPING, World
+from training_lib.ranks import PATIENT, STEPPING, World, clear_gradients, clip_gradients
 from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
 
 
@@ -88,14 +88,13 @@ class TrainingRun:
         counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
         loss, computed, real, owned, pairs = self.world.sum([sum(losses), *map(sum, zip(*counts, strict=True))])
         lr = args.max_lr if args.disable_lr_schedule else learning_rate(number - 1, args.num_steps, args.max_lr)
-        norm = torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), args.grad_norm_clip)
-        norm = float(norm.full_tensor() if args.fsdp else norm)
+        norm = clip_gradients(self.step.model, args.grad_norm_clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.stop_not_finite(number, loss, norm, losses, batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.step.model, self.optimizer)
 
         seconds = time.perf_counter() - self.clock
         self.record = {
