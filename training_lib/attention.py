@@ -7,7 +7,7 @@
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from classifier_lib.attention import flash_missing
-from training_lib.packing import MicroBatch, block_lists
+from training_lib.packing import BlockLists, MicroBatch, block_lists
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Attention:
     mask_inputs: Callable[[MicroBatch, torch.device], Inputs]
     row_multiple: int = 8  # packed rows are padded to a multiple of this
     has_dropout: bool = True
+    prepare: Callable[[MicroBatch], MicroBatch] | None = None  # run where rows are laid out, not between steps
 
     def inputs(self, batch: MicroBatch, device: torch.device) -> Inputs:
         """Keyword arguments of the model's forward for a micro batch; tensors on `device`."""
@@ -82,15 +83,30 @@ def _flash_inputs(batch: MicroBatch, device: torch.device) -> Inputs:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def flex_mask(end: np.ndarray, device: torch.device) -> BlockMask:
-    """The BlockMask of one row, end int64 [1, S], S a multiple of FLEX_BLOCK. Never builds the S x S mask."""
+def _with_blocks(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, blocks=block_lists(batch.end[0], FLEX_BLOCK))
+
+
+def flex_mask(end: np.ndarray, device: torch.device, blocks: BlockLists | None = None) -> BlockMask:
+    """The BlockMask of one row, end int64 [1, S], S a multiple of FLEX_BLOCK. Never builds the S x S mask. blocks: the
+    row's block lists, where they are ready."""
     limits = on_device(end[0].astype(np.int32), device)
 
     def mask_mod(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx < limits[kv_idx])
 
-    lists = [on_device(part[None, None], device) for part in block_lists(end[0], FLEX_BLOCK)]
+    lists = [_indices(part, device) for part in blocks or block_lists(end[0], FLEX_BLOCK)]
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+
+
+def _indices(part: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Counts [n] as they are, indices [n, most] as [n, n], with the axes of batch and head."""
+    found = on_device(part, device)
+    whole = found.new_zeros(
+        (1, 1, *(len(part),) * part.ndim)
+    )  # always made the same way: a compiled layer looks at strides
+    whole[0, 0, ..., : found.shape[-1]] = found
+    return whole
 
 
 _compile = functools.cache(torch.compile)  # of FlexAttention at its first use, since that is slow
@@ -112,8 +128,9 @@ def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
 SDPA = Attention("sdpa", _dense_inputs)
 FLASH = Attention("flash_attention_2", _flash_inputs)
 FLEX = Attention(
-    "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device)}, FLEX_BLOCK, has_dropout=False
-)
+    "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device, batch.blocks)}, FLEX_BLOCK,
+    has_dropout=False, prepare=_with_blocks,
+)  # fmt: skip
 ATTENTIONS = {attention.name: attention for attention in (SDPA, FLASH, FLEX)}
 
 AttentionInterface.register(FLEX.name, _flex_forward)

@@ -4,6 +4,7 @@ The order is that of a keyed hash, written out here, so that it is the same on e
 is the same set of roll-outs whatever the number of ranks and loader workers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ class RankBatches:
     world_size: int = 1
     multiple: int = 8
     row_tokens: int | None = None  # of a packed row; None: micro_batch_size x max_length
+    prepare: Callable[[MicroBatch], MicroBatch] | None = None  # what else is made where rows are laid out
     _epoch: tuple[int, np.ndarray] | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -77,8 +79,10 @@ class RankBatches:
     def lay_out(self, units: np.ndarray) -> list[MicroBatch]:
         """Read and lay out some units. int64 [units, 1 or 2]."""
         traces = [[self.table.trace(rollout) for rollout in unit] for unit in units.tolist()]
-        return lay_out(traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple,
-                       self.row_tokens)  # fmt: skip
+        batches = lay_out(
+            traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple, self.row_tokens
+        )
+        return [self.prepare(batch) for batch in batches] if self.prepare else batches
 
 
 def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[RolloutTable, RolloutTable]:

@@ -25,9 +25,12 @@ class Trace:
     source: tuple[int, int]  # row of the data set, place in the row's lists: to name the sample in a message
 
 
+BlockLists = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # as `block_lists` returns them
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """What one forward pass reads, and where its losses are. Every array is int64.
+    """What one forward pass reads, and where its losses are. Every array is int64, but for the block lists.
 
     input_ids, position_ids [B, S]; end [B, S], or None where each row is one right-padded trace (causal attention).
     token_index, rollout_index [P]: row `token_index[p]` of the logits, flattened to [B * S, C], is a roll-out token of
@@ -44,6 +47,7 @@ class MicroBatch:
     sources: tuple[tuple[int, int], ...]
     num_tokens: int  # tokens computed that are not padding
     num_pairs: int  # (query, key) pairs of these tokens that attention needs, per head
+    blocks: BlockLists | None = None  # of the mask, where the kernel takes them: they cost more than the layout
 
 
 Unit = Sequence[Trace]  # traces that must share a row: one roll-out, or a Bradley-Terry pair
@@ -214,13 +218,14 @@ def trie_size(traces: Unit) -> int:
 # Attention masks of packed rows
 
 
-def block_lists(end: np.ndarray, block: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def block_lists(end: np.ndarray, block: int = 128) -> BlockLists:
     """The non-empty blocks of one row's attention mask, from its `end` vector, without ever building the mask.
 
-    end: int [S], S a multiple of `block`. Returns int32 arrays (partial counts [n], partial indices [n, n], full counts
-    [n], full indices [n, n]) for n = S / block query blocks, in the form of `BlockMask.from_kv_blocks`: the first
-    `counts[i]` entries of `indices[i]` are the key blocks that query block i reads. A key block before the query block
-    is read where any of its tokens reaches the query block's first token, and needs no mask where all reach its last.
+    end: int [S], S a multiple of `block`. Returns int32 arrays (partial counts [n], partial indices [n, most], full counts
+    [n], full indices [n, most]) for n = S / block query blocks: the first `counts[i]` entries of `indices[i]` are the key
+    blocks that query block i reads, and no count is above `most` (n would be 8 MB for 1,000 blocks, from another process).
+    A key block before the query block is read where any of its tokens reaches the query block's first token, and needs no
+    mask where all reach its last.
     """
     n = len(end) // block
     by_block = end.reshape(n, block)
@@ -233,5 +238,9 @@ def block_lists(end: np.ndarray, block: int = 128) -> tuple[np.ndarray, np.ndarr
 
 
 def _compress(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool [n, n] -> counts int32 [n], and indices int32 [n, n] with the True columns of each row in front."""
-    return blocks.sum(axis=1).astype(np.int32), np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+    """bool [n, n] -> counts int32 [n], and indices int32 [n, most] with the True columns of each row in front."""
+    counts = blocks.sum(axis=1)
+    rows, columns = np.nonzero(blocks)  # row after row
+    indices = np.zeros((len(blocks), counts.max()), dtype=np.int32)
+    indices[rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)] = columns
+    return counts.astype(np.int32), indices

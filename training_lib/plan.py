@@ -82,7 +82,7 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     train, validation = (
         RankBatches(
             table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
-            args.train_bt_model, world.rank, world.size, attention.row_multiple, args.row_tokens,
+            args.train_bt_model, world.rank, world.size, attention.row_multiple, args.row_tokens, attention.prepare,
         ) if table else None
         for table in tables
     )  # fmt: skip
