@@ -12,7 +12,7 @@ from common_lib.models import ModelInfo
 from training_lib.precision import Precision
 
 RESERVE = 0.06  # of a card, left alone: the driver's context, NCCL, the allocator's holes
-BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # of compiled layers, best first
+BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.1)  # of compiled layers, best first
 MOST_RANKS = 1024
 
 
@@ -108,7 +108,7 @@ def activation_bytes(info: ModelInfo, shape: StepShape) -> int:
     products = (3 if shape.compiled else 2) * c * info.intermediate_size  # gradients inside the MLP
     if shape.checkpointing:
         kept = layers * shape.residual * h
-        again = (compiled_layer(info, replace(shape, budget=1.0)) if shape.compiled else eager_layer(info, shape)) + 0
+        again = compiled_layer(info, replace(shape, budget=1.0)) if shape.compiled else eager_layer(info, shape)
         if shape.residual == 4:
             again -= 4 * h  # its input is the checkpoint
     else:
