@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
          f"whole {'pair' if args.train_bt_model else 'trace'}; give {longest_unit(args)} or more, or a smaller --max_length"),
         ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
         ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
+        ("profile", args.profile >= 0, "must be 0 or more"),
         ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
         ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
     ]  # fmt: skip
@@ -166,6 +167,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
          "over the ranks, and cast whole layers to bf16 (FSDP2); off: every rank has them all (DDP, autocast); auto: on with "
          "a GPU; a run that goes on keeps what it had (default: auto)")
     flag("--no-fsdp", dest="fsdp", action="store_const", const="off", help="--fsdp off")
+
+    flag("--profile", type=int, default=0, metavar="N", help="trace N steps, from the third on, into the run's folder and tell "
+         "where their time went")
 
     flag = parser.add_argument_group("evaluation, checkpoints, log").add_argument
     flag("--eval_every", type=int, default=200, help="steps; 0 or less: no evaluation, nothing held out")

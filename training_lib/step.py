@@ -122,6 +122,11 @@ def compile_layers(model: Qwen2ForClassifier, backend: str = "inductor") -> None
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
+def graphs_compiled() -> int:
+    """That this process has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer, schedule
 
