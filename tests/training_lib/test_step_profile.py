@@ -84,7 +84,11 @@ def test_on_a_gpu_kernels_are_counted_once_and_not_what_launched_them():
             self.self_device_time_total, self.self_cpu_time_total = device_us, 77
 
     kinds = torch.autograd.DeviceType
-    events = [Event("gemm", kinds.CUDA, 3000.0), Event("aten::mm", kinds.CPU, 3000.0), Event("x", kinds.CUDA, 9e9, True)]
+    events = [
+        Event("gemm", kinds.CUDA, 3000.0),
+        Event("aten::mm", kinds.CPU, 3000.0),
+        Event("x", kinds.CUDA, 9e9, True),
+    ]
 
     class Profiler:
         def key_averages(self):
