@@ -37,6 +37,7 @@ def train(args: argparse.Namespace) -> int:
     # These bring torch and transformers, seconds of import: only once the flags are known to be right.
     from training_lib.checkpoints import lock_run, restore
     from training_lib.evaluation import evaluate, format_evaluation
+    from training_lib.fitting import memory_line
     from training_lib.loop import TrainingRun
     from training_lib.plan import make_plan
     from training_lib.ranks import distribute, join_ranks
@@ -54,6 +55,8 @@ def train(args: argparse.Namespace) -> int:
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
             return 0
+        if plan.memory:
+            logger.info("%s", memory_line(plan.memory, str(world.device)))
         with world.together():
             tracker, pusher = open_services(args, world.rank, plan.trainer.get("tracker"))
 
