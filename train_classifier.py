@@ -35,7 +35,6 @@ logger = logging.getLogger("train_classifier")
 def train(args: argparse.Namespace) -> int:
     """Train to `num_steps`, or to a signal. Returns the exit status."""
     # These bring torch and transformers, seconds of import: only once the flags are known to be right.
-    from training_lib.attention import choose_attention
     from training_lib.checkpoints import lock_run, restore
     from training_lib.evaluation import evaluate, format_evaluation
     from training_lib.loop import TrainingRun
@@ -45,15 +44,13 @@ def train(args: argparse.Namespace) -> int:
 
     with join_ranks(args.device, args.fsdp) as world, contextlib.ExitStack() as at_end:
         autocast = world.device.type == "cuda" if args.autocast is None else args.autocast
-        attention = choose_attention(args.packing, world.device.type, autocast or args.param_dtype == "bf16")
         with world.together():
             if world.rank == 0 and not args.eval_only:  # before it is looked for what there is to go on from
                 at_end.callback(lock_run(Path(args.save_dir) / args.run_name).release)
-        plan = make_plan(args, world, attention)
+        plan = make_plan(args, world, autocast or args.param_dtype == "bf16")
         logger.info(
-            "=> %d roll-outs a step = %d ranks x %d of %d roll-outs; %d steps an epoch; packing %s, attention %s, on %s",
-            args.total_batch_size, world.size, args.total_batch_size // (world.size * args.micro_batch_size),
-            args.micro_batch_size, plan.train.steps_per_epoch, args.packing, attention.name, world.device,
+            "=> %d roll-outs a step on %d ranks, %s; %d steps an epoch; attention %s, on %s", args.total_batch_size,
+            world.size, plan.layout, plan.train.steps_per_epoch, plan.attention.name, world.device,
         )  # fmt: skip
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
@@ -63,7 +60,7 @@ def train(args: argparse.Namespace) -> int:
 
         model = load_model(args, plan, world)
         step = TrainStep(
-            distribute(model, world, args.fsdp), world, attention, autocast, args.total_batch_size,
+            distribute(model, world, args.fsdp), world, plan.attention, autocast, args.total_batch_size,
             pairs=args.train_bt_model, packed=args.packing != "none", sharded=args.fsdp,
         )  # fmt: skip
         if args.eval_only:

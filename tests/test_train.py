@@ -87,7 +87,7 @@ def test_defaults_are_the_released_ones():
         "disable_lr_schedule": False, "max_lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_norm_clip": 5.0,
         "p_dropout": 0.05, "num_steps": 4000, "eval_size": 128, "eval_every": 200, "save_every": 200, "max_keep_ckpts": 20,
         "push_to_hub": False, "small_group_size": 2, "num_labels": 3, "label_key": "labels", "train_bt_model": False,
-        "debug": False, "dataset_name": None, "use_dora": False, "packing": "none", "param_dtype": "fp32",
+        "debug": False, "dataset_name": None, "use_dora": False, "packing": "auto", "param_dtype": "fp32",
     }  # fmt: skip
     args = vars(parse_args([]))
     assert {name: args[name] for name in released} == released
@@ -108,7 +108,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--num_step", "3"], ["--p_dropout", "x"], ["--total_batch_size", "6"]]
+    "arguments", [["--help"], ["--num_step", "3"], ["--p_dropout", "x"], ["--total_batch_size", "6", "--device", "cpu"]]
 )
 def test_help_and_mistakes_in_the_flags_are_answered_before_anything_slow_is_imported(arguments):
     done = subprocess.run([sys.executable, "-c", QUICK, *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -184,6 +184,9 @@ TABLE: dict[str, Row] = {
     ),
     "max_length": Row(16, lambda seen, _: max(forward.input_ids.shape[1] for forward in seen.trained) == 16),
     "packing": Row("tree", lambda seen, _: shares_prefixes(seen)),
+    "row_tokens": Row(
+        40, lambda seen, _: max(forward.input_ids.shape[1] for forward in seen.trained) == 40, {"packing": "pack"}
+    ),
     "num_workers": Row(1, lambda seen, _: [loader["num_workers"] for loader in seen.loaders] == [1]),
     # model
     "model_path": Row(Path("other_backbone"), lambda seen, inputs: started_from(seen, inputs / "other_backbone")),

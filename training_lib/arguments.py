@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from common_lib import tracking
 from common_lib.cli import ArgumentParser, Rule, check_rules
 
 PACKINGS = ("none", "pack", "tree")
+AUTO = "auto"
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
     "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",
@@ -17,8 +18,14 @@ IDENTITY = (
     "beta2", "weight_decay", "grad_norm_clip", "p_dropout", "num_labels", "train_bt_model", "param_dtype", "debug",
 )  # fmt: skip
 ROUNDING = (
-    "micro_batch_size", "packing", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
+    "micro_batch_size", "packing", "row_tokens", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
 )  # fmt: skip
+# Flags that leave a choice to the run, and the value that does. What was chosen is in the checkpoint's arguments.
+AUTOMATIC: dict[str, Any] = {"packing": AUTO, "row_tokens": None}
+# What a run did whose checkpoint is older than the flag; takes the run's arguments.
+OLD_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "row_tokens": lambda run: run["micro_batch_size"] * run["max_length"],
+}
 
 
 def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Namespace:
@@ -36,11 +43,13 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
         *((name, 0 <= getattr(args, name) < 1, "must be at least 0 and below 1") for name in fractions),
         ("seed", args.seed >= 0, "must be 0 or more"),
         ("max_length", args.max_length >= 2, "must be at least 2: a roll-in and a roll-out token"),
+        ("row_tokens", args.row_tokens is None or args.row_tokens >= longest_unit(args), f"is too few: a row must hold a "
+         f"whole {'pair' if args.train_bt_model else 'trace'}; give {longest_unit(args)} or more, or a smaller --max_length"),
         ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
         ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
         ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
         ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
-    ]
+    ]  # fmt: skip
     check_rules(args, rules)
     check_rules(args, division_rules(args))
     if args.debug:
@@ -53,20 +62,40 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
 
 
 def division_rules(args: argparse.Namespace) -> list[Rule]:
-    """A step divides evenly into ranks and micro batches, a row into groups."""
-    total, micro, ranks = args.total_batch_size, args.micro_batch_size, args.world_size
+    """A row divides evenly into groups, and without packing a step into ranks and micro batches. A packing that is left to
+    the run is none on a CPU; elsewhere this is to be checked again when it is known."""
+    total, micro, ranks, pairs = args.total_batch_size, args.micro_batch_size, args.world_size, args.train_bt_model
+    padded = args.packing == "none" or (args.packing == AUTO and args.device == "cpu")
     unit = micro * ranks
     fits = [str(size) for size in (total // unit * unit, -(-total // unit) * unit) if size]
+    least = ranks * (2 if pairs else 1)
     response, group = args.data_num_response, args.small_group_size
     divisors = [size for size in range(1, response + 1) if response % size == 0]
     nearest = min(divisors, key=lambda size: (abs(size - group), size))
     return [
-        ("total_batch_size", total % unit == 0, f"is not a multiple of {ranks} ranks x --micro_batch_size {micro} = {unit}; "
-         f"the nearest that work: {', '.join(fits)}"),
-        ("micro_batch_size", micro % 2 == 0 or not args.train_bt_model, "must be even with --train_bt_model: it holds pairs"),
+        ("total_batch_size", not padded or total % unit == 0, f"is not a multiple of {ranks} ranks x --micro_batch_size "
+         f"{micro} = {unit}, as it must be with --packing none; the nearest that work: {', '.join(fits)}"),
+        ("micro_batch_size", not (padded and pairs) or micro % 2 == 0, "must be even with --train_bt_model: it holds pairs"),
+        ("total_batch_size", total % 2 == 0 or not pairs, "must be even with --train_bt_model: it holds pairs"),
+        ("total_batch_size", total >= least, f"leaves one of {ranks} ranks without work; give {least} or more"),
         ("small_group_size", response % group == 0, f"does not divide --data_num_response {response}; the nearest that "
          f"does: {nearest}"),
     ]  # fmt: skip
+
+
+def longest_unit(args: argparse.Namespace) -> int:
+    """Tokens of the longest thing that must share a row: a trace, or a Bradley-Terry pair."""
+    return args.max_length * (2 if args.train_bt_model else 1)
+
+
+def go_on_with(args: argparse.Namespace, trained: dict[str, Any]) -> dict[str, Any]:
+    """What the flags leave to the run becomes what its checkpoint was trained with. Returns the checkpoint's arguments,
+    with what an older one lacks filled in: then it did what `OLD_BEHAVIOUR` says."""
+    for name, automatic in AUTOMATIC.items():
+        if getattr(args, name) == automatic:
+            before = trained[name] if name in trained else OLD_BEHAVIOUR[name](vars(args))
+            setattr(args, name, before)
+    return {name: before(trained) for name, before in OLD_BEHAVIOUR.items()} | trained
 
 
 def default_run_name(args: argparse.Namespace) -> str:
@@ -92,8 +121,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
          "stopping; reads every token id once")
     flag("--max_length", type=int, default=16384, help="tokens of a trace, prompt included; a longer one is cut and "
          "keeps its label")
-    flag("--packing", choices=PACKINGS, default="none", help="none: right padding; pack: traces one behind the other in "
-         "rows of micro_batch_size x max_length tokens; tree: shared prefixes computed once, too")
+    flag("--packing", choices=(AUTO, *PACKINGS), default=AUTO, help="none: right padding; pack: traces one behind the "
+         "other in a row; tree: shared prefixes computed once, too; auto: none on a CPU, else tree where that saves 5 %% "
+         "of the tokens, else pack; a run that goes on keeps what it had")
+    flag("--row_tokens", type=int, help="tokens of a packed row (default: 32768 with a GPU, else micro_batch_size x "
+         "max_length; a run that goes on keeps what it had)")
     flag("--num_workers", type=int, help="processes that read data, 0: none (default: 2 with a GPU, else 0)")
 
     flag = parser.add_argument_group("model").add_argument
@@ -113,7 +145,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag = parser.add_argument_group("optimization").add_argument
     flag("--num_steps", type=int, default=4000, help="optimizer steps of the whole run")
     flag("--total_batch_size", type=int, default=128, help="roll-outs a step, over all ranks")
-    flag("--micro_batch_size", type=int, default=4, help="roll-outs a forward pass and rank")
+    flag("--micro_batch_size", type=int, default=4, help="roll-outs a forward pass and rank, where they are not packed")
     flag("--max_lr", type=float, default=1e-4, help="after warm-up; the cosine ends at 10 %% of it")
     flag("--disable_lr_schedule", action=switch, default=False, help="max_lr throughout, no warm-up and no cosine")
     flag("--beta1", type=float, default=0.9, help="of AdamW")

@@ -32,6 +32,7 @@ class RankBatches:
     rank: int = 0
     world_size: int = 1
     multiple: int = 8
+    row_tokens: int | None = None  # of a packed row; None: micro_batch_size x max_length
     _epoch: tuple[int, np.ndarray] | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -76,7 +77,8 @@ class RankBatches:
     def lay_out(self, units: np.ndarray) -> list[MicroBatch]:
         """Read and lay out some units. int64 [units, 1 or 2]."""
         traces = [[self.table.trace(rollout) for rollout in unit] for unit in units.tolist()]
-        return lay_out(traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple)
+        return lay_out(traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple,
+                       self.row_tokens)  # fmt: skip
 
 
 def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[RolloutTable, RolloutTable]:
@@ -99,6 +101,15 @@ def epoch_rollouts(table: RolloutTable, group_size: int, seed: int, epoch: int) 
     """
     begins = place_in_run(np.diff(table.first)) % group_size == 0
     return shuffled(seed, epoch, np.cumsum(begins) - 1)
+
+
+def first_groups(table: RolloutTable, group_size: int, pairs: bool, seed: int, count: int) -> list[np.ndarray]:
+    """The first groups, or pairs, of the first epoch: what stays together in a step. int64 arrays of roll-outs."""
+    if pairs:
+        return list(epoch_pairs(table, seed, 0)[:count])
+    order = epoch_rollouts(table, group_size, seed, 0)[: count * group_size]
+    begins = place_in_run(np.diff(table.first))[order] % group_size == 0
+    return np.split(order, np.flatnonzero(begins)[1:])[:count]
 
 
 def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:

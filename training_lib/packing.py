@@ -50,14 +50,20 @@ Unit = Sequence[Trace]  # traces that must share a row: one roll-out, or a Bradl
 
 
 def lay_out(
-    units: Sequence[Unit], packing: str, micro_batch_size: int, max_length: int, multiple: int = 8
+    units: Sequence[Unit],
+    packing: str,
+    micro_batch_size: int,
+    max_length: int,
+    multiple: int = 8,
+    row_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """Lay out the roll-outs that one rank computes in one step.
 
     none: `micro_batch_size` traces a micro batch, in the order given, right-padded to a bucket. pack, tree: rows of at
-    most `micro_batch_size * max_length` tokens, as many as are needed, each padded to `multiple`. No unit is split.
+    most `row_tokens` tokens (None: `micro_batch_size * max_length`), as many as are needed, each padded to `multiple`. No
+    unit is split.
     """
-    capacity = micro_batch_size * max_length
+    capacity = row_tokens or micro_batch_size * max_length
     if packing == "none":
         traces = [trace for unit in units for trace in unit]
         starts = range(0, len(traces), micro_batch_size)
@@ -192,13 +198,13 @@ def _fill_tree_rows(units: Sequence[Unit], capacity: int) -> list[list[Trace]]:
     """
     rows: list[list[Trace]] = []
     for unit in sorted(units, key=lambda unit: sort_key(unit[0].tokens)):
-        if not rows or _trie_size([*rows[-1], *unit]) > capacity:
+        if not rows or trie_size([*rows[-1], *unit]) > capacity:
             rows.append([])
         rows[-1].extend(unit)
     return rows
 
 
-def _trie_size(traces: Unit) -> int:
+def trie_size(traces: Unit) -> int:
     """Tokens of the traces' trie: in sorted order the longest prefix shared with any before is the predecessor's."""
     paths = sorted((trace.tokens for trace in traces), key=sort_key)
     return sum(map(len, paths)) - sum(common_prefix(one, other) for one, other in pairwise(paths))

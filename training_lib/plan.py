@@ -8,10 +8,11 @@ from typing import Any
 
 from common_lib.cli import UserError
 from common_lib.models import inspect_model, resolve_model
-from training_lib.arguments import IDENTITY, ROUNDING
-from training_lib.attention import ATTENTIONS, Attention
+from training_lib.arguments import IDENTITY, ROUNDING, go_on_with
+from training_lib.attention import ATTENTIONS, Attention, choose_attention
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
+from training_lib.layout import settle_layout
 from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
 from training_lib.rollout_table import RolloutTable
@@ -29,6 +30,7 @@ class TrainingPlan:
     model_dir: Path  # the weights to start from
     has_head: bool  # or they are a backbone, which gets a fresh one
     attention: Attention
+    saved: float | None  # share of the tokens that shared prefixes save, where that was asked for
     train: RankBatches
     validation: RankBatches | None
 
@@ -38,36 +40,73 @@ class TrainingPlan:
         return self.trainer.get("step", 0)
 
     @property
+    def layout(self) -> str:
+        """The rows that are read, in words."""
+        batches = self.train
+        if batches.packing == "none":
+            return f"packing none, {batches.micro_batch_size} roll-outs a micro batch"
+        saved = "" if self.saved is None else f" (shared prefixes are {self.saved:.1%} of the tokens)"
+        return f"packing {batches.packing}{saved}, rows of {batches.row_tokens} tokens"
+
+    @property
     def data(self) -> dict[str, int]:
         """What is noted of the training data, to know them again."""
         table = self.train.table
         return {"rows": len(table.rows), "rollouts": len(table), "rollout_tokens": int(table.roll_out_lengths.sum())}
 
 
-def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> TrainingPlan:
-    """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError."""
+def make_plan(args: argparse.Namespace, world: World, half_precision: bool) -> TrainingPlan:
+    """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError.
+
+    Fills in what the flags leave to the run: packing and row_tokens, as the checkpoint was trained or as the data ask for.
+    half_precision: attention computes in bf16.
+    """
     run_dir = Path(args.save_dir) / args.run_name
+    checkpoint = find_checkpoint(args, world, run_dir)
+    trainer = read_trainer(checkpoint) if checkpoint else {}
+    going_on, attention = checkpoint and not args.eval_only, None
+    if going_on:
+        old = go_on_with(args, trainer["arguments"])
+        attention = choose_attention(args.packing, world.device.type, half_precision)
+        check_same_run(args, old, trainer.get("attention"), run_dir, attention)
+    has_head = bool(checkpoint or args.init_from)
+    if args.eval_only and not has_head:
+        raise UserError(f"--eval_only: {run_dir} has no checkpoint; give --run_name of a trained run, or --init_from")
+    start_dir, vocab_size = find_model(args, world)
+    tables = read_tables(args, world, vocab_size)
+    saved = settle_layout(args, tables[0], world)
+    attention = attention or choose_attention(args.packing, world.device.type, half_precision)
+    train, validation = (
+        RankBatches(
+            table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
+            args.train_bt_model, world.rank, world.size, attention.row_multiple, args.row_tokens,
+        ) if table else None
+        for table in tables
+    )  # fmt: skip
+    check_enough(args, train, validation)
+    plan = TrainingPlan(
+        run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, saved, train, validation
+    )
+    if going_on and trainer["data"] != plan.data:
+        then, now = trainer["data"], plan.data
+        raise UserError(
+            f"{args.data_path} is not what {run_dir} was trained on ({then} then, {now} now); give another --run_name"
+        )
+    return plan
+
+
+def find_checkpoint(args: argparse.Namespace, world: World, run_dir: Path) -> Path | None:
+    """The checkpoint that all ranks start from, if there is one. Raises UserError."""
     with world.together():
         newest = checkpoints(run_dir)[-1:] if args.eval_only else [newest_resumable(run_dir)]
     found = world.gather([str(path) for path in newest if path])
     if any(other != found[0] for other in found):
         raise UserError(f"--save_dir {args.save_dir}: the ranks see different checkpoints; every node must see it")
-    checkpoint = Path(found[0][0]) if found[0] else None
-    trainer = read_trainer(checkpoint) if checkpoint else {}
-    going_on = checkpoint and not args.eval_only
-    if going_on:
-        check_same_run(args, trainer, run_dir, attention)
-    has_head = bool(checkpoint or args.init_from)
-    if args.eval_only and not has_head:
-        raise UserError(f"--eval_only: {run_dir} has no checkpoint; give --run_name of a trained run, or --init_from")
-    start_dir, vocab_size = find_model(args, world)
-    train, validation = (
-        RankBatches(
-            table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
-            args.train_bt_model, world.rank, world.size, attention.row_multiple,
-        ) if table else None
-        for table in read_tables(args, world, vocab_size)
-    )  # fmt: skip
+    return Path(found[0][0]) if found[0] else None
+
+
+def check_enough(args: argparse.Namespace, train: RankBatches, validation: RankBatches | None) -> None:
+    """The data must fill a step and an evaluation. Raises UserError."""
     if train.steps_per_epoch == 0:
         kind = "pairs of a correct and an incorrect roll-out" if args.train_bt_model else "roll-outs"
         raise UserError(
@@ -77,18 +116,13 @@ def make_plan(args: argparse.Namespace, world: World, attention: Attention) -> T
         raise UserError(
             "the validation data have no pair of a correct and an incorrect roll-out; hold more problems out"
         )
-    plan = TrainingPlan(run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, train, validation)
-    if going_on and trainer["data"] != plan.data:
-        then, now = trainer["data"], plan.data
-        raise UserError(
-            f"{args.data_path} is not what {run_dir} was trained on ({then} then, {now} now); give another --run_name"
-        )
-    return plan
 
 
-def check_same_run(args: argparse.Namespace, trainer: dict[str, Any], run_dir: Path, attention: Attention) -> None:
-    """Arguments that decide what is computed must be those that the run was started with; others are told."""
-    old = trainer["arguments"]
+def check_same_run(
+    args: argparse.Namespace, old: dict[str, Any], old_attention: str | None, run_dir: Path, attention: Attention
+) -> None:
+    """Arguments that decide what is computed must be those that the run was started with; others are told. `old`: those,
+    and the name of the attention."""
     if changed := [name for name in IDENTITY if old.get(name) != getattr(args, name)]:
         flags = {"held_out": "what is held out (--eval_every, --eval_size, --validation_data_path)"}
         shown = "; ".join(
@@ -97,7 +131,7 @@ def check_same_run(args: argparse.Namespace, trainer: dict[str, Any], run_dir: P
         raise UserError(
             f"{run_dir} holds a run of another configuration: {shown}; give the old values, or another --run_name"
         )
-    before = ATTENTIONS.get(trainer.get("attention"), attention)  # older checkpoints do not say
+    before = ATTENTIONS.get(old_attention, attention)  # older checkpoints do not say
     if args.p_dropout > 0 and before.has_dropout != attention.has_dropout:
         raise UserError(
             f"{run_dir} was trained with attention {before.name} and would go on with {attention.name}, but only one of "

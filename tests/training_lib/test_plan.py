@@ -50,11 +50,11 @@ def test_attention_is_chosen_by_layout_device_and_precision_and_says_how_rows_ar
         asked.append(args)
         return attention.FLEX
 
-    def load_model(args, plan, world):
-        plans.append(plan)
+    def load_model(args, made, world):
+        plans.append(made)
         raise UserError("so far")
 
-    monkeypatch.setattr(attention, "choose_attention", choose)
+    monkeypatch.setattr(plan, "choose_attention", choose)
     monkeypatch.setattr(step_module, "load_model", load_model)
     assert spied_run(settings(inputs, tmp_path, **flags), inputs / "cache").error == "so far"
     assert asked == [(flags.get("packing", "none"), "cpu", half)]
@@ -101,7 +101,7 @@ def test_ranks_that_see_other_checkpoints_are_told(tmp_path):
 
     args = parse_args(["--save_dir", str(tmp_path), "--run_name", "run"])
     with pytest.raises(UserError, match=f"--save_dir {tmp_path}: the ranks see different checkpoints"):
-        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")), attention.SDPA)
+        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")), False)
 
 
 def test_a_head_of_other_labels_is_refused(inputs, tmp_path):

@@ -26,7 +26,8 @@ OTHER = {
     "num_steps": 5, "disable_lr_schedule": True, "max_lr": 2e-3, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2,
     "grad_norm_clip": 4.0, "p_dropout": 0.1, "num_labels": 1, "param_dtype": "bf16", "debug": True,
     "train_bt_model": True, "eval_size": 6, "validation_data_path": Path("data2"), "eval_every": -1,
-    "micro_batch_size": 2, "packing": "tree", "compile": True, "gradient_checkpointing": False, "autocast": True, "fsdp": True,
+    "micro_batch_size": 2, "packing": "tree", "row_tokens": 80, "compile": True, "gradient_checkpointing": False, "autocast": True,
+    "fsdp": True,
     "device": "auto", "num_workers": 1, "use_dora": True, "save_every": 7, "max_keep_ckpts": 3, "push_to_hub": True,
     "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
 }  # fmt: skip

@@ -48,19 +48,32 @@ def type_of(name: str) -> type:
 @pytest.mark.parametrize(
     ("flags", "ranks", "message"),
     [
-        ("--total_batch_size 24 --micro_batch_size 4", 4,
-         "24 is not a multiple of 4 ranks x --micro_batch_size 4 = 16; the nearest that work: 16, 32"),
-        ("--total_batch_size 4 --micro_batch_size 4", 2,
-         "4 is not a multiple of 2 ranks x --micro_batch_size 4 = 8; the nearest that work: 8"),
+        ("--packing none --total_batch_size 24 --micro_batch_size 4", 4,
+         "24 is not a multiple of 4 ranks x --micro_batch_size 4 = 16, .* the nearest that work: 16, 32"),
+        ("--device cpu --total_batch_size 4 --micro_batch_size 4", 2,
+         "4 is not a multiple of 2 ranks x --micro_batch_size 4 = 8, .* the nearest that work: 8"),
+        ("--packing pack --total_batch_size 3", 4, "3 leaves one of 4 ranks without work; give 4 or more"),
+        ("--total_batch_size 6 --num_labels 1 --train_bt_model", 4, "6 leaves one of 4 ranks without work; give 8 or more"),
+        ("--packing tree --total_batch_size 9 --num_labels 1 --train_bt_model", 1, "9 must be even with --train_bt_model"),
+        ("--row_tokens 16383", 1, "--row_tokens 16383 is too few: a row must hold a whole trace; give 16384 or more"),
+        ("--row_tokens 99 --max_length 50 --num_labels 1 --train_bt_model", 1, "must hold a whole pair; give 100 or more"),
         ("--data_num_response 12 --small_group_size 5", 1,
          "--small_group_size 5 does not divide --data_num_response 12; the nearest that does: 4"),
-        ("--micro_batch_size 1 --num_labels 1 --train_bt_model", 1, "--micro_batch_size 1 must be even"),
+        ("--packing none --micro_batch_size 1 --num_labels 1 --train_bt_model", 1, "--micro_batch_size 1 must be even"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_told_with_what_does(monkeypatch, flags, ranks, message):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     with pytest.raises(UserError, match=message):
         parse_args(flags.split())
+
+
+def test_a_step_of_packed_rows_need_not_divide(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for packing in ("pack", "tree", "auto"):  # auto: looked at again when it is known
+        assert (
+            parse_args(["--packing", packing, "--total_batch_size", "7", "--row_tokens", "16384"]).row_tokens == 16384
+        )
 
 
 def test_debug_is_a_short_trial_that_nobody_sees():
