@@ -3,6 +3,7 @@
 A row fails where its flag is ignored: the same run without the flag must not pass its check.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -128,12 +129,10 @@ def shares_prefixes(seen: Spied) -> bool:
 
 
 def groups_stay_together(seen: Spied, size: int) -> bool:
+    """Each step of 8 roll-outs has whole groups only."""
     found = names(seen.trained)
-    starts = [column for _, column in found[::size]]
-    together = all(
-        found[i : i + size] == [(r, c + k) for k in range(size)] for i, (r, c) in enumerate(found) if not i % size
-    )
-    return together and all(start % size == 0 for start in starts)
+    steps = [Counter((row, column // size) for row, column in found[i : i + 8]) for i in range(0, len(found), 8)]
+    return all(count == size for step in steps for count in step.values())
 
 
 def tracked(seen: Spied, kind: str, project: str | None) -> bool:

@@ -8,7 +8,7 @@ dense mask.
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from training_lib.packing import MicroBatch, block_lists
+from training_lib.packing import BlockLists, MicroBatch, block_lists
 from training_lib.varlen import VARLEN, load_varlen, varlen_inputs, varlen_order
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Attention:
     mask_inputs: Callable[[MicroBatch, torch.device], Inputs]
     row_multiple: int = 8  # packed rows are padded to a multiple of this
     has_dropout: bool = True
+    prepare: Callable[[MicroBatch], MicroBatch] | None = None  # run where rows are laid out, not between steps
     reason: str = ""  # why it is taken, for the log
 
     def inputs(self, batch: MicroBatch, device: torch.device) -> Inputs:
@@ -89,15 +90,30 @@ def varlen_attention(name: str, has_dropout: bool, reason: str = "") -> Attentio
     return Attention(name, _bounds_on_device, has_dropout=has_dropout, reason=reason)
 
 
-def flex_mask(end: np.ndarray, device: torch.device) -> BlockMask:
-    """The BlockMask of one row, end int64 [1, S], S a multiple of FLEX_BLOCK. Never builds the S x S mask."""
+def _with_blocks(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, blocks=block_lists(batch.end[0], FLEX_BLOCK))
+
+
+def flex_mask(end: np.ndarray, device: torch.device, blocks: BlockLists | None = None) -> BlockMask:
+    """The BlockMask of one row, end int64 [1, S], S a multiple of FLEX_BLOCK. Never builds the S x S mask. blocks: the
+    row's block lists, where they are ready."""
     limits = on_device(end[0].astype(np.int32), device)
 
     def mask_mod(b, h, q_idx, kv_idx):
         return (kv_idx <= q_idx) & (q_idx < limits[kv_idx])
 
-    lists = [on_device(part[None, None], device) for part in block_lists(end[0], FLEX_BLOCK)]
+    lists = [_indices(part, device) for part in blocks or block_lists(end[0], FLEX_BLOCK)]
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+
+
+def _indices(part: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Counts [n] as they are, indices [n, most] as [n, n], with the axes of batch and head."""
+    found = on_device(part, device)
+    whole = found.new_zeros(
+        (1, 1, *(len(part),) * part.ndim)
+    )  # always made the same way: a compiled layer looks at strides
+    whole[0, 0, ..., : found.shape[-1]] = found
+    return whole
 
 
 _compile = functools.cache(torch.compile)  # of FlexAttention at its first use, since that is slow
@@ -120,7 +136,8 @@ def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
 
 SDPA = Attention("sdpa", _dense_inputs, reason="torch's own choice of a kernel, with attention dropout")
 FLEX = Attention(
-    "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device)}, FLEX_BLOCK, has_dropout=False,
+    "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device, batch.blocks)}, FLEX_BLOCK,
+    has_dropout=False, prepare=_with_blocks,
     reason="FlexAttention, which skips the blocks that no token may see; no attention dropout",
 )  # fmt: skip
 VARLEN_ATTENTIONS = [varlen_attention(kernel.name, kernel.has_dropout, kernel.reason) for kernel in VARLEN]

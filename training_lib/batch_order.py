@@ -4,12 +4,13 @@ The order is that of a keyed hash, written out here, so that it is the same on e
 is the same set of roll-outs whatever the number of ranks and loader workers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from common_lib.cli import UserError
-from training_lib.packing import MicroBatch, lay_out
+from training_lib.packing import MicroBatch, lay_out, padded_width, triangle, trie_counts
 from training_lib.rollout_table import RolloutTable, place_in_run
 
 _SHUFFLE, _PAIRS, _HOLD_OUT = 1, 2, 3  # streams of the hash
@@ -33,6 +34,8 @@ class RankBatches:
     world_size: int = 1
     multiple: int = 8
     row_tokens: int | None = None  # of a packed row; None: micro_batch_size x max_length
+    prepare: Callable[[MicroBatch], MicroBatch] | None = None  # what else is made where rows are laid out
+    pair_cost: float = 0.0  # FLOPs of an attended pair, in those of a token
     _epoch: tuple[int, np.ndarray] | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -55,17 +58,39 @@ class RankBatches:
         return self._epoch[1]
 
     def rank_units(self, step: int) -> np.ndarray:
-        """This rank's share of the step's roll-outs [units, 1], or pairs [units, 2]: equal counts in order for `none`; for
-        packed rows whole groups, tokens balanced."""
+        """This rank's share of the step's roll-outs [units, 1], or pairs [units, 2], estimated FLOPs balanced: for `none`
+        equally many micro batches of about one length, the longest first; for packed rows whole groups."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         units = self._order(epoch)[batch * self.units_per_step : (batch + 1) * self.units_per_step]
         if self.packing == "none":
-            return np.array_split(units, self.world_size)[self.rank]
-        groups = np.split(units, np.flatnonzero(np.diff(self.table.row_of(units[:, 0]))) + 1)  # neighbours of one row
-        if len(groups) < self.world_size:
-            groups = np.split(units, len(units))
-        sizes = np.array([self.table.lengths(group).sum() for group in groups])
-        return np.concatenate([groups[i] for i in balanced_shares(sizes, self.world_size)[self.rank]])
+            lengths = self.table.lengths(units).max(axis=1)
+            units = units[np.argsort(-lengths, kind="stable")]
+            parts = np.split(units, range(self.units_per_pass, len(units), self.units_per_pass))
+        else:
+            parts = np.split(
+                units, np.flatnonzero(np.diff(self.table.row_of(units[:, 0]))) + 1
+            )  # neighbours of one row
+            if len(parts) < self.world_size:
+                parts = np.split(units, len(units))
+        costs = np.array([self.cost(part) for part in parts])
+        most = -(-len(parts) // self.world_size) if self.packing == "none" else None
+        return np.concatenate([parts[i] for i in balanced_shares(costs, self.world_size, most)[self.rank]])
+
+    @property
+    def units_per_pass(self) -> int:
+        """Roll-outs, or pairs, of a micro batch."""
+        return self.micro_batch_size // 2 if self.pairs else self.micro_batch_size
+
+    def cost(self, units: np.ndarray) -> float:
+        """FLOPs of some units, in those of a token: of a micro batch for `none`, with its padding; of what shares a row for
+        packed rows, of which a trie is read. UserError where it cannot be."""
+        lengths = self.table.lengths(units.ravel())
+        if self.packing == "tree":
+            tokens, pairs = trie_counts([self.table.trace(rollout) for rollout in units.ravel().tolist()])
+            return tokens + self.pair_cost * pairs
+        if self.packing == "none":
+            lengths = np.full_like(lengths, padded_width(int(lengths.max()), self.table.max_length))
+        return float(lengths.sum() + self.pair_cost * triangle(lengths).sum())
 
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""
@@ -77,8 +102,10 @@ class RankBatches:
     def lay_out(self, units: np.ndarray) -> list[MicroBatch]:
         """Read and lay out some units. int64 [units, 1 or 2]."""
         traces = [[self.table.trace(rollout) for rollout in unit] for unit in units.tolist()]
-        return lay_out(traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple,
-                       self.row_tokens)  # fmt: skip
+        batches = lay_out(
+            traces, self.packing, self.micro_batch_size, self.table.max_length, self.multiple, self.row_tokens
+        )
+        return [self.prepare(batch) for batch in batches] if self.prepare else batches
 
 
 def hold_out(table: RolloutTable, num_problems: int, seed: int) -> tuple[RolloutTable, RolloutTable]:
@@ -128,11 +155,13 @@ def epoch_pairs(table: RolloutTable, seed: int, epoch: int) -> np.ndarray:
     return pairs[shuffled(seed, epoch, np.arange(len(pairs)))]
 
 
-def balanced_shares(sizes: np.ndarray, ranks: int) -> list[list[int]]:
-    """Indices of the units of each rank: the largest first, to the rank with the fewest tokens so far."""
+def balanced_shares(costs: np.ndarray, ranks: int, most: int | None = None) -> list[list[int]]:
+    """Indices of the parts of each rank: the dearest first, to the rank with the least so far, of those that have not yet
+    `most` parts."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for i in np.argsort(-sizes, kind="stable").tolist():
-        min(shares, key=lambda share: sizes[share].sum()).append(i)
+    for i in np.argsort(-costs, kind="stable").tolist():
+        free = [share for share in shares if most is None or len(share) < most]
+        min(free, key=lambda share: costs[share].sum()).append(i)
     return [sorted(share) for share in shares]
 
 

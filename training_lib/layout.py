@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common_lib.cli import check_rules
+from common_lib.models import ModelInfo
 from training_lib.arguments import AUTO, division_rules, longest_unit
 from training_lib.batch_order import first_groups
 from training_lib.packing import trie_size
@@ -29,8 +30,7 @@ def settle_layout(args: argparse.Namespace, table: RolloutTable, world: World) -
     if args.packing == AUTO:
         with world.together():
             if world.rank == 0:  # the others need not read
-                groups = first_groups(table, args.small_group_size, args.train_bt_model, args.seed, LOOKED_AT)
-                args.packing, saved = choose_packing(table, groups, world.device.type)
+                args.packing, saved = choose_packing(args, table, world.device.type)
         args.packing, saved = world.from_rank0((args.packing, saved))
     check_rules(args, division_rules(args))
     if args.packing == "none":
@@ -42,15 +42,15 @@ def settle_layout(args: argparse.Namespace, table: RolloutTable, world: World) -
     return saved
 
 
-def choose_packing(table: RolloutTable, groups: Sequence[np.ndarray], device: str) -> tuple[str, float | None]:
-    """(packing, share of the groups' tokens that shared prefixes save) on a device: cpu or cuda.
+def choose_packing(args: argparse.Namespace, table: RolloutTable, device: str) -> tuple[str, float | None]:
+    """(packing, share of the first groups' tokens that shared prefixes save) on a device: cpu or cuda.
 
     On a CPU, where a dense mask costs more than packing saves, nothing is read and the share is None. UserError where a
     roll-out cannot be read.
     """
     if device == "cpu":
         return "none", None
-    saved = shared_tokens(table, groups)
+    saved = shared_tokens(table, first_groups(table, args.small_group_size, args.train_bt_model, args.seed, LOOKED_AT))
     return "tree" if saved >= ENOUGH else "pack", saved
 
 
@@ -62,3 +62,11 @@ def shared_tokens(table: RolloutTable, groups: Sequence[np.ndarray]) -> float:
         tokens += sum(len(trace.tokens) for trace in traces)
         computed += trie_size(traces)
     return 1 - computed / max(tokens, 1)
+
+
+def pair_cost(info: ModelInfo) -> float:
+    """FLOPs of an attended (query, key) pair in those of a token, counted as in `step.step_flops`; head left out."""
+    attention = info.num_attention_heads * info.head_dim
+    keys_and_values = 2 * info.num_key_value_heads * info.head_dim
+    weights = info.hidden_size * (2 * attention + keys_and_values + 3 * info.intermediate_size)  # of a layer
+    return 2 * attention / weights

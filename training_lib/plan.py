@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from common_lib.cli import UserError
-from common_lib.models import inspect_model, resolve_model
+from common_lib.models import ModelInfo, inspect_model, resolve_model
 from training_lib.arguments import IDENTITY, ROUNDING, go_on_with
 from training_lib.attention import ATTENTIONS, Attention, choose_attention
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
-from training_lib.layout import settle_layout
+from training_lib.layout import pair_cost, settle_layout
 from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
 from training_lib.rollout_table import RolloutTable
@@ -72,20 +72,20 @@ def make_plan(args: argparse.Namespace, world: World, half_precision: bool) -> T
     has_head = bool(checkpoint or args.init_from)
     if args.eval_only and not has_head:
         raise UserError(f"--eval_only: {run_dir} has no checkpoint; give --run_name of a trained run, or --init_from")
-    start_dir, vocab_size = find_model(args, world)
-    tables = read_tables(args, world, vocab_size)
+    info = find_model(args, world)
+    tables = read_tables(args, world, info.vocab_size)
     saved = settle_layout(args, tables[0], world)
     attention = attention or choose_attention(args.packing, world.device.type, half_precision)
     train, validation = (
         RankBatches(
             table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
-            args.train_bt_model, world.rank, world.size, attention.row_multiple, args.row_tokens,
+            args.train_bt_model, world.rank, world.size, attention.row_multiple, args.row_tokens, attention.prepare, pair_cost(info),
         ) if table else None
         for table in tables
     )  # fmt: skip
     check_enough(args, train, validation)
     plan = TrainingPlan(
-        run_dir, checkpoint, trainer, checkpoint or start_dir, has_head, attention, saved, train, validation
+        run_dir, checkpoint, trainer, checkpoint or Path(info.path), has_head, attention, saved, train, validation
     )
     if going_on and trainer["data"] != plan.data:
         then, now = trainer["data"], plan.data
@@ -143,8 +143,8 @@ def check_same_run(
         logger.info("changed since the checkpoint, equal to rounding (dropout apart): %s", ", ".join(changed))
 
 
-def find_model(args: argparse.Namespace, world: World) -> tuple[Path, int]:
-    """(folder, vocabulary) of the model to start from, whose head and positions fit the run."""
+def find_model(args: argparse.Namespace, world: World) -> ModelInfo:
+    """The model to start from, whose head and positions fit the run."""
     source, name = (args.init_from, "--init_from") if args.init_from else (args.model_path, "--model_path")
     info = inspect_model(world.rank0_first(lambda: resolve_model(source, name)), name)
     if args.max_length > info.max_position_embeddings:
@@ -155,7 +155,7 @@ def find_model(args: argparse.Namespace, world: World) -> tuple[Path, int]:
     if args.init_from and info.num_labels != args.num_labels:
         has = "no value head" if info.num_labels is None else f"a head of {info.num_labels} labels"
         raise UserError(f"{name} {info.path} has {has}, --num_labels is {args.num_labels}; they must agree")
-    return Path(info.path), info.vocab_size
+    return info
 
 
 def read_tables(args: argparse.Namespace, world: World, vocab_size: int) -> tuple[RolloutTable, RolloutTable | None]:

@@ -192,7 +192,7 @@ def with_wrong_mask(attention: Attention) -> Attention:
     def mask_inputs(batch: MicroBatch, device: torch.device):
         whole = np.full_like(batch.end, batch.end.shape[1])
         places = np.arange(batch.end.shape[1])[None]
-        return attention.mask_inputs(replace(batch, end=whole, position_ids=places), device)
+        return attention.mask_inputs(replace(batch, end=whole, position_ids=places, blocks=None), device)
 
     return replace(attention, mask_inputs=mask_inputs)
 

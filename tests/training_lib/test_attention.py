@@ -9,11 +9,13 @@ import pytest
 import torch
 from stub_varlen import attend
 from tiny import save_generator
+from torch.utils.data import DataLoader
 
 from training_lib import varlen
 from training_lib.arguments import parse_args
 from training_lib.attention import ATTENTIONS, FLEX, SDPA, choose_attention
-from training_lib.packing import Trace, packed_row, padded_batch
+from training_lib.batch_order import RankBatches
+from training_lib.packing import Trace, empty_batch, packed_row, padded_batch, tree_row
 from training_lib.ranks import World
 from training_lib.step import load_model
 from training_lib.varlen import VARLEN
@@ -126,6 +128,43 @@ def test_sdpa_is_given_a_mask_for_packed_rows_only():
     assert "attention_mask" not in SDPA.inputs(padded_batch(TRACES, 16), CPU)
     mask = SDPA.inputs(packed_row(TRACES), CPU)["attention_mask"][0, 0]
     assert not mask[5:, :5].any() and torch.equal(mask[:5, :5], torch.ones(5, 5).tril().bool())
+
+
+class TwoTraces(RankBatches):
+    """Item 0 is one row of 400 tokens."""
+
+    def __init__(self, prepare):
+        self.packing, self.micro_batch_size, self.multiple, self.row_tokens = "tree", 1, 128, 512
+        self.table, self.prepare = SimpleNamespace(max_length=512, trace=long_trace), prepare
+
+    def rank_units(self, step):
+        return np.array([[250], [249]])
+
+
+def long_trace(length: int) -> Trace:
+    return Trace(np.append(np.arange(100), np.arange(length, 2 * length - 100)), 100, 1, (0, length))
+
+
+def blocks_read(end: np.ndarray, block: int = 128) -> np.ndarray:
+    """int32 [n, n]: the blocks of the mask of which something is read, found in the whole mask."""
+    place = np.arange(len(end))
+    mask = (place[None] <= place[:, None]) & (place[:, None] < end[None])
+    n = len(end) // block
+    return mask.reshape(n, block, n, block).any(axis=(1, 3)).astype(np.int32)
+
+
+def test_block_lists_come_from_the_loaders_worker_and_make_the_mask_of_end(monkeypatch):
+    """Between steps nothing of them is computed."""
+    [[batch]] = DataLoader(TwoTraces(FLEX.prepare), batch_size=None, sampler=[0], num_workers=1)
+    alone = FLEX.mask_inputs(tree_row([long_trace(250), long_trace(249)], 128), CPU)["attention_mask"]
+    monkeypatch.setattr("training_lib.attention.block_lists", None)
+    mask = FLEX.mask_inputs(batch, CPU)["attention_mask"]
+    assert mask.shape == (1, 1, 512, 512)
+    assert torch.equal(mask.to_dense()[0, 0], torch.from_numpy(blocks_read(batch.end[0])))
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(mask, name), getattr(alone, name)), name
+    with pytest.raises(TypeError):
+        FLEX.mask_inputs(empty_batch(True, 128), CPU)
 
 
 @pytest.mark.parametrize("attention", [SDPA, FLEX])

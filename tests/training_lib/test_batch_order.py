@@ -10,6 +10,7 @@ from train_spy import numbered_rows
 
 from training_lib.batch_order import RankBatches, epoch_pairs, epoch_rollouts, hold_out
 from training_lib.rollout_data import load_rollouts
+from training_lib.rollout_table import RolloutTable
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +50,14 @@ def test_every_rollout_once_an_epoch_over_three_ranks(tmp_path, packing, size):
         )
     orders = [[s for step in steps for share in step for s in share] for steps in epochs]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    # The same steps as one rank has, for none in the same order.
+    # The same steps as one rank has, for none in the same micro batches.
     [alone] = [RankBatches(table, 7, 9, 3, packing, size)]
     for epoch in range(3):
-        for [one], three in zip(read_epoch([alone], epoch), epochs[epoch], strict=True):
-            together = [s for share in three for s in share]
-            assert sorted(one) == sorted(together)
-            assert packing != "none" or one == together
+        for number, ([one], three) in enumerate(zip(read_epoch([alone], epoch), epochs[epoch], strict=True)):
+            assert sorted(one) == sorted(s for share in three for s in share)
+            if packing == "none":
+                passes = [sorted(batch.sources for rank in some for batch in rank[number]) for some in ([alone], ranks)]
+                assert passes[0] == passes[1]
 
 
 def test_what_does_not_fill_a_step_is_left_out_another_part_each_epoch(tmp_path):
@@ -107,6 +109,62 @@ def test_packed_shares_keep_groups_together_and_are_balanced(tmp_path):
         ):
             loads[loads.index(min(loads))] += tokens
         assert sorted(int(table.lengths(share).sum()) for share in shares) == sorted(loads)
+
+
+class MadeTable(RolloutTable):
+    """Roll-outs whose first tokens, `roll_in_lengths` many, are those of their row, and the rest their own."""
+
+    def ids(self, row, column):
+        rollout = self.first[row] + column
+        roll_in = np.arange(self.roll_in_lengths[rollout]) + 1000 * row
+        return roll_in, np.full(self.roll_out_lengths[rollout], 500_000 + rollout)
+
+
+def made_table(*rows: list[tuple[int, int]], max_length: int = 16384) -> MadeTable:
+    """Rows of roll-outs, (roll-in, roll-out) tokens each."""
+    first = np.cumsum([0, *map(len, rows)])
+    roll_ins, roll_outs = np.array([lengths for row in rows for lengths in row]).T
+    labels = np.zeros(len(roll_ins), dtype=int)
+    numbers = np.arange(len(rows))
+    return MadeTable(None, numbers, first, labels, roll_ins, roll_outs, numbers, 10**6, max_length)
+
+
+def test_padded_micro_batches_are_of_a_length_over_all_ranks_and_ranks_do_as_much():
+    """Neighbours in length whatever the rank; equally many for each; the dearest goes with the cheapest."""
+    lengths = np.random.default_rng(0).integers(10, 1000, 64)
+    table = made_table([(1, int(n) - 1) for n in lengths], max_length=1000)
+    ranks = [RankBatches(table, 7, 64, 4, "none", 2, rank=rank, world_size=4, pair_cost=1 / 500) for rank in range(4)]
+    shares = [lengths[rank.rank_units(0).ravel()] for rank in ranks]
+    passes = [share.reshape(4, 4).tolist() for share in shares]
+    in_order = np.sort(lengths)[::-1].reshape(16, 4).tolist()
+    assert sorted(batch for share in passes for batch in share) == sorted(in_order)
+    assert all(share == sorted(share, reverse=True) for share in passes)
+    costs = [sum(-(-share[0] // 62) * 62 * (1 + -(-share[0] // 62) * 62 / 1000) for share in rank) for rank in passes]
+    assert max(costs) < 1.08 * np.mean(costs)
+
+
+def test_packed_shares_are_balanced_by_attended_pairs_too():
+    """One long trace costs as much as several short ones of more tokens."""
+    table = made_table([(1, 99)], [(1, 59)], [(1, 49)], [(1, 49)])
+
+    def shares(pair_cost):
+        ranks = [RankBatches(table, 7, 4, 4, "pack", rank=rank, world_size=2, pair_cost=pair_cost) for rank in (0, 1)]
+        return sorted(sorted(table.lengths(rank.rank_units(0).ravel()).tolist()) for rank in ranks)
+
+    assert shares(0.0) == [[50, 60], [50, 100]]
+    assert shares(1.0) == [[50, 50, 60], [100]]
+
+
+def test_shares_of_tries_are_balanced_by_what_a_trie_computes():
+    """A group whose prefix is shared is cheap, though it has the most tokens."""
+    table = made_table([(90, 10)] * 4, [(1, 99)], [(1, 99)], [(1, 29)])
+
+    def shares(packing):
+        ranks = [RankBatches(table, 7, 7, 7, packing, 4, rank=rank, world_size=2) for rank in (0, 1)]
+        return sorted(sorted(set(table.row_of(rank.rank_units(0).ravel()).tolist())) for rank in ranks)
+
+    assert shares("pack") == [[0], [1, 2, 3]]
+    assert shares("tree") == [[0, 3], [1, 2]]
 
 
 def test_where_a_step_has_fewer_groups_than_ranks_they_are_split(tmp_path):

@@ -82,6 +82,36 @@ def test_every_rollout_is_laid_out_once_within_capacity(packing, micro_batch_siz
             assert batch.labels[owner] == by_source[source].label
 
 
+@pytest.mark.parametrize("packing", ["pack", "tree"])
+@pytest.mark.parametrize("row_tokens", [MAX_LENGTH, 77, 200, 5000])
+def test_a_row_holds_row_tokens_whatever_the_micro_batch(packing, row_tokens):
+    units = [[trace] for trace in random_traces(3, num=40)]
+    sizes = [batch.num_tokens for batch in lay_out(units, packing, 3, MAX_LENGTH, row_tokens=row_tokens)]
+    assert max(sizes) <= row_tokens and (len(sizes) == 1) == (row_tokens == 5000)
+    assert max(sizes) > 0.8 * min(row_tokens, sum(sizes))
+
+
+def test_micro_batches_of_padded_traces_are_of_a_length_the_longest_first():
+    traces = random_traces(3, num=40)
+    lengths = sorted((len(trace.tokens) for trace in traces), reverse=True)
+    batches = lay_out([[trace] for trace in traces], "none", 7, MAX_LENGTH)
+    by_source = {trace.source: len(trace.tokens) for trace in traces}
+    assert [by_source[source] for batch in batches for source in batch.sources] == lengths
+    assert [len(batch.sources) for batch in batches] == [7] * 5 + [5]
+
+
+def test_roll_outs_that_share_the_most_stay_in_one_row():
+    """Of four nested roll-ins that do not fit a row it is the shortest that stands twice, and a family that fits is
+    whole."""
+    trunk = np.arange(100, 140)
+    nested = [Trace(np.append(trunk[:n], [n] * 10), n, 0, (1, n)) for n in (10, 20, 30, 40)]
+    other = [Trace(np.append(trunk[:5] - 50, [n] * 35), 5, 0, (0, n)) for n in (1, 2)]
+    batches = lay_out([[trace] for trace in [*nested, *other]], "tree", 1, 79)
+    rows = sorted(sorted(batch.sources) for batch in batches)
+    assert rows == [[(0, 1), (0, 2)], [(1, 10)], [(1, 20), (1, 30), (1, 40)]]
+    assert sum(batch.num_tokens for batch in batches) == 75 + 20 + 70
+
+
 def test_pairs_share_a_row():
     traces = random_traces(5, num=40)
     pairs = [traces[i : i + 2] for i in range(0, 40, 2)]
@@ -147,12 +177,12 @@ def test_block_lists_are_the_dense_mask_in_blocks(seed):
 # Losses and gradients
 
 
-def gradients(model, units, packing, micro_batch_size, pairs=False):
+def gradients(model, units, packing, micro_batch_size, pairs=False, row_tokens=None):
     """(loss, gradients by name) of the mean over all roll-outs, or pairs."""
     model.zero_grad()
     total = 0.0
     count = sum(len(unit) for unit in units)
-    for batch in lay_out(units, packing, micro_batch_size, MAX_LENGTH):
+    for batch in lay_out(units, packing, micro_batch_size, MAX_LENGTH, row_tokens=row_tokens):
         logits = model(**SDPA.inputs(batch, CPU)).logits.flatten(0, 1)
         if pairs:
             last = logits[torch.from_numpy(batch.last_index)].squeeze(-1)
@@ -182,6 +212,9 @@ def test_pack_and_tree_have_the_losses_and_gradients_of_none(seed, num_labels):
     reference = gradients(model, units, "none", 1)
     for packing, micro_batch_size in (("none", 7), ("pack", 2), ("pack", 24), ("tree", 1), ("tree", 3), ("tree", 24)):
         assert_same_gradients(reference, gradients(model, units, packing, micro_batch_size))
+    for packing in ("pack", "tree"):
+        for row_tokens in (MAX_LENGTH, 101, 4000):
+            assert_same_gradients(reference, gradients(model, units, packing, 5, row_tokens=row_tokens))
 
 
 def test_bradley_terry_gradients_do_not_depend_on_the_layout():
@@ -191,6 +224,8 @@ def test_bradley_terry_gradients_do_not_depend_on_the_layout():
     reference = gradients(model, pairs, "none", 2, pairs=True)
     for packing, micro_batch_size in (("none", 12), ("pack", 4), ("tree", 2), ("tree", 12)):
         assert_same_gradients(reference, gradients(model, pairs, packing, micro_batch_size, pairs=True))
+    for row_tokens in (2 * MAX_LENGTH, 111):
+        assert_same_gradients(reference, gradients(model, pairs, "tree", 2, pairs=True, row_tokens=row_tokens))
 
 
 def test_an_empty_batch_has_loss_zero_and_gradients_zero():

@@ -11,7 +11,7 @@ from train_spy import command, numbered_rows, spied_run
 
 from common_lib.cli import UserError
 from training_lib import step as step_module
-from training_lib.arguments import IDENTITY, ROUNDING, build_parser
+from training_lib.arguments import AUTOMATIC, IDENTITY, OLD_BEHAVIOUR, ROUNDING, build_parser
 
 FREE = {
     "num_workers", "use_dora", "save_every", "max_keep_ckpts", "push_to_hub", "track", "tracker", "neptune_project",
@@ -120,6 +120,59 @@ def test_another_number_of_ranks_is_told(stopped, monkeypatch):
     finally:
         path.write_text(text)
     assert seen.error == "accepted" and "equal to rounding (dropout apart): world_size" in seen.log
+
+
+@pytest.fixture
+def trained_before(stopped):
+    """Changes the arguments of the checkpoint that is gone on from: None takes one away."""
+    path = stopped / "runs/run/step-00000002/trainer.json"
+    text = path.read_text()
+
+    def change(**arguments):
+        trainer = json.loads(text)
+        trainer["arguments"] = {k: v for k, v in (trainer["arguments"] | arguments).items() if v is not None}
+        path.write_text(json.dumps(trainer))
+
+    yield change
+    path.write_text(text)
+
+
+def settled(folder: Path, monkeypatch, **changes):
+    """(packing, tokens of a row, what was told of changes) of the run that goes on."""
+    plans = []
+
+    def load_model(args, plan, world):
+        plans.append(plan)
+        raise UserError("accepted")
+
+    monkeypatch.setattr(step_module, "load_model", load_model)
+    seen = spied_run(command(settings(folder, **changes)), folder / "cache")
+    assert seen.error == "accepted"
+    told = [line.split(": ")[-1] for line in seen.log.splitlines() if "changed since" in line]
+    return plans[0].train.packing, plans[0].train.row_tokens, *told
+
+
+def test_what_is_left_to_the_run_is_what_its_checkpoint_was_trained_with(stopped, trained_before, monkeypatch):
+    trained_before(packing="tree", row_tokens=90)
+    assert settled(stopped, monkeypatch) == ("tree", 90)
+    assert settled(stopped, monkeypatch, packing="pack") == ("pack", 90, "packing")
+    assert settled(stopped, monkeypatch, row_tokens=50) == ("tree", 50, "row_tokens")
+    assert settled(stopped, monkeypatch, eval_only=True) == ("none", None)  # no run goes on
+
+
+def test_a_checkpoint_older_than_a_flag_goes_on_as_it_was(stopped, trained_before, monkeypatch):
+    """Rows of micro_batch_size x max_length tokens, of which a smaller micro batch makes shorter ones."""
+    trained_before(packing="pack", row_tokens=None)
+    assert settled(stopped, monkeypatch) == ("pack", 4 * 40)
+    assert settled(stopped, monkeypatch, micro_batch_size=2) == ("pack", 2 * 40, "micro_batch_size, row_tokens")
+    assert settled(stopped, monkeypatch, row_tokens=99) == ("pack", 99, "row_tokens")
+
+
+def test_every_choice_left_to_the_run_is_told_of_when_a_checkpoint_lacks_it():
+    """`packing` and what else is as old as checkpoints apart, and none twice."""
+    parser = build_parser("")
+    assert all(parser.get_default(name) == automatic for name, automatic in AUTOMATIC.items())
+    assert set(OLD_BEHAVIOUR) <= FLAGS and set(AUTOMATIC) - set(OLD_BEHAVIOUR) == {"packing"}
 
 
 def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(stopped, tmp_path):
