@@ -11,6 +11,7 @@ from common_lib.devices import memory_of
 from common_lib.models import ModelInfo
 from training_lib.arguments import AUTO, longest_unit
 from training_lib.attention import SDPA, Attention
+from training_lib.compiling import activation_budget, whole_layers
 from training_lib.memory import (
     BUDGETS,
     StepShape,
@@ -39,7 +40,7 @@ def settle_memory(
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     card = min(world.gather(free))
     shape = step_shape(args, precision, attention, table, world.size)
-    choose_what_to_keep(args, info, shape, attention, card)
+    choose_what_to_keep(args, info, shape, card)
     shape = step_shape(args, precision, attention, table, world.size)
     if world.device.type == "cuda":
         return check_memory(info, shape, card, f"{world.device} ({total / 1e9:.3g} GB)")
@@ -50,22 +51,18 @@ def settle_memory(
         return estimate_memory(info, shape)
 
 
-def choose_what_to_keep(
-    args: argparse.Namespace, info: ModelInfo, shape: StepShape, attention: Attention, card: int
-) -> None:
-    """Of compiled layers as much as a card of `card` bytes has room for; whole layers are computed again where even the
-    least is too much, or, without a choice of what, all."""
-    left = args.gradient_checkpointing is None
+def choose_what_to_keep(args: argparse.Namespace, info: ModelInfo, shape: StepShape, card: int) -> None:
+    """Of compiled layers as much as a card of `card` bytes has room for; where even the least is too much, whole layers are
+    computed again."""
+    left_to_the_run = args.gradient_checkpointing is None
     args.gradient_checkpointing = shape.checkpointing
     if shape.checkpointing or not args.compile or args.activation_budget != AUTO:
         return
-    compiler_chooses = args.p_dropout == 0 or not attention.has_dropout or attention.noise_known
-    budget = choose_activation_budget(info, shape, card, BUDGETS if compiler_chooses else BUDGETS[:1])
-    if budget is None and left and not compiler_chooses:
+    budget = choose_activation_budget(info, shape, card)
+    if budget is None and left_to_the_run:
         args.gradient_checkpointing = True
-        logger.info("gradient checkpointing of whole layers: %s draws noise that is not to be drawn anew, and all that "
-                    "layers compute has no room", attention.name)  # fmt: skip
-    args.activation_budget = budget or (BUDGETS[-1] if compiler_chooses else 1.0)
+    else:
+        args.activation_budget = budget or BUDGETS[-1]
 
 
 def step_shape(
@@ -74,15 +71,13 @@ def step_shape(
     """Of the arguments; no row is longer than the data can fill it."""
     longest = int(table.lengths(np.arange(len(table))).max(initial=1))
     packed = args.packing != "none"
-    whole_layers = not args.compile if args.gradient_checkpointing is None else args.gradient_checkpointing
     if packed:
         tokens, shortest = min(args.row_tokens, args.total_batch_size * longest), longest_unit(args)
         tokens = -(-tokens // attention.row_multiple) * attention.row_multiple
     else:
         tokens, shortest = args.micro_batch_size * longest, longest
-    budget = getattr(args, "activation_budget", 1.0)
     return StepShape(
-        tokens, precision, ranks, whole_layers, args.compile, 1.0 if budget == AUTO else budget, args.num_labels,
+        tokens, precision, ranks, whole_layers(args), args.compile, activation_budget(args), args.num_labels,
         dense_mask=packed and attention is SDPA, packed=packed, shortest=shortest,
     )  # fmt: skip
 

@@ -23,12 +23,13 @@ from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker
 from training_lib.batch_order import RankBatches
 from training_lib.checkpoints import save_checkpoint
+from training_lib.compiling import graphs_compiled
 from training_lib.evaluation import evaluate, format_evaluation
 from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
 from training_lib.ranks import PATIENT, STEPPING, World, clear_gradients, clip_gradients
-from training_lib.step import TrainStep, graphs_compiled, learning_rate, peak_flops, step_flops
+from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
 from training_lib.step_profile import SKIPPED, StepProfile
 
 

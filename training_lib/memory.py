@@ -87,13 +87,14 @@ def compiled_layer(info: ModelInfo, shape: StepShape) -> int:
 
     1.0 keeps the layer's input, attention's projected output, both norms' outputs, attention's own, gate, up and
     silu(gate) x up. Below it the norms and the product are computed again from the rest, and where that is more than the
-    share allows (0: the input alone, 1: all of it) matrix products are, too.
+    share allows (0: the input alone, 1: all of it) matrix products are, too. Attention's output is kept in any case.
     """
     h, c, i = info.hidden_size, shape.computed, info.intermediate_size
     least = shape.residual * h
+    output = c * _projections(info)[0] + 4 * info.num_attention_heads
     lean = least + c * h + _attention(info, c) + 2 * c * i
     full = lean + 2 * c * h + c * i
-    return full if shape.budget >= 1 else min(lean, round(least + shape.budget * (full - least)))
+    return full if shape.budget >= 1 else min(lean, max(least + output, round(least + shape.budget * (full - least))))
 
 
 def _attention(info: ModelInfo, itemsize: int) -> int:
@@ -185,8 +186,8 @@ def check_memory(info: ModelInfo, shape: StepShape, card: int, name: str) -> Tra
     ways = [f"{flags} ({found.total / 1e9:.3g} GB)" for flags, found in _ways_to_fit(info, shape, card)]
     where = f"each of {shape.ranks} ranks" if shape.ranks > 1 else "its one rank"
     raise UserError(
-        f"a step of {info.path} needs {found.total / 1e9:.3g} GB on {where}, and {name} has {card / 1e9:.3g}, of which {usable(card) / 1e9:.3g} can "
-        f"be used: {found}; {'what fits: ' + ', or '.join(ways) if ways else 'give a smaller model'}"
+        f"a step of {info.path} needs {found.total / 1e9:.3g} GB on {where}, and {name} has {card / 1e9:.3g}, of which "
+        f"{usable(card) / 1e9:.3g} can be used: {found}; {'what fits: ' + ', or '.join(ways) if ways else 'give a smaller model'}"
     )
 
 
