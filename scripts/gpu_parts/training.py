@@ -271,7 +271,11 @@ def measure(bench: StepBench, case: Case) -> None:
     if case.compiled:
         report.figure(SPEED_TABLE, "graphs", made, case=case.name)
         report.figure(
-            SPEED_TABLE, "compiled again for longer rows", graphs_compiled() - before - made, case=case.name, at_most=made
+            SPEED_TABLE,
+            "compiled again for longer rows",
+            graphs_compiled() - before - made,
+            case=case.name,
+            at_most=made,
         )
 
 

@@ -409,8 +409,14 @@ def test_flash_attention_is_planted_too():
     batch = packed_row([training.Trace(np.arange(1, 1 + length), 1, 1, (0, length)) for length in (5, 3)])
     from training_lib.attention import VARLEN_ATTENTIONS
 
-    bounds = [training.with_wrong_mask(VARLEN_ATTENTIONS[0]).inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist()]
-    assert bounds == [[0, 8]] and VARLEN_ATTENTIONS[0].inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist() == [0, 5, 8]
+    bounds = [
+        training.with_wrong_mask(VARLEN_ATTENTIONS[0]).inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist()
+    ]
+    assert bounds == [[0, 8]] and VARLEN_ATTENTIONS[0].inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist() == [
+        0,
+        5,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("trees", [1, 3])

@@ -15,7 +15,7 @@ from training_lib.arguments import AUTOMATIC, IDENTITY, OLD_BEHAVIOUR, ROUNDING,
 
 FREE = {
     "num_workers", "use_dora", "save_every", "max_keep_ckpts", "push_to_hub", "track", "tracker", "neptune_project",
-    "logger_tags", "eval_only",
+    "logger_tags", "eval_only", "profile",
 }  # fmt: skip
 PLACE = {"save_dir", "run_name", "dataset_name"}  # say which run it is
 HELD_OUT = {"eval_every", "eval_size", "validation_data_path"}  # free but for what they hold out: `held_out`
@@ -29,7 +29,7 @@ OTHER = {
     "micro_batch_size": 2, "packing": "tree", "row_tokens": 80, "compile": True, "gradient_checkpointing": False, "autocast": True,
     "fsdp": True,
     "device": "auto", "num_workers": 1, "use_dora": True, "save_every": 7, "max_keep_ckpts": 3, "push_to_hub": True,
-    "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
+    "profile": 1, "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
 }  # fmt: skip
 FLAGS = {action.dest for action in build_parser("")._actions} - {"help"}
 
@@ -197,7 +197,7 @@ def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(s
 
 
 def timeless(line: str) -> dict:
-    return {name: value for name, value in json.loads(line).items() if name != "seconds" and "_per_s" not in name}
+    return {name: value for name, value in json.loads(line).items() if "seconds" not in name and "_per_s" not in name}
 
 
 def test_the_checkpoint_is_looked_for_under_the_lock(stopped, tmp_path, monkeypatch):

@@ -79,7 +79,9 @@ def test_torchs_kernel_is_causal_grouped_and_has_the_recipes_dropout(monkeypatch
     """Its shapes and its backward by the meta device. Only the operator below the public function has dropout."""
     found = []
     flash, public = torch.ops.aten._flash_attention_forward, torch_varlen.varlen_attn
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda *a, **k: found.append((a, k)) or flash(*a, **k))
+    monkeypatch.setattr(
+        torch.ops.aten, "_flash_attention_forward", lambda *a, **k: found.append((a, k)) or flash(*a, **k)
+    )
     monkeypatch.setattr(torch_varlen, "varlen_attn", lambda *a, **k: found.append((a, k)) or public(*a, **k))
     attend = varlen._load_torch()
     for dropout in (0.0, 0.05):
