@@ -188,6 +188,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--no-fsdp", dest="fsdp", action="store_const", const="off", help="--fsdp off")
     flag("--profile", type=int, default=0, metavar="N", help="trace N steps, from the third on, into the run's folder and tell "
          "where their time went")
+    flag("--certify", action=switch, help="before the first step, check attention of the rows that will be read: masks, leaks, "
+         "and the distance of loss and gradients from a float32 reference (default: with a GPU)")
 
     flag = parser.add_argument_group("evaluation, checkpoints, log").add_argument
     flag("--eval_every", type=int, default=200, help="steps; 0 or less: no evaluation, nothing held out")

@@ -73,7 +73,7 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     old = go_on_with(args, trainer["arguments"]) if going_on else {}
     precision = settle_precision(args, world.device.type)
     if going_on:
-        attention = choose_attention(args.packing, world.device.type, precision.half_attention)
+        attention = choose_attention(args.packing, world.device.type, precision.half_attention, args.p_dropout > 0)
         check_same_run(args, old, trainer.get("attention"), run_dir, attention)
     has_head = bool(checkpoint or args.init_from)
     if args.eval_only and not has_head:
@@ -81,7 +81,9 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     info = find_model(args, world)
     tables = read_tables(args, world, info.vocab_size)
     saved = settle_layout(args, tables[0], world)
-    attention = attention or choose_attention(args.packing, world.device.type, precision.half_attention)
+    attention = attention or choose_attention(
+        args.packing, world.device.type, precision.half_attention, args.p_dropout > 0
+    )
     train, validation = (
         RankBatches(
             table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
