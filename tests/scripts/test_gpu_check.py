@@ -452,22 +452,6 @@ def test_a_value_that_is_off_is_found(report, monkeypatch):
     assert [row["good"] for row in report.rows() if row.get("figure") == "scorer - full pass"] == [False, True]
 
 
-def test_packing_is_counted_over_all_ranks_and_steps():
-    """Shared prefixes save what they should, on the stated lengths (few steps: the figures of all are the README's)."""
-    table = training.synthetic_table(6, 1000)
-    assert (len(table), table.lengths(np.arange(len(table))).max()) == (6 * 56, 16_384)
-    counts = {
-        (packing, group): training.tokens_computed(table, packing, group, steps=2)
-        for packing in ("none", "pack", "tree") for group in (2, 4)
-    }  # fmt: skip
-    for group in (2, 4):
-        assert len({counts[packing, group][2] for packing in ("none", "pack", "tree")}) == 1  # the same loss tokens
-        assert counts["none", group][3] == 2 * 64 / 8
-        cost = {packing: counts[packing, group][0] / counts[packing, group][2] for packing in ("none", "pack", "tree")}
-        assert cost["none"] > 1.2 * cost["pack"] and cost["pack"] > 1.25 * cost["tree"]
-    assert counts["tree", 4][0] < 0.9 * counts["tree", 2][0]
-
-
 def test_synthetic_roll_outs_share_their_prefixes():
     table = training.synthetic_table(1, 50, scale=1 / 256)
     traces = [table.trace(rollout) for rollout in range(8)]
