@@ -55,7 +55,7 @@ CLOSE = 0.15
 # A step of fake tensors
 
 
-class Tracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Bytes of all storages that operations made and that are still there, and their peak."""
 
     SMALL = 1 << 16
@@ -139,7 +139,7 @@ def measure_step(shapes: dict[str, int], shape: StepShape, rows: int = 1) -> int
         world = World(0, shape.ranks if shape.precision.fsdp else 1, torch.device("cpu"))
         called = distribute(model, world, shape.precision)  # its mesh of ranks is real
         optimizer = make_optimizer(called, 1e-4, (0.9, 0.95), 0.1)
-        with fake, Tracker() as tracker:
+        with fake, StorageTracker() as tracker:
             for tensor in [*model.parameters(), *model.buffers()]:
                 tracker.add(tensor)
             for parameter in model.parameters():  # of the first step
