@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from classifier_lib import Qwen2ForClassifier
 from gpu_parts.layouts import MICRO_BATCH, synthetic_table, what_packing_saves
-from gpu_parts.models import NOT_ON_CPU, SHAPES, free_memory, peak_gb, timed, value_model
+from gpu_parts.models import SHAPES, free_memory, timed, value_model
 from gpu_parts.needs import need
+from gpu_parts.released import released_steps, speed_figures
 from gpu_parts.report import Report
 from training_lib import attention as attention_module
 from training_lib.arguments import parse_args
@@ -25,7 +26,7 @@ from training_lib.compiling import compile_layers, graphs_compiled
 from training_lib.packing import MicroBatch, Trace
 from training_lib.ranks import World
 from training_lib.rollout_table import RolloutTable
-from training_lib.step import TrainStep, make_optimizer, peak_flops, set_up_model, step_flops
+from training_lib.step import TrainStep, make_optimizer, set_up_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -48,9 +49,11 @@ class Case:
 
 
 CASES = [  # the ones that matter most first: the time may end
-    Case("none"), Case("tree"), Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
+    Case("none"), Case("tree"),  # and then the released command's steps
+    Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
     Case("pack", compiled=True), Case("tree", 1), Case("tree", 1, compiled=True),
 ]  # fmt: skip
+COMPARED_FIRST = 2
 CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
 SPEED = {"tiny": 1 / 128, "small": 1 / 32, "full": 1.0}
 RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32", "one step of 8 roll-outs"
@@ -170,7 +173,9 @@ def run(report: Report) -> None:
     if report.size == "tiny":
         report.leave_out("compiled, but for one layout", "--tiny: compiling takes seconds")
         cases = [case for case in cases if not case.compiled or case == CASES[2]]
-    for case in cases:
+    for i, case in enumerate(cases):
+        if i == COMPARED_FIRST:
+            released_steps(report)
         stated = need("training", case.name, report.size)
         if report.has_time(
             bench.seconds.get(case.compiled) or max(stated, 2 * bench.seconds.get(False, 0.0)), case.name
@@ -188,7 +193,9 @@ def measure(bench: StepBench, case: Case) -> None:
     before = graphs_compiled()
     compare(bench, case, step)
     made = graphs_compiled() - before
-    if case.attention:  # a stand-in for a GPU's: nothing to time
+    if case.attention or (
+        report.size == "full" and not case.compiled
+    ):  # a stand-in for a GPU's, or nobody's way to train
         return
     optimizer = make_optimizer(step.model, 1e-5, (0.9, 0.95), 0.1)
     step.model.dropout.p = 0.05
@@ -212,7 +219,7 @@ def measure(bench: StepBench, case: Case) -> None:
             report.leave_out(f"{case.name}, micro batches of {micro} roll-outs", "out of memory")
     else:
         raise torch.OutOfMemoryError(f"with micro batches of {MICRO_BATCH // 2}, too")
-    speed_figures(report, case.name, step, batches, seconds)
+    speed_figures(report, SPEED_TABLE, case.name, step, batches, seconds)
     if case.compiled:
         report.figure(SPEED_TABLE, "graphs", made, case=case.name)
         report.figure(
@@ -243,17 +250,3 @@ def compare(bench: StepBench, case: Case, step: TrainStep) -> None:
         replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
         wrong = distance(step.model, expected)
         report.figure(RIGHT, "gradients, planted wrong mask", wrong, case=case.name, at_least=FOUND * bound)
-
-
-def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
-    """Rates as the trainer logs them."""
-    counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
-    computed, real, owned, pairs = map(sum, zip(*counts, strict=True))
-    peak = peak_flops(step.world.device)
-    mfu = 100 * step_flops(step.model, real, pairs) / seconds / peak if peak else None
-    report.figure(SPEED_TABLE, "step", seconds, "s", case=case)
-    report.figure(SPEED_TABLE, "tokens computed", computed, case=case)
-    report.figure(SPEED_TABLE, "real tokens/s", real / seconds, case=case)
-    report.figure(SPEED_TABLE, "loss tokens/s", owned / seconds, case=case)
-    report.figure(SPEED_TABLE, "MFU", mfu, "%", case=case, why="no peak is known")
-    report.figure(SPEED_TABLE, "peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fake_parts import give_fake_parts
-from gpu_parts import drawing, models, scoring, training
+from gpu_parts import drawing, models, released, scoring, training
 from gpu_parts.needs import NEEDS
 from gpu_parts.report import Report
 from parser_flags import flags_of
@@ -53,6 +53,10 @@ FIGURES = {  # (table, case, figure) that --tiny must report
         *itertools.product([RIGHT], [*CASES[1:], FLEX_CASE], ["gradients, planted wrong mask"]),
         *itertools.product([STEP], [*CASES, COMPILED],
                            ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory"]),
+        *itertools.product([released.TABLE], list(released.CASES),
+                           ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory",
+                            "peak memory / estimated"]),
+        *itertools.product([released.TABLE], ["tree (auto)", "pack"], ["loss tokens/s over none as released"]),
         (STEP, FLEX_CASE, "compile"),
         *itertools.product([STEP], [COMPILED], ["compile", "graphs", "compiled again for longer rows"]),
     },
@@ -73,6 +77,7 @@ UNMEASURED = {
     "MFU",
     "peak over the weights",
     "peak memory",
+    "peak memory / estimated",
     "cache of 0.0006 GB: peak",
     "used",
     "free at the least",
