@@ -9,8 +9,10 @@
     torchrun --standalone --nproc_per_node=2 train_classifier.py --model_path GENERATOR --data_path ROLLOUTS \
         --max_length 256 --total_batch_size 32 --micro_batch_size 16 --num_steps 500 --save_dir runs --run_name first
 
-Everything lies in SAVE_DIR/RUN_NAME: metrics.jsonl and the checkpoints, `latest` among them, which inference_eval.py
-takes as --classifier_ckpt_path. Stopped at any moment, the same command goes on from the newest checkpoint.
+On a GPU roll-outs are packed into rows and shared prefixes computed once (--packing auto), on a kernel that may have no
+attention dropout; --packing none pads, as the released code did. Everything lies in SAVE_DIR/RUN_NAME: metrics.jsonl and
+the checkpoints, `latest` among them, which inference_eval.py takes as --classifier_ckpt_path. Stopped at any moment, the
+same command goes on from the newest checkpoint.
 """
 
 import argparse

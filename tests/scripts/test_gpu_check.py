@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from fake_parts import give_fake_parts
 from gpu_parts import drawing, models, released, scoring, training
+from gpu_parts.layouts import LAYOUTS
 from gpu_parts.needs import NEEDS
 from gpu_parts.report import Report
 from parser_flags import flags_of
@@ -47,8 +48,7 @@ FIGURES = {  # (table, case, figure) that --tiny must report
             "device too small: difference of a value"]),
     },
     "training": {
-        *itertools.product(["tokens computed per loss token"], ["none", "pack", "tree"],
-                           ["groups of 2", "groups of 4", "padding"]),
+        *itertools.product(["tokens computed per loss token"], LAYOUTS, ["groups of 2", "groups of 4", "padding"]),
         *itertools.product([RIGHT], [*CASES, COMPILED, FLEX_CASE], ["loss", "gradients"]),
         *itertools.product([RIGHT], [*CASES[1:], FLEX_CASE], ["gradients, planted wrong mask"]),
         *itertools.product([STEP], [*CASES, COMPILED],
