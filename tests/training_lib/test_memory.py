@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import training_memory
+from gpu_parts import baselines
 from rollouts import write_rows
 from tiny import save_generator
 from train_spy import command, numbered_rows, spied_run
@@ -57,10 +58,29 @@ def test_the_line_is_what_fake_tensors_of_the_step_take(model, layout, precision
     assert estimated.total - states == pytest.approx(measured - states, rel=CLOSE)
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.8, 0.4])
-def test_what_a_compiled_layer_keeps_is_the_compilers_own_cut(budget):
-    shape = StepShape(1024, BF16, compiled=True, checkpointing=False, budget=budget)
-    assert compiled_layer(model_info(NARROW), shape) == pytest.approx(measure_layer(NARROW, shape), rel=CLOSE)
+@pytest.fixture(scope="module")
+def kept_by_budget():
+    """Bytes a token that a compiled layer keeps, as the compiler cuts it."""
+    shapes = {
+        budget: StepShape(1024, BF16, compiled=True, checkpointing=False, budget=budget) for budget in (1.0, 0.8, 0.4)
+    }
+    return {budget: measure_layer(NARROW, shape) for budget, shape in shapes.items()}
+
+
+def test_what_a_compiled_layer_keeps_is_the_compilers_own_cut(kept_by_budget):
+    for budget, measured in kept_by_budget.items():
+        shape = StepShape(1024, BF16, compiled=True, checkpointing=False, budget=budget)
+        assert compiled_layer(model_info(NARROW), shape) == pytest.approx(measured, rel=CLOSE), budget
+
+
+def test_saved_bytes_are_those_of_the_baseline(kept_by_budget):
+    info = model_info(SHAPES["1.5B"])
+    figures = {f"a layer of 1/8 of the 1.5B, compiled, budget {b}": kept for b, kept in kept_by_budget.items()}
+    figures |= {
+        f"a layer of the 1.5B, eager, {name}": float(eager_layer(info, StepShape(1, precision)))
+        for name, precision in PRECISIONS.items()
+    }
+    assert baselines.differences("saved_bytes", figures) == []
 
 
 def test_bytes_a_token_and_layer_of_the_released_model():
@@ -243,3 +263,20 @@ def test_a_run_tells_its_memory_before_weights_load(tmp_path, monkeypatch):
 def test_the_scripts_table_says_what_is_off(capsys):
     assert training_memory.tell("x", 10.0, 11.0, "GB") and not training_memory.tell("x", 10.0, 12.0, "GB")
     assert "+10.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "card", "kept"),
+    [("--compile", 85, (False, 0.6)), ("--compile", 50, (False, 0.1)), ("--compile", 38, (True, "auto")),
+     ("--compile --activation_budget 0.3", 200, (False, 0.3)), ("--compile --no-gradient_checkpointing", 38, None),
+     ("--compile", 200, (False, 1.0)), ("", 85, (True, "auto")), ("--no-gradient_checkpointing", 200, (False, "auto"))],
+)  # fmt: skip
+def test_what_is_kept_is_chosen_where_it_is_left_to_the_run(monkeypatch, flags, card, kept):
+    """Of the 1.5B on one GPU; (whole layers computed again, activation budget), None where it is refused."""
+    if kept is None:
+        with pytest.raises(UserError, match="what fits"):
+            settle(monkeypatch, flags, card * 10**9, model="1.5B")
+        return
+    args, memory = settle(monkeypatch, flags, card * 10**9, model="1.5B")
+    assert (args.gradient_checkpointing, args.activation_budget) == kept
+    assert memory.total <= usable(card * 10**9) and memory.shape.checkpointing == kept[0]

@@ -156,3 +156,17 @@ def test_fsdp_holds_a_shard_of_the_gradients_between_passes_and_ddp_its_buckets_
             assert len(storages) < 8 and not any(p.grad.any() for p in model.parameters())
     clear_gradients(model, torch.optim.SGD(model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_ddp_is_made_with_gradients_in_its_buckets():
+    with one_rank():
+        replica = distribute(tiny_value_model(), World(0, 2, CPU), Precision(False, True))
+    assert isinstance(replica, DistributedDataParallel) and replica.gradient_as_bucket_view
+
+
+def test_fsdp_sums_gradients_in_fp32():
+    """Over ranks: on one nothing is summed, so that only what FSDP was told can be seen."""
+    with join_ranks("cpu") as world:
+        model = distribute(tiny_value_model(), world, Precision(True, True))
+        policies = [module._get_fsdp_state()._mp_policy for module in (model, *model.model.layers)]
+    assert {(policy.param_dtype, policy.reduce_dtype) for policy in policies} == {(torch.bfloat16, torch.float32)}
