@@ -32,7 +32,7 @@ from training_lib.arguments import PACKINGS
 from training_lib.attention import SDPA
 from training_lib.batch_order import RankBatches
 from training_lib.precision import Precision
-from training_lib.ranks import World, distribute
+from training_lib.ranks import World, clip_gradients, distribute
 from training_lib.step import TrainStep
 
 CLOSE = 1e-5
@@ -52,8 +52,8 @@ def new_model() -> Qwen2ForClassifier:
     return model.train()
 
 
-def plain_path(table: SyntheticTable, step: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss, gradients by name) of the step's roll-outs, one by one."""
+def plain_path(table: SyntheticTable, step: int) -> tuple[float, dict[str, torch.Tensor], float]:
+    """(loss, gradients by name, their joint norm) of the step's roll-outs, one by one."""
     model, total = new_model(), 0.0
     order = RankBatches(table, 0, ROLLOUTS, MICRO_BATCH, "none", GROUP)
     for rollout in order.rank_units(step).ravel().tolist():
@@ -62,7 +62,8 @@ def plain_path(table: SyntheticTable, step: int) -> tuple[float, dict[str, torch
         loss = F.cross_entropy(logits, torch.full((len(logits),), trace.label)) / ROLLOUTS
         loss.backward()
         total += loss.item()
-    return total, {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return total, gradients, float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
 
 
 def one_case(world: World, table: SyntheticTable, step: int, packing: str, rows: int, fsdp: bool):
@@ -79,14 +80,15 @@ def one_case(world: World, table: SyntheticTable, step: int, packing: str, rows:
     (loss,) = world.sum([sum(train_step.backward(found))])
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
-    return loss, whole, sum(world.gather(len(found)))
+    return loss, whole, clip_gradients(model, 1e9), sum(world.gather(len(found)))
 
 
-def distances(found: tuple, expected: tuple) -> tuple[float, float]:
-    """Of loss and gradients, relative; of gradients the largest of one tensor's, by the norm of all."""
-    size = float(torch.stack([gradient.norm() for gradient in expected[1].values()]).norm())
-    off = max(float((found[1][name] - gradient).norm()) for name, gradient in expected[1].items())
-    return abs(found[0] - expected[0]) / expected[0], off / size
+def distances(found: tuple, expected: tuple) -> tuple[float, float, float]:
+    """Of loss, gradients and the norm that is clipped by, relative; of gradients the largest of one tensor's, by the norm
+    of all."""
+    loss, gradients, norm = expected
+    off = max(float((found[1][name] - gradient).norm()) for name, gradient in gradients.items())
+    return abs(found[0] - loss) / loss, off / norm, abs(found[2] - norm) / norm
 
 
 def on_rank(rank: int, size: int, args: argparse.Namespace, store: str) -> None:
@@ -101,11 +103,11 @@ def on_rank(rank: int, size: int, args: argparse.Namespace, store: str) -> None:
     for packing, fsdp, rows in product(args.packings, (False, True), args.row_tokens):
         if packing == "none" and rows != args.row_tokens[0]:
             continue  # it has no rows
-        off, passes = (0.0, 0.0), 0
+        off, passes = (0.0,) * 3, 0
         for step in range(args.steps):
             found = one_case(world, table, step, packing, rows, fsdp)
             off = tuple(map(max, off, distances(found, expected[step])))
-            passes += found[2]
+            passes += found[3]
         worst = max(max(offs) for offs in world.gather(off))
         bad += worst > CLOSE
         if rank == 0:

@@ -220,3 +220,23 @@ def test_the_checkpoint_is_looked_for_under_the_lock(stopped, tmp_path, monkeypa
     monkeypatch.setattr(checkpoints, "lock_run", lock_when_the_other_is_done)
     seen = spied_run(command(given), stopped / "cache")
     assert seen.status == 0 and not seen.steps and "all 4 steps are done" in seen.log
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"fsdp": "on", "autocast": True}, {"fsdp": "on", "packing": "tree", "row_tokens": 80}, {"packing": "pack", "autocast": True}],
+    ids=["FSDP in bf16", "FSDP, tries", "packed, autocast"],
+)  # fmt: skip
+def test_however_it_is_run_a_resumed_run_is_the_same_to_the_bit(stopped, tmp_path, way):
+    given = settings(stopped, save_dir=tmp_path, p_dropout=0.1, **way)
+    whole = spied_run(command(given), stopped / "cache")
+    assert whole.status == 0, whole.error
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "run/step-00000004")
+    rest = spied_run(command(given), stopped / "cache")
+    assert len(rest.steps) == 2 and [step.sharded for step in rest.steps] == [way.get("fsdp") == "on"] * 2
+    for name, value in whole.steps[3].after.items():
+        assert (rest.steps[1].after[name] == value).all(), name
+    assert [timeless(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
+        timeless(line) for line in lines
+    ]
