@@ -9,8 +9,10 @@
     torchrun --standalone --nproc_per_node=2 train_classifier.py --model_path GENERATOR --data_path ROLLOUTS \
         --max_length 256 --total_batch_size 32 --micro_batch_size 16 --num_steps 500 --save_dir runs --run_name first
 
-Everything lies in SAVE_DIR/RUN_NAME: metrics.jsonl and the checkpoints, `latest` among them, which inference_eval.py
-takes as --classifier_ckpt_path. Stopped at any moment, the same command goes on from the newest checkpoint.
+On a GPU roll-outs are packed into rows and shared prefixes computed once (--packing auto), on a kernel that may have no
+attention dropout; --packing none pads, as the released code did. Everything lies in SAVE_DIR/RUN_NAME: metrics.jsonl and
+the checkpoints, `latest` among them, which inference_eval.py takes as --classifier_ckpt_path. Stopped at any moment, the
+same command goes on from the newest checkpoint.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def train(args: argparse.Namespace) -> int:
     # These bring torch and transformers, seconds of import: only once the flags are known to be right.
     from training_lib.checkpoints import lock_run, restore
     from training_lib.evaluation import evaluate, format_evaluation
+    from training_lib.fitting import memory_line
     from training_lib.loop import TrainingRun
     from training_lib.plan import make_plan
     from training_lib.ranks import distribute, join_ranks
@@ -54,6 +57,8 @@ def train(args: argparse.Namespace) -> int:
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
             return 0
+        if plan.memory:
+            logger.info("%s", memory_line(plan.memory, str(world.device)))
         with world.together():
             tracker, pusher = open_services(args, world.rank, plan.trainer.get("tracker"))
 

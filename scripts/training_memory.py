@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 from classifier_lib import Qwen2ForClassifier, rollout_loss
 from common_lib.cli import run_script
 from common_lib.models import ModelInfo
+from training_lib.compiling import compile_layers
 from training_lib.memory import StepShape, compiled_layer, estimate_memory
 from training_lib.precision import Precision
 from training_lib.ranks import World, clear_gradients, distribute, gradient_sync
@@ -54,7 +55,7 @@ CLOSE = 0.15
 # A step of fake tensors
 
 
-class Tracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Bytes of all storages that operations made and that are still there, and their peak."""
 
     SMALL = 1 << 16
@@ -87,13 +88,13 @@ class Tracker(TorchDispatchMode):
         return out
 
 
-@torch.library.custom_op("training_memory::kernel", mutates_args=())
+@torch.library.custom_op("training_memory::varlen", mutates_args=())
 def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stands in for a flash kernel: its output [B, heads, S, d], and the softmax's sums, which it keeps for its backward."""
     return torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("training_memory::kernel_backward", mutates_args=())
+@torch.library.custom_op("training_memory::varlen_backward", mutates_args=())
 def kernel_backward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, sums: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -138,7 +139,7 @@ def measure_step(shapes: dict[str, int], shape: StepShape, rows: int = 1) -> int
         world = World(0, shape.ranks if shape.precision.fsdp else 1, torch.device("cpu"))
         called = distribute(model, world, shape.precision)  # its mesh of ranks is real
         optimizer = make_optimizer(called, 1e-4, (0.9, 0.95), 0.1)
-        with fake, Tracker() as tracker:
+        with fake, StorageTracker() as tracker:
             for tensor in [*model.parameters(), *model.buffers()]:
                 tracker.add(tensor)
             for parameter in model.parameters():  # of the first step
@@ -193,7 +194,6 @@ def measure_layer(shapes: dict[str, int], shape: StepShape) -> float:
     dtype = torch.bfloat16 if shape.precision.half_residual else torch.float32
     model = Qwen2ForClassifier._from_config(config, dtype=dtype, attn_implementation=STAND_IN).train()
     torch._dynamo.reset()
-    layer = torch.compile(model.model.layers[0].forward, backend="aot_eager_decomp_partition", dynamic=True)
     places = torch.arange(shape.tokens)[None]
     hidden = torch.randn(1, shape.tokens, config.hidden_size, dtype=dtype).requires_grad_()
     rotary = model.model.rotary_emb(hidden, places)
@@ -207,10 +207,12 @@ def measure_layer(shapes: dict[str, int], shape: StepShape) -> float:
         return tensor
 
     with (
-        torch._functorch.config.patch(activation_memory_budget=shape.budget),
+        torch._functorch.config.patch(activation_memory_budget=1.0, joint_custom_pass=None),  # as they were, afterwards
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=shape.precision.autocast),
     ):
+        compile_layers(model, shape.budget, "aot_eager_decomp_partition")
+        layer = model.model.layers[0].forward
         out = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=rotary, use_cache=False)
     del out
     return sum(kept.values()) / shape.tokens

@@ -405,7 +405,8 @@ def test_init_from_goes_on_with_the_head(inputs, tmp_path):
 # Bad input
 
 BAD = {
-    "total_batch_size": ({"total_batch_size": 10}, "is not a multiple of 1 ranks x --micro_batch_size 4 = 4; the nearest that work: 8, 12"),
+    "total_batch_size": ({"total_batch_size": 10}, "is not a multiple of 1 ranks x --micro_batch_size 4 = 4, as it must be with "
+                         "--packing none; the nearest that work: 8, 12"),
     "small_group_size": ({"small_group_size": 3}, "--small_group_size 3 does not divide --data_num_response 4; the nearest that does: 2"),
     "max_length": ({"max_length": 4096}, "--max_length 4096 is beyond the 2048 positions of"),
     "bt labels": ({"train_bt_model": True}, "--num_labels 3 must be 1 with --train_bt_model"),

@@ -4,7 +4,7 @@ The formulas count, tensor by tensor, what autograd keeps of a Qwen2 layer; scri
 tracked fake tensors. Written h, q, kv, i: numbers a token of the residual, of queries, of keys, and inside the MLP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from common_lib.cli import UserError
@@ -12,6 +12,7 @@ from common_lib.models import ModelInfo
 from training_lib.precision import Precision
 
 RESERVE = 0.06  # of a card, left alone: the driver's context, NCCL, the allocator's holes
+EASE = 0.9  # of what can be used: a little less kept costs less than a run that ends
 BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.1)  # of compiled layers, best first
 MOST_RANKS = 1024
 
@@ -86,13 +87,14 @@ def compiled_layer(info: ModelInfo, shape: StepShape) -> int:
 
     1.0 keeps the layer's input, attention's projected output, both norms' outputs, attention's own, gate, up and
     silu(gate) x up. Below it the norms and the product are computed again from the rest, and where that is more than the
-    share allows (0: the input alone, 1: all of it) matrix products are, too.
+    share allows (0: the input alone, 1: all of it) matrix products are, too. Attention's output is kept in any case.
     """
     h, c, i = info.hidden_size, shape.computed, info.intermediate_size
     least = shape.residual * h
+    output = c * _projections(info)[0] + 4 * info.num_attention_heads
     lean = least + c * h + _attention(info, c) + 2 * c * i
     full = lean + 2 * c * h + c * i
-    return full if shape.budget >= 1 else min(lean, round(least + shape.budget * (full - least)))
+    return full if shape.budget >= 1 else min(lean, max(least + output, round(least + shape.budget * (full - least))))
 
 
 def _attention(info: ModelInfo, itemsize: int) -> int:
@@ -165,10 +167,14 @@ def usable(card: int) -> int:
     return int((1 - RESERVE) * card)
 
 
-def choose_activation_budget(info: ModelInfo, shape: StepShape, card: int) -> float:
-    """The largest budget of compiled layers with which a step fits `card` bytes; the least where none does."""
-    fitting = (b for b in BUDGETS if estimate_memory(info, replace(shape, budget=b)).total <= usable(card))
-    return next(fitting, BUDGETS[-1])
+def choose_activation_budget(
+    info: ModelInfo, shape: StepShape, card: int, budgets: Sequence[float] = BUDGETS
+) -> float | None:
+    """The first of the budgets of compiled layers with which a step has ease on a card of `card` bytes, or else fits; None
+    where none does."""
+    needs = {budget: estimate_memory(info, replace(shape, budget=budget)).total for budget in budgets}
+    fitting = [b for share in (EASE, 1.0) for b, need in needs.items() if need <= share * usable(card)]
+    return fitting[0] if fitting else None
 
 
 def check_memory(info: ModelInfo, shape: StepShape, card: int, name: str) -> TrainingMemory:
@@ -178,11 +184,10 @@ def check_memory(info: ModelInfo, shape: StepShape, card: int, name: str) -> Tra
     if found.total <= usable(card):
         return found
     ways = [f"{flags} ({found.total / 1e9:.3g} GB)" for flags, found in _ways_to_fit(info, shape, card)]
-    sharded = shape.precision.fsdp and shape.ranks > 1
+    where = f"each of {shape.ranks} ranks" if shape.ranks > 1 else "its one rank"
     raise UserError(
-        f"a step of {info.path} needs {found.total / 1e9:.3g} GB on {'each of ' if sharded else ''}"
-        f"{shape.ranks} rank{'s' * (shape.ranks > 1)}, and {name} has {card / 1e9:.3g}, of which {usable(card) / 1e9:.3g} can "
-        f"be used: {found}; {'what fits: ' + ', or '.join(ways) if ways else 'give a smaller model'}"
+        f"a step of {info.path} needs {found.total / 1e9:.3g} GB on {where}, and {name} has {card / 1e9:.3g}, of which "
+        f"{usable(card) / 1e9:.3g} can be used: {found}; {'what fits: ' + ', or '.join(ways) if ways else 'give a smaller model'}"
     )
 
 

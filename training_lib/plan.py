@@ -12,7 +12,9 @@ from training_lib.arguments import IDENTITY, ROUNDING, go_on_with
 from training_lib.attention import ATTENTIONS, Attention, choose_attention
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
+from training_lib.fitting import settle_memory
 from training_lib.layout import pair_cost, settle_layout
+from training_lib.memory import TrainingMemory
 from training_lib.precision import Precision, settle_precision
 from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
@@ -32,6 +34,7 @@ class TrainingPlan:
     has_head: bool  # or they are a backbone, which gets a fresh one
     precision: Precision
     attention: Attention
+    memory: TrainingMemory | None  # that a step will hold; None where there is none
     saved: float | None  # share of the tokens that shared prefixes save, where that was asked for
     train: RankBatches
     validation: RankBatches | None
@@ -60,8 +63,8 @@ class TrainingPlan:
 def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError.
 
-    Fills in what the flags leave to the run: packing, row_tokens and fsdp, as the checkpoint was trained, or as data and
-    device ask for.
+    Fills in what the flags leave to the run: packing, row_tokens, fsdp, gradient_checkpointing and activation_budget, as the
+    checkpoint was trained, or as data and device ask for.
     """
     run_dir = Path(args.save_dir) / args.run_name
     checkpoint = find_checkpoint(args, world, run_dir)
@@ -89,8 +92,10 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
         for table in tables
     )  # fmt: skip
     check_enough(args, train, validation)
+    memory = None if args.eval_only else settle_memory(args, info, precision, attention, tables[0], world)
     plan = TrainingPlan(
-        run_dir, checkpoint, trainer, checkpoint or Path(info.path), has_head, precision, attention, saved, train, validation
+        run_dir, checkpoint, trainer, checkpoint or Path(info.path), has_head, precision, attention, memory, saved, train,
+        validation,
     )  # fmt: skip
     if going_on and trainer["data"] != plan.data:
         then, now = trainer["data"], plan.data

@@ -103,7 +103,11 @@ def set_up_model(
 ) -> Qwen2ForClassifier:
     """The loaded model as a run trains it: dropout, attention, checkpointing, device, compiled layers, noise."""
     if args.p_dropout > 0 and not attention.has_dropout:
-        logger.info("attention dropout is 0: %s has none (head dropout stays %g)", attention.name, args.p_dropout)
+        logger.info(
+            "attention dropout is 0: %s has none (head dropout stays %g); --packing none has it",
+            attention.name,
+            args.p_dropout,
+        )
     model.set_dropout(attention=args.p_dropout if attention.has_dropout else 0.0, head=args.p_dropout)
     model.set_attn_implementation(attention.name)
     if whole_layers(args):

@@ -1,8 +1,4 @@
-"""Training: the real step on every layout against a plain reference, its speed, and what packing saves.
-
-The lengths are stated, not real data: in each row 14 roll-ins of 4 nested prefixes, prefix lengths uniform in 4k to 8k,
-roll-outs lognormal with mean 6k and standard deviation 4k, traces cut at 16384 (`scale` makes all of them shorter).
-"""
+"""Training: the real step on every layout against a plain reference, its speed, and what packing saves."""
 
 import functools
 import gc
@@ -17,70 +13,20 @@ import torch
 from torch.nn import functional as F
 
 from classifier_lib import Qwen2ForClassifier
-from gpu_parts.models import NOT_ON_CPU, SHAPES, free_memory, peak_gb, timed, value_model
+from gpu_parts.layouts import MICRO_BATCH, synthetic_table, what_packing_saves
+from gpu_parts.models import SHAPES, free_memory, timed, value_model
 from gpu_parts.needs import need
+from gpu_parts.released import released_steps, speed_figures
 from gpu_parts.report import Report
 from training_lib import attention as attention_module
-from training_lib.arguments import PACKINGS, parse_args
+from training_lib.arguments import parse_args
 from training_lib.attention import FLEX, Attention, choose_attention
 from training_lib.batch_order import RankBatches
 from training_lib.compiling import compile_layers, graphs_compiled
 from training_lib.packing import MicroBatch, Trace
 from training_lib.ranks import World
 from training_lib.rollout_table import RolloutTable
-from training_lib.step import TrainStep, make_optimizer, peak_flops, set_up_model, step_flops
-
-MAX_LENGTH, PER_ROW = 16_384, 56
-STEPS, RANKS, MICRO_BATCH, TOTAL_BATCH = 12, 4, 8, 64  # of what is counted: the released command's step
-SIGMA = np.sqrt(np.log(1 + (4000 / 6000) ** 2))  # of the lognormal with mean 6000 and standard deviation 4000
-MU = np.log(6000) - SIGMA**2 / 2
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Roll-outs
-
-
-class SyntheticTable(RolloutTable):
-    """Roll-outs of the stated lengths times `scale`; their tokens are drawn when they are read."""
-
-    def ids(self, row: int, column: int) -> tuple[np.ndarray, np.ndarray]:
-        rollout = row * PER_ROW + column
-        trunk = np.random.default_rng([0, row, column // 4]).integers(0, self.vocab_size, 8000, dtype=np.int32)
-        own = np.random.default_rng([1, row, column])
-        roll_out = own.integers(0, self.vocab_size, self.roll_out_lengths[rollout], dtype=np.int32)
-        return trunk[: self.roll_in_lengths[rollout]], roll_out
-
-
-def synthetic_table(num_rows: int, vocab_size: int, scale: float = 1.0) -> SyntheticTable:
-    """Rows of 14 x 4 roll-outs."""
-    rng, count = np.random.default_rng(0), num_rows * PER_ROW
-    roll_ins = np.sort(rng.uniform(4000, 8000, (count // 4, 4)), axis=1).ravel()
-    roll_outs = np.minimum(rng.lognormal(MU, SIGMA, count), MAX_LENGTH)
-    lengths = (np.maximum(part * scale, 1).astype(int) for part in (roll_ins, roll_outs))
-    labels, rows = rng.integers(0, 3, count), np.arange(num_rows)
-    first = np.arange(num_rows + 1) * PER_ROW
-    return SyntheticTable(None, rows, first, labels, *lengths, rows, vocab_size, max(8, int(MAX_LENGTH * scale)))
-
-
-def tokens_computed(table: RolloutTable, packing: str, group: int, steps: int = STEPS) -> np.ndarray:
-    """Tokens computed (padding included), tokens, loss tokens, and rows, of all ranks' steps of the released command."""
-    counts = np.zeros(4)
-    for rank in range(RANKS):
-        batches = RankBatches(table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, False, rank, RANKS, multiple=128)
-        for batch in (batch for step in range(steps) for batch in batches[step]):
-            counts += batch.input_ids.size, batch.num_tokens, len(batch.token_index), 1
-    return counts
-
-
-def what_packing_saves(report: Report, rows: int = 32, steps: int = STEPS) -> None:
-    """Tokens computed per loss token, at the full lengths whatever the device: pure counting."""
-    table, cost = synthetic_table(rows, SHAPES["full"]["vocab_size"]), {}
-    for packing in PACKINGS:
-        for group in (2, 4):
-            computed, real, owned, _ = tokens_computed(table, packing, group, steps)
-            cost[packing, group] = computed / owned
-            report.figure("tokens computed per loss token", f"groups of {group}", computed / owned, case=packing)
-        report.figure("tokens computed per loss token", "padding", 100 * (1 - real / computed), "%", case=packing)
-
+from training_lib.step import TrainStep, make_optimizer, set_up_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -103,9 +49,11 @@ class Case:
 
 
 CASES = [  # the ones that matter most first: the time may end
-    Case("none"), Case("tree"), Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
+    Case("none"), Case("tree"),  # and then the released command's steps
+    Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
     Case("pack", compiled=True), Case("tree", 1), Case("tree", 1, compiled=True),
 ]  # fmt: skip
+COMPARED_FIRST = 2
 CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
 SPEED = {"tiny": 1 / 128, "small": 1 / 32, "full": 1.0}
 RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32", "one step of 8 roll-outs"
@@ -225,7 +173,9 @@ def run(report: Report) -> None:
     if report.size == "tiny":
         report.leave_out("compiled, but for one layout", "--tiny: compiling takes seconds")
         cases = [case for case in cases if not case.compiled or case == CASES[2]]
-    for case in cases:
+    for i, case in enumerate(cases):
+        if i == COMPARED_FIRST:
+            released_steps(report)
         stated = need("training", case.name, report.size)
         if report.has_time(
             bench.seconds.get(case.compiled) or max(stated, 2 * bench.seconds.get(False, 0.0)), case.name
@@ -243,7 +193,9 @@ def measure(bench: StepBench, case: Case) -> None:
     before = graphs_compiled()
     compare(bench, case, step)
     made = graphs_compiled() - before
-    if case.attention:  # a stand-in for a GPU's: nothing to time
+    if case.attention or (
+        report.size == "full" and not case.compiled
+    ):  # a stand-in for a GPU's, or nobody's way to train
         return
     optimizer = make_optimizer(step.model, 1e-5, (0.9, 0.95), 0.1)
     step.model.dropout.p = 0.05
@@ -267,7 +219,7 @@ def measure(bench: StepBench, case: Case) -> None:
             report.leave_out(f"{case.name}, micro batches of {micro} roll-outs", "out of memory")
     else:
         raise torch.OutOfMemoryError(f"with micro batches of {MICRO_BATCH // 2}, too")
-    speed_figures(report, case.name, step, batches, seconds)
+    speed_figures(report, SPEED_TABLE, case.name, step, batches, seconds)
     if case.compiled:
         report.figure(SPEED_TABLE, "graphs", made, case=case.name)
         report.figure(
@@ -298,17 +250,3 @@ def compare(bench: StepBench, case: Case, step: TrainStep) -> None:
         replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
         wrong = distance(step.model, expected)
         report.figure(RIGHT, "gradients, planted wrong mask", wrong, case=case.name, at_least=FOUND * bound)
-
-
-def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
-    """Rates as the trainer logs them."""
-    counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
-    computed, real, owned, pairs = map(sum, zip(*counts, strict=True))
-    peak = peak_flops(step.world.device)
-    mfu = 100 * step_flops(step.model, real, pairs) / seconds / peak if peak else None
-    report.figure(SPEED_TABLE, "step", seconds, "s", case=case)
-    report.figure(SPEED_TABLE, "tokens computed", computed, case=case)
-    report.figure(SPEED_TABLE, "real tokens/s", real / seconds, case=case)
-    report.figure(SPEED_TABLE, "loss tokens/s", owned / seconds, case=case)
-    report.figure(SPEED_TABLE, "MFU", mfu, "%", case=case, why="no peak is known")
-    report.figure(SPEED_TABLE, "peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)

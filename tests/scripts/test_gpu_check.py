@@ -18,7 +18,8 @@ import pytest
 import torch
 from conftest import ROOT
 from fake_parts import give_fake_parts
-from gpu_parts import drawing, models, scoring, training
+from gpu_parts import drawing, models, released, scoring, training
+from gpu_parts.layouts import LAYOUTS
 from gpu_parts.needs import NEEDS
 from gpu_parts.report import Report
 from parser_flags import flags_of
@@ -47,12 +48,15 @@ FIGURES = {  # (table, case, figure) that --tiny must report
             "device too small: difference of a value"]),
     },
     "training": {
-        *itertools.product(["tokens computed per loss token"], ["none", "pack", "tree"],
-                           ["groups of 2", "groups of 4", "padding"]),
+        *itertools.product(["tokens computed per loss token"], LAYOUTS, ["groups of 2", "groups of 4", "padding"]),
         *itertools.product([RIGHT], [*CASES, COMPILED, FLEX_CASE], ["loss", "gradients"]),
         *itertools.product([RIGHT], [*CASES[1:], FLEX_CASE], ["gradients, planted wrong mask"]),
         *itertools.product([STEP], [*CASES, COMPILED],
                            ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory"]),
+        *itertools.product([released.TABLE], list(released.CASES),
+                           ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory",
+                            "peak memory / estimated"]),
+        *itertools.product([released.TABLE], ["tree (auto)", "pack"], ["loss tokens/s over none as released"]),
         (STEP, FLEX_CASE, "compile"),
         *itertools.product([STEP], [COMPILED], ["compile", "graphs", "compiled again for longer rows"]),
     },
@@ -73,6 +77,7 @@ UNMEASURED = {
     "MFU",
     "peak over the weights",
     "peak memory",
+    "peak memory / estimated",
     "cache of 0.0006 GB: peak",
     "used",
     "free at the least",
@@ -450,22 +455,6 @@ def test_a_value_that_is_off_is_found(report, monkeypatch):
     monkeypatch.setattr(scoring, "full_value", off_for_one)
     scoring.differences(report)
     assert [row["good"] for row in report.rows() if row.get("figure") == "scorer - full pass"] == [False, True]
-
-
-def test_packing_is_counted_over_all_ranks_and_steps():
-    """Shared prefixes save what they should, on the stated lengths (few steps: the figures of all are the README's)."""
-    table = training.synthetic_table(6, 1000)
-    assert (len(table), table.lengths(np.arange(len(table))).max()) == (6 * 56, 16_384)
-    counts = {
-        (packing, group): training.tokens_computed(table, packing, group, steps=2)
-        for packing in ("none", "pack", "tree") for group in (2, 4)
-    }  # fmt: skip
-    for group in (2, 4):
-        assert len({counts[packing, group][2] for packing in ("none", "pack", "tree")}) == 1  # the same loss tokens
-        assert counts["none", group][3] == 2 * 64 / 8
-        cost = {packing: counts[packing, group][0] / counts[packing, group][2] for packing in ("none", "pack", "tree")}
-        assert cost["none"] > 1.2 * cost["pack"] and cost["pack"] > 1.25 * cost["tree"]
-    assert counts["tree", 4][0] < 0.9 * counts["tree", 2][0]
 
 
 def test_synthetic_roll_outs_share_their_prefixes():

@@ -143,9 +143,15 @@ def test_padded_micro_batches_are_of_a_length_over_all_ranks_and_ranks_do_as_muc
     assert max(costs) < 1.08 * np.mean(costs)
 
 
+def test_ranks_have_equally_many_padded_micro_batches_however_dear_one_is():
+    table = made_table([(1, 999)] * 4 + [(1, 9)] * 12, max_length=1000)
+    ranks = [RankBatches(table, 7, 16, 4, "none", rank=rank, world_size=2) for rank in range(2)]
+    assert [len(rank.rank_units(0)) for rank in ranks] == [8, 8]
+
+
 def test_packed_shares_are_balanced_by_attended_pairs_too():
-    """One long trace costs as much as several short ones of more tokens."""
-    table = made_table([(1, 99)], [(1, 59)], [(1, 49)], [(1, 49)])
+    """One long trace, which is cut, costs as much as several short ones of more tokens."""
+    table = made_table([(1, 999)], [(1, 59)], [(1, 49)], [(1, 49)], max_length=100)
 
     def shares(pair_cost):
         ranks = [RankBatches(table, 7, 4, 4, "pack", rank=rank, world_size=2, pair_cost=pair_cost) for rank in (0, 1)]

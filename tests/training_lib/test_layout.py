@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gpu_parts.training import PER_ROW, SyntheticTable, synthetic_table
-from rollouts import random_rows, write_rows
+from gpu_parts.layouts import PER_ROW, SyntheticTable, synthetic_table
+from rollouts import random_rows, run_script, write_rows
 from tiny import save_generator, tiny_value_model
 from train_spy import command, numbered_rows, spied_run
 
@@ -173,6 +173,43 @@ def test_what_was_chosen_is_told_and_stands_in_the_checkpoint(tmp_path, monkeypa
     assert "packing tree (shared prefixes are " in seen.log and "% of the tokens), rows of 160 tokens" in seen.log
     arguments = json.loads((tmp_path / "run/latest/trainer.json").read_text())["arguments"]
     assert (arguments["packing"], arguments["row_tokens"]) == ("tree", 160)
+
+
+def test_the_tree_path_of_the_released_flags_runs_on_two_ranks(tmp_path):
+    """Its gradient is that of plain padding on one rank. Compiling is switched off in torch: what is compiled, a CPU has not."""
+    rng = np.random.default_rng(0)
+    save_generator(tmp_path / "backbone")
+    rows = [openr1_row(rng) for _ in range(4)]
+    write_rows(tmp_path / "data", rows)
+    given = {
+        "model_path": tmp_path / "backbone", "data_path": tmp_path / "data", "max_length": 64, "num_steps": 1, "eval_every": -1,
+        "p_dropout": 0.0, "grad_norm_clip": 1e9, "save_dir": tmp_path, "device": "cpu", "compile": True,
+    }  # fmt: skip
+    tree = [*RELEASED, *command(given | {"packing": "tree", "run_name": "tree"})]
+    env = {"TORCHDYNAMO_DISABLE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = run_script(tree, ranks=2, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "64 roll-outs a step on 2 ranks, packing tree, rows of 512 tokens" in done.stderr
+    plain = spied_run(
+        [*RELEASED, *command(given | {"packing": "none", "run_name": "none", "compile": False})], tmp_path / "cache"
+    )
+    assert plain.status == 0, plain.error
+    moments = [torch.load(tmp_path / f"{name}/latest/optimizer.pt", weights_only=True) for name in ("tree", "none")]
+    for name, state in moments[1].items():
+        gradient = state["exp_avg"]
+        assert (gradient - moments[0][name]["exp_avg"]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def openr1_row(rng) -> dict:
+    """56 roll-outs: 14 roll-ins of 4 nested prefixes."""
+    trunks = rng.integers(1, 200, (14, 30))
+    cuts = np.sort(rng.integers(10, 30, (14, 4)), axis=1)
+    return {
+        "problem": str(rng.integers(10**6)),
+        "roll_in_ids": [trunk[:cut].tolist() for trunk, own in zip(trunks, cuts, strict=True) for cut in own],
+        "roll_outs_ids": [rng.integers(1, 200, rng.integers(1, 40)).tolist() for _ in range(56)],
+        "labels": rng.integers(0, 3, 56).tolist(),
+    }
 
 
 def test_a_row_length_without_effect_is_told(tmp_path):

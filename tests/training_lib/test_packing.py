@@ -19,6 +19,7 @@ from training_lib.packing import (
     lay_out,
     padded_batch,
     tree_row,
+    trie_counts,
 )
 
 MAX_LENGTH = 48
@@ -110,6 +111,13 @@ def test_roll_outs_that_share_the_most_stay_in_one_row():
     rows = sorted(sorted(batch.sources) for batch in batches)
     assert rows == [[(0, 1), (0, 2)], [(1, 10)], [(1, 20), (1, 30), (1, 40)]]
     assert sum(batch.num_tokens for batch in batches) == 75 + 20 + 70
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_trie_is_counted_as_it_is_laid_out(seed):
+    traces = random_traces(seed)
+    row = tree_row(traces)
+    assert trie_counts(traces) == (row.num_tokens, row.num_pairs)
 
 
 def test_pairs_share_a_row():

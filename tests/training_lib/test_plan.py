@@ -12,10 +12,12 @@ from train_spy import command, numbered_rows, spied_run
 import train_classifier
 from classifier_lib import Qwen2ForClassifier
 from common_lib.cli import UserError
+from common_lib.models import inspect_model
 from common_lib.tracking import Tracker
 from training_lib import attention, loop, plan
 from training_lib import step as step_module
 from training_lib.arguments import parse_args
+from training_lib.layout import pair_cost
 from training_lib.ranks import World
 
 
@@ -57,9 +59,11 @@ def test_attention_is_chosen_by_layout_device_and_precision_and_says_how_rows_ar
     monkeypatch.setattr(plan, "choose_attention", choose)
     monkeypatch.setattr(step_module, "load_model", load_model)
     assert spied_run(settings(inputs, tmp_path, **flags), inputs / "cache").error == "so far"
-    assert asked == [(flags.get("packing", "none"), "cpu", half)]
+    assert asked == [(flags.get("packing", "none"), "cpu", half, True)]
     assert plans[0].attention is attention.FLEX
-    assert [batches.multiple for batches in (plans[0].train, plans[0].validation)] == [128, 128]
+    for batches in (plans[0].train, plans[0].validation):
+        assert (batches.multiple, batches.prepare) == (128, attention.FLEX.prepare)
+        assert batches.pair_cost == pair_cost(inspect_model(inputs / "backbone", ""))
     assert len(plans[0].validation.table.rows) == 5 and len(plans[0].train.table.rows) == 15
 
 
@@ -101,7 +105,7 @@ def test_ranks_that_see_other_checkpoints_are_told(tmp_path):
 
     args = parse_args(["--save_dir", str(tmp_path), "--run_name", "run"])
     with pytest.raises(UserError, match=f"--save_dir {tmp_path}: the ranks see different checkpoints"):
-        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")), False)
+        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")))
 
 
 def test_a_head_of_other_labels_is_refused(inputs, tmp_path):

@@ -46,7 +46,8 @@ def test_precision_by_flags_and_device(flags, device):
 )
 def test_a_run_that_goes_on_keeps_what_it_had(before, kept):
     """Also of checkpoints from when --fsdp was a switch, or before it."""
-    trained = {"micro_batch_size": 4, "max_length": 8, "packing": "none"} | ({} if before is None else {"fsdp": before})
+    trained = {"micro_batch_size": 4, "max_length": 8, "packing": "none", "gradient_checkpointing": True}
+    trained |= {} if before is None else {"fsdp": before}
     args = parse_args([])
     old = go_on_with(args, trained)
     assert args.fsdp == old["fsdp"] == kept
@@ -135,7 +136,7 @@ def test_fsdp_holds_a_shard_of_the_gradients_between_passes_and_ddp_its_buckets_
         step = TrainStep(distribute(model, world, Precision(True, False)), world, SDPA, False, 6, sharded=True)
         before_pass = []
         step.model.register_forward_pre_hook(
-            lambda *_: before_pass.append([hasattr(p.grad, "device_mesh") for p in model.parameters()])
+            lambda *_: before_pass.append([hasattr(p.grad, "device_mesh") for p in model.model.layers.parameters()])
         )
         step.backward(batches)
         assert len(before_pass) == 3 and not any(before_pass[0]) and all(map(all, before_pass[1:]))

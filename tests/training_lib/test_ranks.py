@@ -191,4 +191,4 @@ def test_the_command_of_16_nodes_of_8_gpus_fits_together(monkeypatch):
     assert args.total_batch_size == args.world_size * args.micro_batch_size  # no gradient accumulation
     assert args.num_steps == 5 * (44_509 * 56 // args.total_batch_size)
     with pytest.raises(UserError, match="the nearest that work: 1024, 2048"):
-        arguments.parse_args([*launch.training_script_args, "--total_batch_size", "1500"])
+        arguments.parse_args([*launch.training_script_args, "--total_batch_size", "1500", "--packing", "none"])

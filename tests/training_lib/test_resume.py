@@ -172,7 +172,11 @@ def test_every_choice_left_to_the_run_is_told_of_when_a_checkpoint_lacks_it():
     """`packing` and what else is as old as checkpoints apart, and none twice."""
     parser = build_parser("")
     assert all(parser.get_default(name) == automatic for name, automatic in AUTOMATIC.items())
-    assert set(OLD_BEHAVIOUR) <= FLAGS and set(AUTOMATIC) - set(OLD_BEHAVIOUR) == {"packing"}
+    assert set(OLD_BEHAVIOUR) <= FLAGS and set(AUTOMATIC) - set(OLD_BEHAVIOUR) == {
+        "packing",
+        "fsdp",
+        "gradient_checkpointing",
+    }
 
 
 def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(stopped, tmp_path):
