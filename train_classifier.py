@@ -37,6 +37,7 @@ logger = logging.getLogger("train_classifier")
 def train(args: argparse.Namespace) -> int:
     """Train to `num_steps`, or to a signal. Returns the exit status."""
     # These bring torch and transformers, seconds of import: only once the flags are known to be right.
+    from training_lib.certificate import certify_run
     from training_lib.checkpoints import lock_run, restore
     from training_lib.evaluation import evaluate, format_evaluation
     from training_lib.fitting import memory_line
@@ -62,6 +63,7 @@ def train(args: argparse.Namespace) -> int:
         with world.together():
             tracker, pusher = open_services(args, world.rank, plan.trainer.get("tracker"))
 
+        certify_run(args, plan, world)
         model = load_model(args, plan, world)
         step = TrainStep(
             distribute(model, world, plan.precision), world, plan.attention, plan.precision.autocast, args.total_batch_size,

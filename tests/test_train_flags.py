@@ -224,6 +224,10 @@ TABLE: dict[str, Row] = {
     ),
     "compile": Row(True, lambda seen, _: len(seen.compiled) == 2 and seen.status == 0),
     "gradient_checkpointing": Row(False, lambda seen, _: seen.kernels == 2 * len(seen.trained)),
+    "activation_budget": Row(
+        0.4, lambda seen, _: torch._functorch.config.activation_memory_budget == 0.4 and len(seen.steps) == 3, {"compile": True},
+    ),
+    "certify": Row(True, lambda seen, _: json.loads((seen.run_dir / "certificate.json").read_text())["passed"]),
     "fsdp": Row(True, lambda seen, _: all(step.sharded for step in seen.steps) and seen.checkpoints == [3]),
     "profile": Row(
         2, lambda seen, _: json.loads((seen.run_dir / "profile-step-00000003.json").read_text())["traceEvents"],

@@ -22,7 +22,7 @@ def visible(batch: MicroBatch) -> np.ndarray:
 
 def real(batch: MicroBatch) -> np.ndarray:
     """bool [B, S]: which tokens are not padding."""
-    rows, width = batch.input_ids.shape
+    width = batch.input_ids.shape[1]
     if batch.end is None:
         return np.arange(width) <= (batch.last_index % width)[:, None]
     return np.arange(width)[None] < batch.num_tokens
@@ -65,7 +65,10 @@ def _wrong_bounds(inputs: Inputs, batch: MicroBatch, wanted: np.ndarray) -> str 
     for row in range(rows):
         part = slice(row * width, (row + 1) * width)
         whole[part, part] = wanted[row]
-    kept = real(batch).ravel()  # padding may see what it likes, as long as nothing sees it
+    kept = real(batch).ravel()  # padding may see padding as it likes
+    mixed = np.flatnonzero(np.bincount(sequence, kept) % lengths)
+    if len(mixed):
+        return f"the sequence from token {bounds[mixed[0]]} on holds padding, too"
     return _differing("the sequences' bounds", (told & kept[:, None]).astype(int), whole & kept[:, None])
 
 
@@ -82,10 +85,10 @@ def _wrong_blocks(mask: BlockMask, wanted: np.ndarray) -> str | None:
         "the lists of query blocks": (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices),
     }
     for what, (counts, indices, full_counts, full_indices) in lists.items():
-        visits = _spread(_listed(full_counts, full_indices), block) + _spread(_listed(counts, indices), block) * allowed
-        visits = visits if "key" in what else (_spread(_listed(full_counts, full_indices).T, block)
-                                               + _spread(_listed(counts, indices).T, block) * allowed)  # fmt: skip
-        if wrong := _differing(what, visits, wanted):
+        whole, partial = _listed(full_counts, full_indices), _listed(counts, indices)
+        if "query" in what:
+            whole, partial = whole.T, partial.T
+        if wrong := _differing(what, _spread(whole, block) + _spread(partial, block) * allowed, wanted):
             return wrong
     return None
 
@@ -118,7 +121,9 @@ def kernel_leaks(
     """
     module, config = model.model.layers[0].self_attn, model.config
     kernel = AttentionInterface()[attention.name]
-    inputs = {name: part for name, part in attention.inputs(batch, device).items() if name not in ("input_ids", "use_cache")}
+    inputs = {
+        name: part for name, part in attention.inputs(batch, device).items() if name not in ("input_ids", "use_cache")
+    }
     mask = inputs.pop("attention_mask", None)
     mask = mask["full_attention"] if isinstance(mask, dict) else mask
     rows, width = batch.input_ids.shape
@@ -133,7 +138,9 @@ def kernel_leaks(
     def zeros(count: int) -> torch.Tensor:
         return torch.zeros(rows, count, width, size, device=device, dtype=dtype)
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
+    ) -> list[torch.Tensor]:
         parts = [part.requires_grad_() for part in (query, key, value)]
         out, _ = kernel(module, *parts, mask, dropout=0.0, scaling=1.0, **inputs)
         found = torch.autograd.grad(out, parts, gradient.transpose(1, 2))

@@ -43,7 +43,7 @@ AT_MOST, FLOOR = 2.0, 1e-4  # times the plain path's distance, and what float32 
 TOKENS_A_PART = 32  # whose embeddings' gradients are compared together
 
 
-def family_traces() -> list[Trace]:
+def family_traces(families: list[tuple[int, list[tuple[int, list[int]]]]]) -> list[Trace]:
     """Traces of nested roll-ins. Every node of their trie has a token id of its own, so that a gradient of the embeddings
     is one of places, whatever the layout."""
     traces, last = [], 0
@@ -53,7 +53,7 @@ def family_traces() -> list[Trace]:
         last += count
         return list(range(last - count + 1, last + 1))
 
-    for root_tokens, branches in FAMILIES:
+    for root_tokens, branches in families:
         root = fresh(root_tokens)
         for branch_tokens, tails in branches:
             branch = root + fresh(branch_tokens)
@@ -65,21 +65,24 @@ def family_traces() -> list[Trace]:
     return traces
 
 
-TRACES = family_traces()
+TRACES = family_traces(FAMILIES)
 NUM_IDS = 1 + max(int(trace.tokens.max()) for trace in TRACES)
 
 
 class CertificateBench:
     """A small model of the run's shapes, and the paths that are compared."""
 
-    def __init__(self, config: Qwen2Config, attention: Attention, packing: str, precision: Precision, device: torch.device):
+    def __init__(
+        self, config: Qwen2Config, attention: Attention, packing: str, precision: Precision, device: torch.device
+    ):
         self.attention, self.packing, self.precision, self.device = attention, packing, precision, device
         self.config = Qwen2Config(
             vocab_size=NUM_IDS, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=LAYERS, num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads, rms_norm_eps=config.rms_norm_eps, num_labels=3,
             max_position_embeddings=config.max_position_embeddings, rope_parameters=config.rope_parameters,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, use_sliding_window=False, tie_word_embeddings=False,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            use_sliding_window=False, tie_word_embeddings=False,
         )  # fmt: skip
         self.reference = self._model(torch.float32, SDPA)
         self.longest = max(len(trace.tokens) for trace in TRACES)
