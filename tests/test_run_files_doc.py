@@ -126,8 +126,8 @@ def test_metrics_of_training(tables, training_run):
     documented = table(tables, "`metrics.jsonl`")
     found = keys_of(training_run / "metrics.jsonl")
     steps = {name for name in found if not name.startswith("eval/")}
-    assert set(documented) - {"eval/..."} == steps | {"mfu"}  # on known GPUs only
-    assert "known GPUs only" in documented["mfu"]
+    assert set(documented) - {"eval/..."} == steps | {"mfu", "peak_memory_gb"}  # on GPUs only
+    assert "known GPUs only" in documented["mfu"] and "on GPUs only" in documented["peak_memory_gb"]
     named = words_of(documented["eval/..."]) - {"--train_bt_model"}
     evaluated = {name.removeprefix("eval/") for name in found - steps}
     by_position = {name for name in named if name.endswith("_at_P")}
