@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._functorch.config
 import torch.distributed as dist
+from gpu_parts.models import model_info
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,7 +30,6 @@ from transformers.masking_utils import sdpa_mask
 
 from classifier_lib import Qwen2ForClassifier, rollout_loss
 from common_lib.cli import run_script
-from common_lib.models import ModelInfo
 from training_lib.compiling import compile_layers
 from training_lib.memory import StepShape, compiled_layer, estimate_memory
 from training_lib.precision import Precision
@@ -173,14 +173,6 @@ def fake_ranks(count: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def model_info(shapes: dict[str, int]) -> ModelInfo:
-    return ModelInfo(
-        path="a Qwen2", fingerprint="", head_dim=shapes["hidden_size"] // shapes["num_attention_heads"],
-        max_position_embeddings=131_072, tie_word_embeddings=False, num_parameters=None, num_parameters_embedding=None,
-        num_labels=None, has_lm_head=None, **shapes,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ FIGURES = {  # (table, case, figure) that --tiny must report
             "device too small: difference of a value"]),
     },
     "training": {
-        *itertools.product(["tokens computed per loss token"], LAYOUTS, ["groups of 2", "groups of 4", "padding"]),
+        *itertools.product(["tokens computed per loss token"], LAYOUTS,
+                           ["groups of 2", "groups of 4", "padding", "memory of a rank", "activation budget"]),
         *itertools.product([RIGHT], [*CASES, COMPILED, FLEX_CASE], ["loss", "gradients"]),
         *itertools.product([RIGHT], [*CASES[1:], FLEX_CASE], ["gradients, planted wrong mask"]),
         *itertools.product([STEP], [*CASES, COMPILED],

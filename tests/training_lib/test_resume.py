@@ -15,7 +15,7 @@ from training_lib.arguments import AUTOMATIC, IDENTITY, OLD_BEHAVIOUR, ROUNDING,
 
 FREE = {
     "num_workers", "use_dora", "save_every", "max_keep_ckpts", "push_to_hub", "track", "tracker", "neptune_project",
-    "logger_tags", "eval_only", "profile",
+    "logger_tags", "eval_only", "profile", "certify",
 }  # fmt: skip
 PLACE = {"save_dir", "run_name", "dataset_name"}  # say which run it is
 HELD_OUT = {"eval_every", "eval_size", "validation_data_path"}  # free but for what they hold out: `held_out`
@@ -27,7 +27,7 @@ OTHER = {
     "grad_norm_clip": 4.0, "p_dropout": 0.1, "num_labels": 1, "param_dtype": "bf16", "debug": True,
     "train_bt_model": True, "eval_size": 6, "validation_data_path": Path("data2"), "eval_every": -1,
     "micro_batch_size": 2, "packing": "tree", "row_tokens": 80, "compile": True, "gradient_checkpointing": False, "autocast": True,
-    "fsdp": True,
+    "activation_budget": 0.4, "fsdp": True, "certify": True,
     "device": "auto", "num_workers": 1, "use_dora": True, "save_every": 7, "max_keep_ckpts": 3, "push_to_hub": True,
     "profile": 1, "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
 }  # fmt: skip
@@ -99,9 +99,10 @@ def test_what_decides_the_run_is_refused_by_name(stopped, monkeypatch, flag):
 def test_what_does_not_is_accepted_and_told_where_it_rounds(stopped, monkeypatch, flag):
     if flag == "device":  # on this CPU auto is the same
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    seen = resume(stopped, monkeypatch, **{flag: OTHER[flag]})
+    more = {"compile": True, "gradient_checkpointing": False} if flag == "activation_budget" else {}  # it needs these
+    seen = resume(stopped, monkeypatch, **more, **{flag: OTHER[flag]})
     assert seen.error == "accepted"
-    told = f"changed since the checkpoint, equal to rounding (dropout apart): {flag}"
+    told = f"changed since the checkpoint, equal to rounding (dropout apart): {', '.join([*more, flag])}"
     assert (told in seen.log) == (flag in ROUNDING) and seen.log.count("changed since") == (flag in ROUNDING)
 
 
