@@ -21,7 +21,7 @@ from common_lib.cli import UserError
 from common_lib.virtual_time import run_virtual
 from engine_lib.base import EngineError
 from eval_lib.grading import Grader
-from eval_lib.stopping import Stopping, stopping_point
+from eval_lib.stopping import Stopping, StopTest, stopping_point
 from report_lib.analysis import analyse
 from report_lib.data import read_run
 from report_lib.policies import Policy
@@ -227,6 +227,18 @@ def test_other_searches_go_on_while_classes_are_asked_for(run, full, tmp_path, m
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
 
 
+def test_two_that_finish_while_classes_are_asked_for_are_looked_at_once_each(run, full, tmp_path, monkeypatch):
+    """Each repetition once, in order, whoever finishes while another is looked at."""
+    classes, told = Grader.answer_classes, []
+    add = StopTest.add
+    monkeypatch.setattr(Grader, "answer_classes", lambda *a: time.sleep(0.02) or classes(*a))
+    monkeypatch.setattr(StopTest, "add", lambda self, *a: told.append((self, self.trees)) or add(self, *a))
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48")[0] == 0
+    for test in {one for one, _ in told}:
+        assert [count for one, count in told if one is test] == list(range(test.trees))
+    check_stopped(tmp_path / "out.jsonl", full, ONCE)
+
+
 # --------------------------------------------------------------------------------------------------------------- going on
 
 
@@ -283,6 +295,15 @@ def test_without_stop_a_stopped_run_becomes_the_full_one(run, full, stopped, tmp
     assert not {f"{i}/{r}" for i, r in map(key, rows_of(RunPaths.of(stopped).uncounted))} & {
         group for group, _ in engine.asked
     }
+
+
+def test_a_full_run_is_cut_without_a_model(run, full, tmp_path):
+    """Its lines are in order already; those that do not count any more are moved."""
+    output = copied(full, tmp_path)
+    assert run(output, *ONCE) == (0, [])
+    check_stopped(output, full, ONCE)
+    every = len(rows_of(output)) + len(rows_of(RunPaths.of(output).uncounted))
+    assert every == PROBLEMS * REPETITIONS > len(rows_of(output))
 
 
 @pytest.mark.parametrize(
