@@ -22,8 +22,11 @@ from common_lib.virtual_time import run_virtual
 from engine_lib.base import EngineError
 from eval_lib.grading import Grader
 from eval_lib.stopping import Stopping, StopTest, stopping_point
+from report_lib.analysis import analyse
 from report_lib.data import read_run
+from report_lib.policies import Policy
 from report_lib.regrade import regrade
+from report_lib.what_if import what_if
 from search_lib import run_files
 from search_lib.arguments import parse_args
 from search_lib.run_reader import RunPaths, read_meta
@@ -430,3 +433,17 @@ def test_a_run_that_ends_early_says_how_many_problems_are_decided(run, full, tmp
 
 def test_killed_at_random_moments(tmp_path):
     assert kill_test.kill_trials(2, "simulated", problems=4, seed=os.getpid(), folder=tmp_path, stop="sure") == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_what_if_of_the_recorded_order_has_the_counted_tokens_of_a_real_run(run, full, tmp_path, rule):
+    """Lines are what a stopped run keeps, and their tokens are the replay's, to the token."""
+    flags, output = RULES[rule], tmp_path / "out.jsonl"
+    assert run(output, *flags)[0] == 0
+    counted, args = rows_of(output), parse_args(flags)
+    policy = Policy(args.stop_vote, args.stop, args.alpha if args.stop == "certified" else None)
+    with Grader() as grader:
+        analysis = analyse(read_run(full, "full"), grader)
+        recorded = what_if(analysis, [policy], grader).chosen[0]["recorded"]
+    assert recorded["repetitions"] == len(counted) < PROBLEMS * REPETITIONS
+    assert recorded["generated"] == sum(row["tokens_generated"] for row in counted)
