@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,7 @@ from eval_lib.grading import Grader
 from eval_lib.stopping import Stopping, StopTest, stopping_point
 from report_lib.data import read_run
 from report_lib.regrade import regrade
-from search_lib import run_files
+from search_lib import run_files, run_stopping
 from search_lib.arguments import parse_args
 from search_lib.run_reader import RunPaths, read_meta
 from search_lib.run_stopping import RunStops
@@ -65,12 +66,21 @@ class Engine(simulated_eval.SimEngine):
         return await super().generate(requests)
 
 
+class AtOnce(ThreadPoolExecutor):
+    """No thread: the clock of virtual time goes on while one works, and what finishes meanwhile is chance."""
+
+    def submit(self, work, /, *arguments, **keywords):
+        done = Future()
+        done.set_result(work(*arguments, **keywords))
+        return done
+
+
 @pytest.fixture(scope="module")
 def run(inputs):
     """main(), in virtual time, with simulated models; returns its status and its engines (none where none was loaded).
     timing: seed of how long blocks take."""
 
-    def run(output: Path, *more, timing: int = 0, fail_after: int | None = None, slow=None):
+    def run(output: Path, *more, timing: int = 0, fail_after: int | None = None, slow=None, threads=AtOnce):
         engines = []
 
         def engine(args, plan):
@@ -79,7 +89,10 @@ def run(inputs):
 
         random.seed(timing)
         loaders = inference_eval.Loaders(engine, simulated_eval.LOADERS.scorer, simulated_eval.LOADERS.tokenizer)
-        with mock.patch.object(asyncio, "run", run_virtual):
+        with (
+            mock.patch.object(asyncio, "run", run_virtual),
+            mock.patch.object(run_stopping, "ThreadPoolExecutor", threads),
+        ):
             return inference_eval.main([*inputs, "--output_path", str(output), *more], loaders), engines
 
     return run
@@ -95,9 +108,12 @@ def full(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(run, tmp_path_factory) -> Path:
-    """A finished run with --stop."""
+    """A finished run with --stop, of which some searches are aborted and some finished in vain."""
     output = tmp_path_factory.mktemp("stopped") / "out.jsonl"
-    assert run(output, *ONCE)[0] == 0
+    assert run(output, *ONCE, "--batch_size", "24")[0] == 0
+    paths = RunPaths.of(output)
+    finished = {key(row) for path in (paths.results, paths.uncounted) for row in rows_of(path)}
+    assert rows_of(paths.uncounted) and {key(row) for row in rows_of(paths.tree)} - finished
     return output
 
 
@@ -219,7 +235,7 @@ def test_other_searches_go_on_while_classes_are_asked_for(run, full, tmp_path, m
 
     monkeypatch.setattr(Grader, "answer_classes", slowly)
     monkeypatch.setattr(run_files.RunFiles, "add_round", lambda *a: written.append(a) or add(*a))
-    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "12")[0] == 0
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "12", threads=ThreadPoolExecutor)[0] == 0
     assert within[0] > 10
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
 
@@ -230,7 +246,7 @@ def test_two_that_finish_while_classes_are_asked_for_are_looked_at_once_each(run
     add = StopTest.add
     monkeypatch.setattr(Grader, "answer_classes", lambda *a: time.sleep(0.02) or classes(*a))
     monkeypatch.setattr(StopTest, "add", lambda self, *a: told.append((self, self.trees)) or add(self, *a))
-    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48")[0] == 0
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48", threads=ThreadPoolExecutor)[0] == 0
     for test in {one for one, _ in told}:
         assert [count for one, count in told if one is test] == list(range(test.trees))
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
