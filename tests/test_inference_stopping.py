@@ -331,9 +331,14 @@ def test_another_rule_counts_other_lines_of_the_same_searches(then, run, full, s
 def test_more_repetitions_take_back_what_lies_aside(run, stopped, tmp_path, inputs):
     """`sure` of more repetitions needs more of them; the lines are those of a run that was begun with so many."""
     output, more = copied(stopped, tmp_path), ["--num_repetitions", "10"]
-    aside = {key(row) for row in rows_of(RunPaths.of(output).uncounted)}
+    uncounted = RunPaths.of(output).uncounted
+    aside = {key(row) for row in rows_of(uncounted)}
+    rows = [json.loads(line) | {"dt": 12345.0} for line in uncounted.read_text().splitlines()]  # to be known by
+    uncounted.write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, (engine,) = run(output, *ONCE, *more)
     assert status == 0
+    again = [json.loads(line) for path in (output, uncounted) for line in path.read_text().splitlines()]
+    assert {key(row) for row in again if row["dt"] == 12345.0} == aside
     assert not {f"{i}/{r}" for i, r in aside} & {group for group, _ in engine.asked}
     assert run(tmp_path / "new.jsonl", *ONCE, *more)[0] == 0
     assert rows_of(output) == rows_of(tmp_path / "new.jsonl")
