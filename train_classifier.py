@@ -37,33 +37,37 @@ logger = logging.getLogger("train_classifier")
 def train(args: argparse.Namespace) -> int:
     """Train to `num_steps`, or to a signal. Returns the exit status."""
     # These bring torch and transformers, seconds of import: only once the flags are known to be right.
+    from training_lib.certificate import certify_run
     from training_lib.checkpoints import lock_run, restore
     from training_lib.evaluation import evaluate, format_evaluation
+    from training_lib.fitting import memory_line
     from training_lib.loop import TrainingRun
     from training_lib.plan import make_plan
     from training_lib.ranks import distribute, join_ranks
     from training_lib.step import TrainStep, load_model, make_optimizer
 
-    with join_ranks(args.device, args.fsdp) as world, contextlib.ExitStack() as at_end:
-        autocast = world.device.type == "cuda" if args.autocast is None else args.autocast
+    with join_ranks(args.device) as world, contextlib.ExitStack() as at_end:
         with world.together():
             if world.rank == 0 and not args.eval_only:  # before it is looked for what there is to go on from
                 at_end.callback(lock_run(Path(args.save_dir) / args.run_name).release)
-        plan = make_plan(args, world, autocast or args.param_dtype == "bf16")
+        plan = make_plan(args, world)
         logger.info(
-            "=> %d roll-outs a step on %d ranks, %s; %d steps an epoch; attention %s, on %s", args.total_batch_size,
-            world.size, plan.layout, plan.train.steps_per_epoch, plan.attention.name, world.device,
+            "=> %d roll-outs a step on %d ranks, %s; %d steps an epoch; %s, attention %s, on %s", args.total_batch_size,
+            world.size, plan.layout, plan.train.steps_per_epoch, plan.precision, plan.attention.name, world.device,
         )  # fmt: skip
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
             return 0
+        if plan.memory:
+            logger.info("%s", memory_line(plan.memory, str(world.device)))
         with world.together():
             tracker, pusher = open_services(args, world.rank, plan.trainer.get("tracker"))
 
+        certify_run(args, plan, world)
         model = load_model(args, plan, world)
         step = TrainStep(
-            distribute(model, world, args.fsdp), world, plan.attention, autocast, args.total_batch_size,
-            pairs=args.train_bt_model, packed=args.packing != "none", sharded=args.fsdp,
+            distribute(model, world, plan.precision), world, plan.attention, plan.precision.autocast, args.total_batch_size,
+            pairs=args.train_bt_model, packed=args.packing != "none", sharded=plan.precision.fsdp,
         )  # fmt: skip
         if args.eval_only:
             logger.info("step %d %s", plan.step, format_evaluation(evaluate(step, plan.validation)))

@@ -32,7 +32,10 @@ PADDING = "def pad_input(): pass\ndef unpad_input(): pass\n"
 # As their wheels are: flash-attn 4 has no flash_attn/__init__.py, which is what a look-up by name falls for.
 PACKAGES = {
     "flash_attn-2.8.3": {"flash_attn/__init__.py": FUNCTIONS, "flash_attn/bert_padding.py": PADDING},
-    "flash_attn_4-4.0.0b18": {"flash_attn/cute/__init__.py": FUNCTIONS},
+    "flash_attn_4-4.0.0b18": {
+        "flash_attn/cute/__init__.py": FUNCTIONS,
+        "flash_attn/cute/interface.py": "def _flash_attn_fwd(): pass\ndef _flash_attn_bwd(): pass\n",
+    },
     "flash_attn_3-3.0.0b1": {"flash_attn_interface.py": FUNCTIONS},
 }  # fmt: skip
 

@@ -5,6 +5,10 @@ Each case is a process of its own: the transformers library looks at what is ins
 
 from flash_packages import believing, install
 
+from training_lib.attention import ATTENTIONS
+
+REASON = {name: attention.reason for name, attention in ATTENTIONS.items()}
+
 # As with a network and the hub's `kernels` package, whose kernels the library takes where a package is missing.
 USERS = """
 import argparse, pathlib, tempfile
@@ -30,7 +34,8 @@ with tempfile.TemporaryDirectory() as name:
             folder / "value", attn_implementation=name, torch_dtype=torch.bfloat16, use_cache=False
         )
         found[str(name)] = model.config._attn_implementation
-    found["training"] = {packing: choose_attention(packing, "cuda", True).name for packing in ("none", "pack", "tree")}
+    for name, dropout in (("training", True), ("training without dropout", False)):
+        found[name] = {packing: choose_attention(packing, "cuda", True, dropout).name for packing in ("none", "pack", "tree")}
     flags = ["--benchmark", folder / "p.jsonl", "--piref_model", folder / "generator", "--classifier_ckpt_path", folder / "value",
              "--max_length", "64", "--block_size", "16"]
     for more in ([], ["--attention_impl", "flash_attention_4"], ["--value_device", "cpu"]):
@@ -61,15 +66,19 @@ def test_flash_attn_4_is_not_taken_for_flash_attn_2(tmp_path):
     assert [found[name] for name in asked_for] == ["sdpa"] * 4 + ["flash_attention_4", "sdpa", "eager"]
     assert set(found["fetched"]) == {"flash_attention_4"}
     assert found["training"] == {"none": "sdpa", "pack": "packed_flex", "tree": "packed_flex"}
+    four = "varlen_flash_attention_4"
+    assert found["training without dropout"] == {"none": four, "pack": four, "tree": "packed_flex"}
     assert found["plans"] == ["sdpa", "flash_attention_4", "sdpa"]
 
+    torch = "this torch was built without it"
     another = "the flash-attn package is not installed (flash-attn-4 4.0.0b18, which SGLang brings, is another one: "
     told = [
         f"WARNING attention: flash_attention_2 was asked for, but {another}",
         f"WARNING attention: sdpa, since for flash_attention_2 {another}",
         "WARNING attention: flash_attention_3 was asked for, but the flash-attn-3 package is not installed; using sdpa",
-        f"WARNING attention: sdpa, since for flash_attention_2 {another}",  # of the layout none
-        f"WARNING attention: packed_flex, since for flash_attention_2 {another}",
+        f"WARNING attention: sdpa ({REASON['sdpa']}); varlen_torch: {torch}; varlen_flash_attention_2: {another}",
+        f"WARNING attention: packed_flex ({REASON['packed_flex']}); varlen_torch: {torch}; varlen_flash_attention_2: {another}",
+        *(f"INFO attention: {name} ({REASON[name]})" for name in ("packed_flex", four, four, "packed_flex")),
         f"WARNING value model: attention: flash_attention_2 was asked for, but {another}",
         "INFO value model: attention: flash_attention_4",
         "INFO value model: attention: sdpa (on a CPU)",
@@ -87,7 +96,9 @@ def test_flash_attn_2_is_used_where_it_is(tmp_path):
         "None",
     }
     assert set(found["fetched"]) == {"flash_attention_2"}
-    assert found["training"] == {"none": "flash_attention_2", "pack": "flash_attention_2", "tree": "packed_flex"}
+    assert found["training"] == {
+        "none": "varlen_flash_attention_2", "pack": "varlen_flash_attention_2", "tree": "packed_flex",
+    }  # fmt: skip
     assert found["plans"] == ["flash_attention_2", "sdpa", "sdpa"]
     assert "INFO attention: flash_attention_2 (the fastest that can run here)" in found["said"]
     assert "INFO value model: attention: flash_attention_2" in found["said"]

@@ -117,7 +117,7 @@ def training_run(tmp_path_factory):
     flags = (
         f"--model_path {folder}/backbone --data_path {folder}/data --data_num_response 4 --max_length 40 --num_steps 2 "
         f"--total_batch_size 8 --micro_batch_size 4 --eval_every 2 --eval_size 4 --save_dir {folder} --run_name run "
-        "--device cpu"
+        "--device cpu --certify"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
@@ -129,13 +129,20 @@ def test_metrics_of_training(tables, training_run):
     documented = table(tables, "`metrics.jsonl`")
     found = keys_of(training_run / "metrics.jsonl")
     steps = {name for name in found if not name.startswith("eval/")}
-    assert set(documented) - {"eval/..."} == steps | {"mfu"}  # on known GPUs only
-    assert "known GPUs only" in documented["mfu"]
+    assert set(documented) - {"eval/..."} == steps | {"mfu", "peak_memory_gb"}  # on GPUs only
+    assert "known GPUs only" in documented["mfu"] and "on GPUs only" in documented["peak_memory_gb"]
     named = words_of(documented["eval/..."]) - {"--train_bt_model"}
     evaluated = {name.removeprefix("eval/") for name in found - steps}
     by_position = {name for name in named if name.endswith("_at_P")}
     assert {name.rpartition("_")[0] + "_P" for name in evaluated if "_at_" in name} <= by_position
     assert evaluated - {f"{name[:-1]}{p}" for name in by_position for p in POSITIONS} <= named
+
+
+def test_a_certificate(tables, training_run):
+    found = json.loads((training_run / "certificate.json").read_text())
+    documented = table(tables, "key of `certificate.json`")
+    assert set(documented) == set(found)
+    assert words_of(documented["distance"]) == set(found["distance"])
 
 
 def test_every_measure_of_an_evaluation_is_named(tables):

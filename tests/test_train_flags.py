@@ -3,6 +3,7 @@
 A row fails where its flag is ignored: the same run without the flag must not pass its check.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -223,7 +224,15 @@ TABLE: dict[str, Row] = {
     ),
     "compile": Row(True, lambda seen, _: len(seen.compiled) == 2 and seen.status == 0),
     "gradient_checkpointing": Row(False, lambda seen, _: seen.kernels == 2 * len(seen.trained)),
+    "activation_budget": Row(
+        0.4, lambda seen, _: torch._functorch.config.activation_memory_budget == 0.4 and len(seen.steps) == 3, {"compile": True},
+    ),
+    "certify": Row(True, lambda seen, _: json.loads((seen.run_dir / "certificate.json").read_text())["passed"]),
     "fsdp": Row(True, lambda seen, _: all(step.sharded for step in seen.steps) and seen.checkpoints == [3]),
+    "profile": Row(
+        2, lambda seen, _: json.loads((seen.run_dir / "profile-step-00000003.json").read_text())["traceEvents"],
+        {"num_steps": 5},
+    ),
     # evaluation, checkpoints, log
     "eval_every": Row(2, lambda seen, _: evaluated_at(seen) == [2, 4, 5], {"num_steps": 5, "eval_size": 5}),
     "eval_size": Row(7, lambda seen, _: len(rows_of(seen.evaluated)) == 7, {"eval_every": 3}),

@@ -11,6 +11,7 @@ from common_lib.cli import ArgumentParser, Rule, check_rules
 
 PACKINGS = ("none", "pack", "tree")
 AUTO = "auto"
+FSDP = (AUTO, "on", "off")
 # A resumed run must agree in these, or it would be another run; the others change at most rounding, or nothing.
 IDENTITY = (
     "model_path", "init_from", "data_path", "data_num_response", "small_group_size", "label_key", "skip_bad_rows",
@@ -18,13 +19,17 @@ IDENTITY = (
     "beta2", "weight_decay", "grad_norm_clip", "p_dropout", "num_labels", "train_bt_model", "param_dtype", "debug",
 )  # fmt: skip
 ROUNDING = (
-    "micro_batch_size", "packing", "row_tokens", "compile", "gradient_checkpointing", "autocast", "fsdp", "device", "world_size",
+    "micro_batch_size", "packing", "row_tokens", "compile", "gradient_checkpointing", "activation_budget",
+    "autocast", "fsdp", "device", "world_size",
 )  # fmt: skip
 # Flags that leave a choice to the run, and the value that does. What was chosen is in the checkpoint's arguments.
-AUTOMATIC: dict[str, Any] = {"packing": AUTO, "row_tokens": None}
+AUTOMATIC: dict[str, Any] = {
+    "packing": AUTO, "row_tokens": None, "gradient_checkpointing": None, "activation_budget": AUTO, "fsdp": AUTO,
+}  # fmt: skip
 # What a run did whose checkpoint is older than the flag; takes the run's arguments.
 OLD_BEHAVIOUR: dict[str, Callable[[dict[str, Any]], Any]] = {
     "row_tokens": lambda run: run["micro_batch_size"] * run["max_length"],
+    "activation_budget": lambda run: 1.0,
 }
 
 
@@ -47,7 +52,14 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
          f"whole {'pair' if args.train_bt_model else 'trace'}; give {longest_unit(args)} or more, or a smaller --max_length"),
         ("weight_decay", args.weight_decay >= 0, "must be 0 or more"),
         ("num_workers", args.num_workers is None or args.num_workers >= 0, "must be 0 or more"),
+        ("profile", args.profile >= 0, "must be 0 or more"),
         ("num_labels", args.num_labels == 1 or not args.train_bt_model, "must be 1 with --train_bt_model"),
+        ("activation_budget", args.activation_budget == AUTO or 0 < args.activation_budget <= 1, "must be auto, or above 0 "
+         "and at most 1"),
+        ("activation_budget", args.activation_budget == AUTO or args.compile, "needs --compile: without it whole layers "
+         "are computed again (--gradient_checkpointing)"),
+        ("activation_budget", args.activation_budget == AUTO or not args.gradient_checkpointing, "and "
+         "--gradient_checkpointing exclude each other: whole layers are computed again, or parts of them"),
         ("eval_every", args.eval_every > 0 or not args.eval_only, "must be above 0 with --eval_only"),
     ]  # fmt: skip
     check_rules(args, rules)
@@ -57,6 +69,8 @@ def parse_args(argv: Sequence[str] | None, description: str = "") -> argparse.Na
     if args.tracker is None:
         args.tracker = "neptune" if args.track or args.neptune_project is not None else "none"
     args.run_name = args.run_name or default_run_name(args)
+    if args.activation_budget != AUTO:
+        args.gradient_checkpointing = False  # also where the checkpoint to go on from had it
     args.held_out = args.validation_data_path or args.eval_size if args.eval_every > 0 else 0
     return args
 
@@ -83,6 +97,10 @@ def division_rules(args: argparse.Namespace) -> list[Rule]:
     ]  # fmt: skip
 
 
+def budget(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
 def longest_unit(args: argparse.Namespace) -> int:
     """Tokens of the longest thing that must share a row: a trace, or a Bradley-Terry pair."""
     return args.max_length * (2 if args.train_bt_model else 1)
@@ -91,6 +109,8 @@ def longest_unit(args: argparse.Namespace) -> int:
 def go_on_with(args: argparse.Namespace, trained: dict[str, Any]) -> dict[str, Any]:
     """What the flags leave to the run becomes what its checkpoint was trained with. Returns the checkpoint's arguments,
     with what an older one lacks filled in: then it did what `OLD_BEHAVIOUR` says."""
+    was = trained.get("fsdp", False)
+    trained = trained | {"fsdp": {True: "on", False: "off"}.get(was, was)}  # a switch until there was auto
     for name, automatic in AUTOMATIC.items():
         if getattr(args, name) == automatic:
             before = trained[name] if name in trained else OLD_BEHAVIOUR[name](vars(args))
@@ -139,7 +159,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--p_dropout", type=float, default=0.05, help="in attention and head")
     flag("--param_dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 parameters save memory, but small "
          "updates are lost in them")
-    flag("--autocast", action=switch, help="compute in bf16 (default: with a GPU)")
+    flag("--autocast", action=switch, help="compute in bf16 (default: with a GPU); with --fsdp on FSDP does the casting")
     flag("--use_dora", action=switch, default=False, help="accepted without effect, as in the released code")
 
     flag = parser.add_argument_group("optimization").add_argument
@@ -157,9 +177,19 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     flag("--compile", action=switch, default=False, help="torch.compile every layer")
-    flag("--gradient_checkpointing", action=switch, default=True, help="keep one activation a layer, and compute the "
-         "rest again (default: on)")
-    flag("--fsdp", action=switch, default=False, help="shard parameters, gradients and optimizer over the ranks (FSDP2)")
+    flag("--gradient_checkpointing", action=switch, help="keep one activation a layer, and compute the rest again "
+         "(default: on without --compile; with it see --activation_budget)")
+    flag("--activation_budget", type=budget, default=AUTO, help="with --compile: the part of its activations that a layer "
+         "keeps, above 0 and at most 1; what is cheapest is computed again (default: auto, as much as memory has room for; "
+         "a run that goes on keeps what it had)")
+    flag("--fsdp", nargs="?", const="on", choices=FSDP, default=AUTO, help="on: shard parameters, gradients and optimizer "
+         "over the ranks, and cast whole layers to bf16 (FSDP2); off: every rank has them all (DDP, autocast); auto: on with "
+         "a GPU; a run that goes on keeps what it had (default: auto)")
+    flag("--no-fsdp", dest="fsdp", action="store_const", const="off", help="--fsdp off")
+    flag("--profile", type=int, default=0, metavar="N", help="trace N steps, from the third on, into the run's folder and tell "
+         "where their time went")
+    flag("--certify", action=switch, help="before the first step, check attention of the rows that will be read: masks, leaks, "
+         "and the distance of loss and gradients from a float32 reference (default: with a GPU)")
 
     flag = parser.add_argument_group("evaluation, checkpoints, log").add_argument
     flag("--eval_every", type=int, default=200, help="steps; 0 or less: no evaluation, nothing held out")

@@ -1,7 +1,8 @@
 """Attention over the rows that a step reads: which kernel a layout runs on, and what the backbone is given for it.
 
-`none` is plain causal attention (SDPA, or flash-attn where installed). Packed rows run on a GPU on FlexAttention, or for
-`pack` on flash-attn's varlen kernel where installed; on a CPU on a dense mask through SDPA.
+On a GPU `none` and `pack` run on a flash kernel that is told where each sequence begins (varlen.py), `tree` on
+FlexAttention, which is also what `pack` falls back to, as `none` does to SDPA. A CPU runs all on SDPA, packed rows with a
+dense mask.
 """
 
 import functools
@@ -15,12 +16,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from classifier_lib.attention import flash_missing
 from training_lib.packing import BlockLists, MicroBatch, block_lists
+from training_lib.varlen import VARLEN, load_varlen, varlen_inputs, varlen_order
 
 logger = logging.getLogger(__name__)
 
 FLEX_BLOCK = 128
+# Both hold by construction: a row's length is a multiple of FLEX_BLOCK, which a compiler of dynamic shapes cannot know, and
+# every token sees itself. Without them each load is masked and each row is looked at for having seen nothing.
+FLEX_OPTIONS = {"IS_DIVISIBLE": True, "ROWS_GUARANTEED_SAFE": True}
 Inputs = dict[str, object]
 
 
@@ -28,11 +32,12 @@ Inputs = dict[str, object]
 class Attention:
     """A kernel, and what it asks of rows and of the forward pass."""
 
-    name: str  # of the transformers library, in whose table FLEX is entered below
+    name: str  # of the transformers library, in whose table ours are entered
     mask_inputs: Callable[[MicroBatch, torch.device], Inputs]
     row_multiple: int = 8  # packed rows are padded to a multiple of this
     has_dropout: bool = True
     prepare: Callable[[MicroBatch], MicroBatch] | None = None  # run where rows are laid out, not between steps
+    reason: str = ""  # why it is taken, for the log
 
     def inputs(self, batch: MicroBatch, device: torch.device) -> Inputs:
         """Keyword arguments of the model's forward for a micro batch; tensors on `device`."""
@@ -42,17 +47,23 @@ class Attention:
         return inputs | self.mask_inputs(batch, device)
 
 
-def choose_attention(packing: str, device: str, half_precision: bool) -> Attention:
-    """The fastest attention that can run a layout here. `device`: cpu or cuda."""
+def choose_attention(packing: str, device: str, half_precision: bool, dropout: bool = False) -> Attention:
+    """The fastest attention that can run a layout here, ready to use; its reason is said. `device`: cpu or cuda. `dropout`:
+    whether attention weights are to be dropped; see `varlen_order` for what that decides."""
     if device != "cuda":
         return SDPA
-    chosen = SDPA if packing == "none" else FLEX
-    if packing == "tree":
-        return chosen
-    missing = flash_missing(FLASH.name, torch.bfloat16 if half_precision else torch.float32)
-    if missing:
-        logger.warning("attention: %s, since for %s %s", chosen.name, FLASH.name, missing)
-    return chosen if missing else FLASH
+    chosen, missing = FLEX if packing != "none" else SDPA, {}
+    if packing != "tree":
+        for kernel in varlen_order(dropout):
+            reason = load_varlen(kernel, torch.bfloat16 if half_precision else torch.float32)
+            if reason is None:
+                chosen = ATTENTIONS[kernel.name]
+                break
+            missing[kernel.name] = reason
+    level = logging.WARNING if missing else logging.INFO
+    told = "".join(f"; {name}: {reason}" for name, reason in missing.items())
+    logger.log(level, "attention: %s (%s)%s", chosen.name, chosen.reason, told)
+    return chosen
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -70,17 +81,13 @@ def dense_mask(end: torch.Tensor) -> torch.Tensor:
     return ((place[None, :] <= place[:, None]) & (place[:, None] < end[:, None, :])).unsqueeze(1)
 
 
-def _flash_inputs(batch: MicroBatch, device: torch.device) -> Inputs:
-    """Which tokens are padding, for flash-attn to skip; of a packed row, where each trace begins, so that no layer has
-    to ask the GPU for it."""
-    if batch.end is None:
-        width = batch.input_ids.shape[1]
-        lengths = batch.last_index - np.arange(len(batch.last_index)) * width + 1
-        return {"attention_mask": on_device(np.arange(width) < lengths[:, None], device)}
-    positions = batch.position_ids[0]
-    starts = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
-    bounds, longest = on_device(starts, device), int(np.diff(starts).max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+def _bounds_on_device(batch: MicroBatch, device: torch.device) -> Inputs:
+    inputs = varlen_inputs(batch)
+    return inputs | {"cu_seq_lens_q": on_device(inputs["cu_seq_lens_q"], device)}
+
+
+def varlen_attention(name: str, has_dropout: bool, reason: str = "") -> Attention:
+    return Attention(name, _bounds_on_device, has_dropout=has_dropout, reason=reason)
 
 
 def _with_blocks(batch: MicroBatch) -> MicroBatch:
@@ -121,17 +128,21 @@ def _flex_forward(module, query, key, value, attention_mask, dropout=0.0, scalin
     # Inside a compiled layer the call is traced as it is; compiling it twice is what must not happen. Dynamic: rows differ
     # in length, and one kernel serves them all.
     attend = flex_attention if torch.compiler.is_compiling() else _compile(flex_attention, dynamic=True)
-    out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+    out = attend(
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True, kernel_options=dict(FLEX_OPTIONS)
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-SDPA = Attention("sdpa", _dense_inputs)
-FLASH = Attention("flash_attention_2", _flash_inputs)
+SDPA = Attention("sdpa", _dense_inputs, reason="torch's own choice of a kernel, with attention dropout")
 FLEX = Attention(
     "packed_flex", lambda batch, device: {"attention_mask": flex_mask(batch.end, device, batch.blocks)}, FLEX_BLOCK,
     has_dropout=False, prepare=_with_blocks,
+    reason="FlexAttention, which skips the blocks that no token may see; no attention dropout",
 )  # fmt: skip
-ATTENTIONS = {attention.name: attention for attention in (SDPA, FLASH, FLEX)}
+VARLEN_ATTENTIONS = [varlen_attention(kernel.name, kernel.has_dropout, kernel.reason) for kernel in VARLEN]
+ATTENTIONS = {attention.name: attention for attention in (SDPA, FLEX, *VARLEN_ATTENTIONS)}
+ATTENTIONS["flash_attention_2"] = ATTENTIONS["varlen_flash_attention_2"]  # its name in older checkpoints
 
 AttentionInterface.register(FLEX.name, _flex_forward)
 AttentionMaskInterface.register(FLEX.name, sdpa_mask)  # only asked for where no ready mask is given

@@ -81,16 +81,16 @@ class RankBatches:
         """Roll-outs, or pairs, of a micro batch."""
         return self.micro_batch_size // 2 if self.pairs else self.micro_batch_size
 
-    def cost(self, units: np.ndarray) -> float:
+    def cost(self, units: np.ndarray) -> int:
         """FLOPs of some units, in those of a token: of a micro batch for `none`, with its padding; of what shares a row for
-        packed rows, of which a trie is read. UserError where it cannot be."""
+        packed rows, of which a trie is read. UserError where it cannot be. Whole, so that no rank sums to another end."""
         lengths = self.table.lengths(units.ravel())
         if self.packing == "tree":
             tokens, pairs = trie_counts([self.table.trace(rollout) for rollout in units.ravel().tolist()])
-            return tokens + self.pair_cost * pairs
+            return round(tokens + self.pair_cost * pairs)
         if self.packing == "none":
             lengths = np.full_like(lengths, padded_width(int(lengths.max()), self.table.max_length))
-        return float(lengths.sum() + self.pair_cost * triangle(lengths).sum())
+        return round(int(lengths.sum()) + self.pair_cost * int(triangle(lengths).sum()))
 
     def __getitem__(self, step: int) -> list[MicroBatch] | str:
         """The step's micro batches, or the message of a fault in its data: exceptions lose their type in a worker."""

@@ -23,12 +23,14 @@ from common_lib.signals import StopSignal
 from common_lib.tracking import Tracker
 from training_lib.batch_order import RankBatches
 from training_lib.checkpoints import save_checkpoint
+from training_lib.compiling import graphs_compiled
 from training_lib.evaluation import evaluate, format_evaluation
 from training_lib.hub_push import HubPusher
 from training_lib.packing import MicroBatch
 from training_lib.plan import TrainingPlan
-from training_lib.ranks import PATIENT, STEPPING, World
+from training_lib.ranks import PATIENT, STEPPING, World, clear_gradients, clip_gradients
 from training_lib.step import TrainStep, learning_rate, peak_flops, step_flops
+from training_lib.step_profile import SKIPPED, StepProfile
 
 
 @dataclass
@@ -52,13 +54,19 @@ class TrainingRun:
                 self.progress = Progress(self.progress_line)
         self.tracker.log_configs(vars(self.args) | {"attention": self.plan.attention.name, "versions": versions()})
         self.record: dict[str, float] = {}  # of the last step
+        self.graphs = graphs_compiled()  # before this run
+        first, count = self.plan.step + SKIPPED + 1, self.args.profile if self.world.rank == 0 else 0
+        self.profile = StepProfile(count, first, self.plan.run_dir, self.world.device, self.say)
         self.begun = self.clock = time.perf_counter()
+        self.waited = 0.0  # for the data of the last step
 
     def train(self, stop: StopSignal) -> int:
         """Every step that is left. Returns the exit status."""
         args, first = self.args, self.plan.step
-        for done, batches in enumerate(read_steps(args, self.plan.train, first, self.world), first + 1):
-            self.train_step(done, batches)
+        steps = timed(read_steps(args, self.plan.train, first, self.world))
+        for done, (batches, self.waited) in enumerate(steps, first + 1):
+            with self.profile.step(done):
+                self.train_step(done, batches)
             signals = max(self.world.gather(stop.received or 0))
             if done == first + 1:  # all has been compiled
                 self.world.wait_at_most(STEPPING)
@@ -88,22 +96,24 @@ class TrainingRun:
         counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
         loss, computed, real, owned, pairs = self.world.sum([sum(losses), *map(sum, zip(*counts, strict=True))])
         lr = args.max_lr if args.disable_lr_schedule else learning_rate(number - 1, args.num_steps, args.max_lr)
-        norm = torch.nn.utils.clip_grad_norm_(self.step.model.parameters(), args.grad_norm_clip)
-        norm = float(norm.full_tensor() if args.fsdp else norm)
+        norm = clip_gradients(self.step.model, args.grad_norm_clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.stop_not_finite(number, loss, norm, losses, batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.step.model, self.optimizer)
 
         seconds = time.perf_counter() - self.clock
         self.record = {
             "step": number, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds,
-            "tokens_per_s": computed / seconds, "real_tokens_per_s": real / seconds, "loss_tokens_per_s": owned / seconds,
+            "data_seconds": self.waited, "tokens_per_s": computed / seconds, "real_tokens_per_s": real / seconds,
+            "loss_tokens_per_s": owned / seconds, "graphs": graphs_compiled() - self.graphs,
         }  # fmt: skip
         if peak := peak_flops(self.world.device):
             self.record["mfu"] = step_flops(self.model, real, pairs) / seconds / (peak * self.world.size)
+        if (most := peak_memory(self.world)) is not None:
+            self.record["peak_memory_gb"] = most
         self.log(number, self.record, attention=self.plan.attention.name)
         if self.progress:
             self.progress.update(now=number == self.plan.step + 1)
@@ -169,6 +179,7 @@ class TrainingRun:
     def close(self) -> None:
         """Every rank calls it: rank 0 may push for long, and then the ranks leave together."""
         self.world.wait_at_most(PATIENT)
+        self.profile.close()
         if self.metrics:
             with contextlib.suppress(OutputError):  # told already, by the line or the checkpoint that did not fit
                 self.metrics.close()
@@ -187,6 +198,25 @@ def read_steps(args: argparse.Namespace, batches: RankBatches, first: int, world
     for found in loader:
         world.raise_together(found if isinstance(found, str) else None)
         yield found
+
+
+def timed(steps: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float]]:
+    """Each with the seconds that it was waited for, by this rank or by another that it waited for."""
+    while True:
+        begin = time.perf_counter()
+        found = next(steps, None)
+        if found is None:
+            return
+        yield found, time.perf_counter() - begin
+
+
+def peak_memory(world: World) -> float | None:
+    """GB of tensors on a GPU at most since this was last asked, of the rank that had most; None on a CPU."""
+    if world.device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)
+    return max(world.gather(peak)) / 1e9
 
 
 def open_metrics(path: Path, last_step: int) -> LineFile:

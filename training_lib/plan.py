@@ -12,7 +12,10 @@ from training_lib.arguments import IDENTITY, ROUNDING, go_on_with
 from training_lib.attention import ATTENTIONS, Attention, choose_attention
 from training_lib.batch_order import RankBatches, hold_out
 from training_lib.checkpoints import checkpoints, newest_resumable, read_trainer
+from training_lib.fitting import settle_memory
 from training_lib.layout import pair_cost, settle_layout
+from training_lib.memory import TrainingMemory
+from training_lib.precision import Precision, settle_precision
 from training_lib.ranks import World
 from training_lib.rollout_data import load_rollouts
 from training_lib.rollout_table import RolloutTable
@@ -29,7 +32,9 @@ class TrainingPlan:
     trainer: dict[str, Any]  # what its trainer.json says
     model_dir: Path  # the weights to start from
     has_head: bool  # or they are a backbone, which gets a fresh one
+    precision: Precision
     attention: Attention
+    memory: TrainingMemory | None  # that a step will hold; None where there is none
     saved: float | None  # share of the tokens that shared prefixes save, where that was asked for
     train: RankBatches
     validation: RankBatches | None
@@ -55,19 +60,20 @@ class TrainingPlan:
         return {"rows": len(table.rows), "rollouts": len(table), "rollout_tokens": int(table.roll_out_lengths.sum())}
 
 
-def make_plan(args: argparse.Namespace, world: World, half_precision: bool) -> TrainingPlan:
+def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     """Find the checkpoint to go on from, and read and check model folder and data. Raises UserError.
 
-    Fills in what the flags leave to the run: packing and row_tokens, as the checkpoint was trained or as the data ask for.
-    half_precision: attention computes in bf16.
+    Fills in what the flags leave to the run: packing, row_tokens, fsdp, gradient_checkpointing and activation_budget, as the
+    checkpoint was trained, or as data and device ask for.
     """
     run_dir = Path(args.save_dir) / args.run_name
     checkpoint = find_checkpoint(args, world, run_dir)
     trainer = read_trainer(checkpoint) if checkpoint else {}
     going_on, attention = checkpoint and not args.eval_only, None
+    old = go_on_with(args, trainer["arguments"]) if going_on else {}
+    precision = settle_precision(args, world.device.type)
     if going_on:
-        old = go_on_with(args, trainer["arguments"])
-        attention = choose_attention(args.packing, world.device.type, half_precision)
+        attention = choose_attention(args.packing, world.device.type, precision.half_attention, args.p_dropout > 0)
         check_same_run(args, old, trainer.get("attention"), run_dir, attention)
     has_head = bool(checkpoint or args.init_from)
     if args.eval_only and not has_head:
@@ -75,7 +81,9 @@ def make_plan(args: argparse.Namespace, world: World, half_precision: bool) -> T
     info = find_model(args, world)
     tables = read_tables(args, world, info.vocab_size)
     saved = settle_layout(args, tables[0], world)
-    attention = attention or choose_attention(args.packing, world.device.type, half_precision)
+    attention = attention or choose_attention(
+        args.packing, world.device.type, precision.half_attention, args.p_dropout > 0
+    )
     train, validation = (
         RankBatches(
             table, args.seed, args.total_batch_size, args.micro_batch_size, args.packing, args.small_group_size,
@@ -84,9 +92,11 @@ def make_plan(args: argparse.Namespace, world: World, half_precision: bool) -> T
         for table in tables
     )  # fmt: skip
     check_enough(args, train, validation)
+    memory = None if args.eval_only else settle_memory(args, info, precision, attention, tables[0], world)
     plan = TrainingPlan(
-        run_dir, checkpoint, trainer, checkpoint or Path(info.path), has_head, attention, saved, train, validation
-    )
+        run_dir, checkpoint, trainer, checkpoint or Path(info.path), has_head, precision, attention, memory, saved, train,
+        validation,
+    )  # fmt: skip
     if going_on and trainer["data"] != plan.data:
         then, now = trainer["data"], plan.data
         raise UserError(

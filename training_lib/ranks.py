@@ -20,6 +20,7 @@ from common_lib.cli import UserError
 from common_lib.devices import resolve_device
 from common_lib.files import OutputError
 from training_lib.launch import RankError
+from training_lib.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class World:
 
 
 @contextlib.contextmanager
-def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
+def join_ranks(device: str) -> Iterator[World]:
     """Join the run that torchrun's environment describes. `device`: auto, cpu or cuda. Raises UserError."""
     kind = resolve_device(device, "--device")
     rank, size, local = (int(os.environ.get(name, default)) for name, default in
@@ -117,15 +118,11 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
     place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    grouped = size > 1 or fsdp
-    if grouped:
-        # Objects, flags and sums travel by gloo, so that no kernel waits for them; gradients on a GPU by nccl.
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        store = None if size > 1 else dist.HashStore()
-        check_host_address()
-        dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=PATIENT)
+    world = World(rank, size, place)
+    if size > 1:
+        start_group(world)
     try:
-        yield World(rank, size, place)
+        yield world
     except RuntimeError as error:
         message = (str(error) or "no message").splitlines()[0].partition(". ")[0]
         if not isinstance(error, dist.DistError) and not any(words in message for words in LOST):
@@ -135,8 +132,17 @@ def join_ranks(device: str, fsdp: bool) -> Iterator[World]:
             "the same command goes on from the last checkpoint"
         ) from error
     finally:
-        if grouped and size == 1:  # several leave by launch.leave_ranks
+        if size == 1 and dist.is_initialized():  # several leave by launch.leave_ranks
             dist.destroy_process_group()
+
+
+def start_group(world: World) -> None:
+    """The process group of the ranks; of one, which only FSDP wants."""
+    # Objects, flags and sums travel by gloo, so that no kernel waits for them; gradients on a GPU by nccl.
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    store = None if world.size > 1 else dist.HashStore()
+    check_host_address()
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, store=store, timeout=PATIENT)
 
 
 # How gloo's messages tell it, which are RuntimeErrors
@@ -168,27 +174,46 @@ def _is_inside(name: str) -> bool:
     return ipaddress.ip_address(str(address).split("%")[0]).is_loopback
 
 
-def distribute(model: nn.Module, world: World, fsdp: bool) -> nn.Module:
+def distribute(model: nn.Module, world: World, precision: Precision) -> nn.Module:
     """The model as it is called in training: sharded, replicated, or itself."""
-    if fsdp:
-        from torch.distributed.fsdp import fully_shard  # slow to import
+    if precision.fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
+        if not dist.is_initialized():
+            start_group(world)
+        # The optimizer steps on the parameters as they are stored; gradients are summed and kept in fp32.
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of success_probs, a view that nothing writes to
+        mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision.half else MixedPrecisionPolicy()
         for layer in model.model.layers:
-            fully_shard(layer)
-        return fully_shard(model)
+            fully_shard(layer, mp_policy=mixed)
+        return fully_shard(model, mp_policy=mixed)
     if world.size > 1:
         devices = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
             # torch 2.13 deprecates the flag, earlier ones do not know its successor.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             # The only buffers are the rotary frequencies, which never change.
-            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            return DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     return model
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """Exchange gradients in this backward pass only where `enabled`: the last of a step."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(enabled)
+    """DDP exchanges gradients in this backward pass only where `enabled`: the last of a step. FSDP does in every one, as a
+    rank would else hold the whole model's."""
     replicated = isinstance(model, DistributedDataParallel)
     return model.no_sync() if replicated and not enabled else contextlib.nullcontext()
+
+
+def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """After a step. DDP's lie in its buckets: let go, the next passes would make others beside them."""
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+
+
+def clip_gradients(model: nn.Module, most: float) -> float:
+    """Scale all gradients to a joint norm of `most` at most; the norm before, over all ranks' shards."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -12,6 +12,7 @@ from torch import nn
 from classifier_lib import Qwen2ForClassifier, bradley_terry_loss, rollout_loss
 from common_lib.cli import quiet_transformers
 from training_lib.attention import Attention, on_device
+from training_lib.compiling import activation_budget, compile_layers, whole_layers
 from training_lib.packing import MicroBatch, empty_batch
 from training_lib.ranks import World, gradient_sync
 
@@ -109,21 +110,15 @@ def set_up_model(
         )
     model.set_dropout(attention=args.p_dropout if attention.has_dropout else 0.0, head=args.p_dropout)
     model.set_attn_implementation(attention.name)
-    if args.gradient_checkpointing:
+    if whole_layers(args):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(world.device)
     # DDP's graph splitter has nothing to split in graphs of one layer, and it does not know FlexAttention.
     torch._dynamo.config.optimize_ddp = False
     if args.compile:
-        compile_layers(model)
+        compile_layers(model, activation_budget(args))
     torch.manual_seed(args.seed * 1_000_003 + world.rank)  # dropout differs between ranks
     return model.train()
-
-
-def compile_layers(model: Qwen2ForClassifier, backend: str = "inductor") -> None:
-    """Compile each layer's forward: the layers share one graph for all row lengths, and checkpointing stays outside."""
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ The lengths are no real data's: in each row 14 roll-ins of 4 nested prefixes, pr
 lognormal with mean 6k and standard deviation 4k, traces cut at 16384 (`scale` makes all of them shorter).
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gpu_parts.models import SHAPES
+from gpu_parts.models import SHAPES, model_info
 from gpu_parts.report import Report
 from training_lib.batch_order import RankBatches
+from training_lib.layout import pair_cost
+from training_lib.memory import StepShape, TrainingMemory, choose_activation_budget, estimate_memory
+from training_lib.precision import Precision
 from training_lib.rollout_table import RolloutTable
 
 MAX_LENGTH, PER_ROW = 16_384, 56
@@ -22,7 +26,8 @@ LAYOUTS = {"none": ("none", None)} | {
     for packing in ("pack", "tree")
     for size in (32_768, 65_536, 131_072)
 }
-PAIR_COST = 1 / 15_234  # of an attended pair in tokens, at 1.5B: training_lib.layout.pair_cost
+MODEL = model_info(SHAPES["full"])
+CARD = 80 * 10**9  # bytes
 MU = np.log(6000) - SIGMA**2 / 2
 
 
@@ -77,7 +82,18 @@ def count_tokens(
     counts = Counts()
     for rank in range(RANKS):
         batches = RankBatches(
-            table, 0, TOTAL_BATCH, MICRO_BATCH, packing, group, False, rank, RANKS, 128, row_tokens, pair_cost=PAIR_COST
+            table,
+            0,
+            TOTAL_BATCH,
+            MICRO_BATCH,
+            packing,
+            group,
+            False,
+            rank,
+            RANKS,
+            128,
+            row_tokens,
+            pair_cost=pair_cost(MODEL),
         )
         for batch in (batch for step in range(steps) for batch in batches[step]):
             counts.computed += batch.input_ids.size
@@ -88,14 +104,28 @@ def count_tokens(
 
 
 def what_packing_saves(report: Report, rows: int = 32, steps: int = STEPS) -> dict[tuple[str, int], Counts]:
-    """Tokens computed per loss token, at the full lengths whatever the device. Returns what was counted by layout and
-    `--small_group_size`."""
+    """Tokens computed per loss token, at the full lengths whatever the device, and beside them what a rank of the released
+    command holds. Returns what was counted by layout and `--small_group_size`."""
     table, counted = synthetic_table(rows, SHAPES["full"]["vocab_size"]), {}
     for layout, (packing, row_tokens) in LAYOUTS.items():
+        figure = functools.partial(report.figure, "tokens computed per loss token", case=layout)
         for group in GROUPS:
             counts = counted[layout, group] = count_tokens(table, packing, group, row_tokens, steps)
-            report.figure("tokens computed per loss token", f"groups of {group}", counts.per_loss_token, case=layout)
-        report.figure(
-            "tokens computed per loss token", "padding", 100 * (1 - 1 / counts.padded_over_real), "%", case=layout
-        )
+            figure(f"groups of {group}", counts.per_loss_token)
+        figure("padding", 100 * (1 - 1 / counts.padded_over_real), "%")
+        memory = step_memory(row_tokens)
+        figure("memory of a rank", memory.total / 1e9, "GB")
+        figure("activation budget", memory.shape.budget)
     return counted
+
+
+def step_memory(row_tokens: int | None) -> TrainingMemory:
+    """Of a rank of the released command's four, compiled, by FSDP in bf16, with the activation budget that is chosen for an
+    80 GB card. row_tokens: of packed rows, None for padded micro batches."""
+    shape = StepShape(
+        row_tokens or MICRO_BATCH * MAX_LENGTH, Precision(True, True), RANKS, checkpointing=False, compiled=True,
+        packed=row_tokens is not None,
+    )  # fmt: skip
+    budget = choose_activation_budget(MODEL, shape, CARD)  # None: whole layers are computed again
+    shape = replace(shape, checkpointing=True) if budget is None else replace(shape, budget=budget)
+    return estimate_memory(MODEL, shape)

@@ -13,6 +13,7 @@ from transformers import Qwen2Config
 
 from classifier_lib import Qwen2ForClassifier
 from common_lib.devices import memory_of
+from common_lib.models import ModelInfo
 from gpu_parts.report import Report
 
 TINY = SMALL | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=512)
@@ -21,6 +22,23 @@ FULL = SMALL | dict(  # of DeepSeek-R1-Distill-Qwen-1.5B and of the value model
     vocab_size=151_936,
 )  # fmt: skip
 SHAPES = {"tiny": TINY, "small": SMALL, "full": FULL}
+
+
+def model_info(shapes: dict[str, Any]) -> ModelInfo:
+    """What is known of a model of these shapes, as of a checkpoint's."""
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    return ModelInfo(
+        path="a Qwen2", fingerprint="", head_dim=shapes["hidden_size"] // shapes["num_attention_heads"],
+        max_position_embeddings=131_072, tie_word_embeddings=False, num_parameters=None, num_parameters_embedding=None,
+        num_labels=None, has_lm_head=None, **{name: shapes[name] for name in names},
+    )  # fmt: skip
 
 
 def value_model(

@@ -14,17 +14,19 @@ from torch.nn import functional as F
 
 from classifier_lib import Qwen2ForClassifier
 from gpu_parts.layouts import MICRO_BATCH, synthetic_table, what_packing_saves
-from gpu_parts.models import NOT_ON_CPU, SHAPES, free_memory, peak_gb, timed, value_model
+from gpu_parts.models import SHAPES, free_memory, timed, value_model
 from gpu_parts.needs import need
+from gpu_parts.released import released_steps, speed_figures
 from gpu_parts.report import Report
 from training_lib import attention as attention_module
 from training_lib.arguments import parse_args
 from training_lib.attention import FLEX, Attention, choose_attention
 from training_lib.batch_order import RankBatches
+from training_lib.compiling import compile_layers, graphs_compiled
 from training_lib.packing import MicroBatch, Trace
 from training_lib.ranks import World
 from training_lib.rollout_table import RolloutTable
-from training_lib.step import TrainStep, compile_layers, make_optimizer, peak_flops, set_up_model, step_flops
+from training_lib.step import TrainStep, make_optimizer, set_up_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -47,9 +49,11 @@ class Case:
 
 
 CASES = [  # the ones that matter most first: the time may end
-    Case("none"), Case("tree"), Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
+    Case("none"), Case("tree"),  # and then the released command's steps
+    Case("tree", compiled=True), Case("pack"), Case("none", compiled=True),
     Case("pack", compiled=True), Case("tree", 1), Case("tree", 1, compiled=True),
 ]  # fmt: skip
+COMPARED_FIRST = 2
 CHECK = {"tiny": 1 / 128, "small": 1 / 64, "full": 1 / 8}  # scale of the lengths where gradients are compared
 SPEED = {"tiny": 1 / 128, "small": 1 / 32, "full": 1.0}
 RIGHT, SPEED_TABLE = "relative difference to plain roll-outs one by one, float32", "one step of 8 roll-outs"
@@ -115,7 +119,7 @@ class StepBench:
         model = value_model(self.report.size, self.report.device, torch.float32)
         set_up_model(model, args, attention, self.world)
         if case.compiled:
-            compile_layers(model, "inductor" if self.device.type == "cuda" else "aot_eager")
+            compile_layers(model, backend="inductor" if self.device.type == "cuda" else "aot_eager")
         return TrainStep(model, self.world, attention, self.autocast, MICRO_BATCH, packed=case.packing != "none")
 
 
@@ -141,17 +145,12 @@ def with_wrong_mask(attention: Attention) -> Attention:
     return replace(attention, mask_inputs=mask_inputs)
 
 
-def graphs() -> int:
-    """That were compiled so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 @contextmanager
 def flex_on_cpu() -> Iterator[None]:
     """FlexAttention with its backward on a CPU, which torch has not: by the backend aot_eager."""
     by_eager = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
     with (
-        mock.patch("torch.nn.attention.flex_attention._validate_device"),
+        mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *parts: None),
         mock.patch.object(attention_module, "_compile", by_eager),
     ):
         yield
@@ -174,7 +173,9 @@ def run(report: Report) -> None:
     if report.size == "tiny":
         report.leave_out("compiled, but for one layout", "--tiny: compiling takes seconds")
         cases = [case for case in cases if not case.compiled or case == CASES[2]]
-    for case in cases:
+    for i, case in enumerate(cases):
+        if i == COMPARED_FIRST:
+            released_steps(report)
         stated = need("training", case.name, report.size)
         if report.has_time(
             bench.seconds.get(case.compiled) or max(stated, 2 * bench.seconds.get(False, 0.0)), case.name
@@ -189,10 +190,12 @@ def run(report: Report) -> None:
 
 def measure(bench: StepBench, case: Case) -> None:
     report, step = bench.report, bench.step(case)
-    before = graphs()
+    before = graphs_compiled()
     compare(bench, case, step)
-    made = graphs() - before
-    if case.attention:  # a stand-in for a GPU's: nothing to time
+    made = graphs_compiled() - before
+    if case.attention or (
+        report.size == "full" and not case.compiled
+    ):  # a stand-in for a GPU's, or nobody's way to train
         return
     optimizer = make_optimizer(step.model, 1e-5, (0.9, 0.95), 0.1)
     step.model.dropout.p = 0.05
@@ -216,11 +219,15 @@ def measure(bench: StepBench, case: Case) -> None:
             report.leave_out(f"{case.name}, micro batches of {micro} roll-outs", "out of memory")
     else:
         raise torch.OutOfMemoryError(f"with micro batches of {MICRO_BATCH // 2}, too")
-    speed_figures(report, case.name, step, batches, seconds)
+    speed_figures(report, SPEED_TABLE, case.name, step, batches, seconds)
     if case.compiled:
         report.figure(SPEED_TABLE, "graphs", made, case=case.name)
         report.figure(
-            SPEED_TABLE, "compiled again for longer rows", graphs() - before - made, case=case.name, at_most=made
+            SPEED_TABLE,
+            "compiled again for longer rows",
+            graphs_compiled() - before - made,
+            case=case.name,
+            at_most=made,
         )
 
 
@@ -243,17 +250,3 @@ def compare(bench: StepBench, case: Case, step: TrainStep) -> None:
         replace(step, attention=with_wrong_mask(step.attention)).backward(batches)
         wrong = distance(step.model, expected)
         report.figure(RIGHT, "gradients, planted wrong mask", wrong, case=case.name, at_least=FOUND * bound)
-
-
-def speed_figures(report: Report, case: str, step: TrainStep, batches: list[MicroBatch], seconds: float) -> None:
-    """Rates as the trainer logs them."""
-    counts = [(b.input_ids.size, b.num_tokens, len(b.token_index), b.num_pairs) for b in batches]
-    computed, real, owned, pairs = map(sum, zip(*counts, strict=True))
-    peak = peak_flops(step.world.device)
-    mfu = 100 * step_flops(step.model, real, pairs) / seconds / peak if peak else None
-    report.figure(SPEED_TABLE, "step", seconds, "s", case=case)
-    report.figure(SPEED_TABLE, "tokens computed", computed, case=case)
-    report.figure(SPEED_TABLE, "real tokens/s", real / seconds, case=case)
-    report.figure(SPEED_TABLE, "loss tokens/s", owned / seconds, case=case)
-    report.figure(SPEED_TABLE, "MFU", mfu, "%", case=case, why="no peak is known")
-    report.figure(SPEED_TABLE, "peak memory", peak_gb(report.device), "GB", case=case, why=NOT_ON_CPU)

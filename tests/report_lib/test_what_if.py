@@ -14,11 +14,12 @@ from eval_lib.calibration import cross_fitted_log_odds, fit_log_odds, log_odds
 from eval_lib.grading import Grader
 from report_lib.analysis import analyse
 from report_lib.answer import first_screen
+from report_lib.compare import compare
 from report_lib.data import read_run
 from report_lib.plots import figures
 from report_lib.policies import EXPLORED, VOTES, Policy, all_policies, parse_policy
 from report_lib.replay import orders_of
-from report_lib.tables import all_tables, terminal_text, write_tables
+from report_lib.tables import all_tables, comparison_table, terminal_text, write_tables
 from report_lib.value import MARK
 from report_lib.what_if import (
     EXPLORED_NOTE,
@@ -377,3 +378,11 @@ def test_votes_by_values_without_evidence_are_marked_in_tables_and_answers(tmp_p
         assert [MARK in cell for cell in cells] == [marks and not cell.startswith("majority") for cell in cells]
         note = f"{MARK} run: no evidence that its values tell right from wrong on these problems"
         assert any(part.startswith(note) for part in first_screen([analysis], [])[0].mind) == marks
+        found = first_screen([analysis], [])
+        assert sum(part.startswith(note) for answer in found for part in answer.mind) == marks
+        runs[name] = analysis
+    comparison = compare(runs["known"], runs["noise"])
+    labels = {row[2] for row in comparison_table(comparison, False, {"noise run"}).rows}
+    assert {"weighted", "best-of-N", "majority"} <= labels
+    labels = {row[2] for row in comparison_table(comparison | {"other": "noise run"}, False, {"noise run"}).rows}
+    assert {f"weighted / weighted{MARK}", f"best-of-N / best-of-N{MARK}", "majority", "pass@k"} <= labels

@@ -44,6 +44,14 @@ def test_what_packing_saves_is_counted_over_all_ranks_and_steps(counted):
     assert counted["tree, rows of 32k", 4].computed < 0.9 * counted["tree, rows of 32k", 2].computed
 
 
+def test_memory_stands_beside_them_for_as_many_tokens_as_a_row_has():
+    """Of 128k as of padded micro batches of as many tokens; the budget falls as rows grow, and all fit the card."""
+    sizes = [layouts.step_memory(size) for size in (32_768, 65_536, 131_072, None)]
+    assert [memory.shape.tokens for memory in sizes] == [32_768, 65_536, 131_072, 131_072]
+    assert sizes[0].shape.budget > sizes[1].shape.budget >= sizes[2].shape.budget
+    assert all(memory.total < layouts.CARD for memory in sizes) and sizes[2].total == sizes[3].total
+
+
 def test_a_difference_is_told_with_both_numbers(tmp_path):
     (tmp_path / "some.json").write_text(
         json.dumps({"how": "by hand", "tolerance": 0.01, "figures": {"a": 2.0, "b": 3}})

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fake_parts import give_fake_parts
-from gpu_parts import drawing, models, scoring, training
+from gpu_parts import drawing, models, released, scoring, training
 from gpu_parts.layouts import LAYOUTS
 from gpu_parts.needs import NEEDS
 from gpu_parts.report import Report
@@ -48,11 +48,16 @@ FIGURES = {  # (table, case, figure) that --tiny must report
             "device too small: difference of a value"]),
     },
     "training": {
-        *itertools.product(["tokens computed per loss token"], LAYOUTS, ["groups of 2", "groups of 4", "padding"]),
+        *itertools.product(["tokens computed per loss token"], LAYOUTS,
+                           ["groups of 2", "groups of 4", "padding", "memory of a rank", "activation budget"]),
         *itertools.product([RIGHT], [*CASES, COMPILED, FLEX_CASE], ["loss", "gradients"]),
         *itertools.product([RIGHT], [*CASES[1:], FLEX_CASE], ["gradients, planted wrong mask"]),
         *itertools.product([STEP], [*CASES, COMPILED],
                            ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory"]),
+        *itertools.product([released.TABLE], list(released.CASES),
+                           ["step", "tokens computed", "real tokens/s", "loss tokens/s", "MFU", "peak memory",
+                            "peak memory / estimated"]),
+        *itertools.product([released.TABLE], ["tree (auto)", "pack"], ["loss tokens/s over none as released"]),
         (STEP, FLEX_CASE, "compile"),
         *itertools.product([STEP], [COMPILED], ["compile", "graphs", "compiled again for longer rows"]),
     },
@@ -73,6 +78,7 @@ UNMEASURED = {
     "MFU",
     "peak over the weights",
     "peak memory",
+    "peak memory / estimated",
     "cache of 0.0006 GB: peak",
     "used",
     "free at the least",
@@ -407,10 +413,16 @@ def test_a_mask_that_is_right_is_not_called_wrong(report, monkeypatch):
 def test_flash_attention_is_planted_too():
     """It goes by positions, not by `end`."""
     batch = packed_row([training.Trace(np.arange(1, 1 + length), 1, 1, (0, length)) for length in (5, 3)])
-    from training_lib.attention import FLASH
+    from training_lib.attention import VARLEN_ATTENTIONS
 
-    bounds = [training.with_wrong_mask(FLASH).inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist()]
-    assert bounds == [[0, 8]] and FLASH.inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist() == [0, 5, 8]
+    bounds = [
+        training.with_wrong_mask(VARLEN_ATTENTIONS[0]).inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist()
+    ]
+    assert bounds == [[0, 8]] and VARLEN_ATTENTIONS[0].inputs(batch, torch.device("cpu"))["cu_seq_lens_q"].tolist() == [
+        0,
+        5,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("trees", [1, 3])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import gpu_check
 import pytest
 import torch
-from gpu_parts import drawing, memory, models, scoring, search, servers, training, values
+from gpu_parts import drawing, memory, models, released, scoring, search, servers, training, values
 from gpu_parts import report as report_module
 from gpu_parts.needs import ASKED_FOR, EXTRA, NEEDS
 from gpu_parts.report import Report
@@ -102,6 +102,9 @@ def set_up_training(monkeypatch, spend):
     monkeypatch.setattr(training, "StepBench", lambda report: SimpleNamespace(seconds={}))
     monkeypatch.setattr(training, "what_packing_saves", lambda report: None)
     monkeypatch.setattr(training, "measure", lambda bench, case: spend(case.name))
+    monkeypatch.setattr(released, "value_model", lambda *_: SimpleNamespace(save_pretrained=lambda folder: None))
+    monkeypatch.setattr(released, "free_memory", lambda device: None)
+    monkeypatch.setattr(released, "one_step", lambda report, case, table, folder: spend(case) or 1.0)
 
 
 def set_up_memory(monkeypatch, spend):

@@ -1,57 +1,127 @@
 """Which attention a layout gets, what it asks of the batch, and the dropout that a model has under it."""
 
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from stub_varlen import attend
 from tiny import save_generator
 from torch.utils.data import DataLoader
 
+from training_lib import varlen
 from training_lib.arguments import parse_args
-from training_lib.attention import ATTENTIONS, FLASH, FLEX, SDPA, choose_attention
+from training_lib.attention import ATTENTIONS, FLEX, SDPA, choose_attention
 from training_lib.batch_order import RankBatches
 from training_lib.packing import Trace, empty_batch, packed_row, padded_batch, tree_row
 from training_lib.ranks import World
 from training_lib.step import load_model
+from training_lib.varlen import VARLEN
 
 CPU = torch.device("cpu")
 TRACES = [Trace(np.arange(1, 1 + length), 1, 1, (0, length)) for length in (5, 3)]
 
 
-def test_each_layout_gets_the_fastest_attention_that_can_run(monkeypatch, caplog):
-    layouts = ("none", "pack", "tree")
-    assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU of a capability, of whose kernels some are `missing`, as far as a choice can tell."""
+
+    def have(*there: str, capability: tuple[int, int] = (9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: "varlen_torch" in there)
+        found = [
+            replace(
+                kernel,
+                missing=lambda dtype, kernel=kernel: kernel.missing(dtype) if kernel.name == "varlen_torch"
+                else None if kernel.name in there and dtype == torch.bfloat16 else "it is not there",
+                load=lambda: attend,
+            ) for kernel in VARLEN
+        ]  # fmt: skip
+        monkeypatch.setattr(varlen, "VARLEN", found)
+
+    return have
+
+
+LAYOUTS = ("none", "pack", "tree")
+
+
+def chosen(device="cuda", half=True, dropout=False) -> list[str]:
+    return [choose_attention(packing, device, half, dropout).name for packing in LAYOUTS]
+
+
+def test_dropout_that_is_asked_for_is_kept_by_every_layout_that_can(gpu):
+    gpu(*(kernel.name for kernel in VARLEN))
+    assert chosen(dropout=True) == ["varlen_torch", "varlen_torch", "packed_flex"]
+    assert chosen(dropout=False) == ["varlen_flash_attention_4", "varlen_flash_attention_4", "packed_flex"]
+    gpu("varlen_flash_attention_4", "varlen_flash_attention_2")
+    assert chosen(dropout=True) == ["varlen_flash_attention_2", "varlen_flash_attention_2", "packed_flex"]
+    gpu("varlen_flash_attention_4")
+    assert chosen(dropout=True) == ["sdpa", "packed_flex", "packed_flex"]
+    assert all(ATTENTIONS[kernel.name].has_dropout == kernel.has_dropout for kernel in VARLEN)
+
+
+def test_without_a_flash_kernel_packed_rows_have_flex_and_padded_ones_sdpa(gpu):
+    gpu(*(kernel.name for kernel in VARLEN))
+    assert chosen(half=False) == ["sdpa", "packed_flex", "packed_flex"]
+    assert chosen(device="cpu") == ["sdpa"] * 3
+    gpu("varlen_torch", capability=(7, 5))
+    assert chosen() == ["sdpa", "packed_flex", "packed_flex"]
+    gpu()
+    assert chosen() == ["sdpa", "packed_flex", "packed_flex"]
+
+
+def test_the_choice_is_said_with_its_reason_and_with_what_is_missing(gpu, caplog):
+    caplog.set_level("INFO")
+    gpu("varlen_torch")
+    chosen(dropout=True)
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 3
+    assert caplog.messages[0].startswith("attention: varlen_torch (torch's own flash kernel, with attention dropout")
+    assert "no attention dropout" in caplog.messages[2]
+    caplog.clear()
+    chosen(dropout=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+    assert caplog.messages[0].endswith("; varlen_flash_attention_4: it is not there")
+    caplog.clear()
+    chosen(device="cpu")
     assert not caplog.records
-    assert [choose_attention(packing, "cuda", True) for packing in layouts] == [SDPA, FLEX, FLEX]
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told == [
-        f"attention: {name}, since for flash_attention_2 there is no GPU" for name in ("sdpa", "packed_flex")
-    ]
+
+
+def test_a_kernel_that_does_not_load_is_not_chosen(gpu, caplog, monkeypatch):
+    gpu("varlen_torch", "varlen_flash_attention_2")
+
+    def broken():
+        raise ImportError("undefined symbol: _ZN3c10\nand more")
+
     monkeypatch.setattr(
-        "training_lib.attention.flash_missing", lambda name, dtype: None if dtype == torch.bfloat16 else "no"
+        varlen, "VARLEN", [replace(k, load=broken) if k.name == "varlen_torch" else k for k in varlen.VARLEN]
     )
-    assert [choose_attention(packing, "cuda", True) for packing in layouts] == [FLASH, FLASH, FLEX]
-    assert [choose_attention(packing, "cuda", False) for packing in layouts] == [SDPA, FLEX, FLEX]
-    assert [choose_attention(packing, "cpu", True) for packing in layouts] == [SDPA] * 3
+    assert chosen(dropout=True)[0] == "varlen_flash_attention_2"
+    assert "varlen_torch: it cannot be loaded (ImportError: undefined symbol: _ZN3c10" in caplog.text
+    assert "and more" not in caplog.text
+
+
+@pytest.mark.parametrize(("major", "has"), [(8, False), (9, True), (10, True), (12, False)])
+def test_flash_attention_4_runs_where_torch_has_a_bridge_to_it(monkeypatch, major, has):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_4_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace())
+    assert (VARLEN[0].missing(torch.bfloat16) is None) == has
+    assert VARLEN[0].missing(torch.float32) == "it has no float32 kernel"
 
 
 def test_attention_is_known_by_its_name():
     assert {name: (a.row_multiple, a.has_dropout) for name, a in ATTENTIONS.items()} == {
         "sdpa": (8, True),
-        "flash_attention_2": (8, True),
         "packed_flex": (128, False),
+        "varlen_torch": (8, True),
+        "varlen_flash_attention_4": (8, False),
+        "varlen_flash_attention_2": (8, True),
+        "flash_attention_2": (8, True),  # of older checkpoints
     }
-
-
-def test_flash_attention_is_told_of_padding_and_of_where_traces_begin():
-    padded = FLASH.inputs(padded_batch(TRACES, 16), CPU)
-    assert padded["attention_mask"].tolist() == [[True] * 5 + [False] * 3, [True] * 3 + [False] * 5]
-    assert "position_ids" not in padded
-    packed = FLASH.inputs(packed_row(TRACES), CPU)
-    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 5, 8]
-    assert (packed["max_length_q"], packed["max_length_k"]) == (5, 5)
-    assert "attention_mask" not in packed
 
 
 def test_sdpa_is_given_a_mask_for_packed_rows_only():
@@ -108,3 +178,4 @@ def test_the_model_has_attention_dropout_only_where_the_kernel_has_it(tmp_path, 
     assert model.config.score_dropout == 0.2
     assert model.config._attn_implementation == attention.name
     assert ("attention dropout is 0: packed_flex has none" in caplog.text) == (attention is FLEX)
+    assert ("--packing none has it" in caplog.text) == (attention is FLEX)

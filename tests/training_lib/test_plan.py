@@ -59,7 +59,7 @@ def test_attention_is_chosen_by_layout_device_and_precision_and_says_how_rows_ar
     monkeypatch.setattr(plan, "choose_attention", choose)
     monkeypatch.setattr(step_module, "load_model", load_model)
     assert spied_run(settings(inputs, tmp_path, **flags), inputs / "cache").error == "so far"
-    assert asked == [(flags.get("packing", "none"), "cpu", half)]
+    assert asked == [(flags.get("packing", "none"), "cpu", half, True)]
     assert plans[0].attention is attention.FLEX
     for batches in (plans[0].train, plans[0].validation):
         assert (batches.multiple, batches.prepare) == (128, attention.FLEX.prepare)
@@ -105,7 +105,7 @@ def test_ranks_that_see_other_checkpoints_are_told(tmp_path):
 
     args = parse_args(["--save_dir", str(tmp_path), "--run_name", "run"])
     with pytest.raises(UserError, match=f"--save_dir {tmp_path}: the ranks see different checkpoints"):
-        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")), False)
+        plan.make_plan(args, TwoRanks(0, 2, torch.device("cpu")))
 
 
 def test_a_head_of_other_labels_is_refused(inputs, tmp_path):

@@ -132,7 +132,7 @@ def test_an_hour_for_the_first_step_evaluations_and_saves_and_ten_minutes_for_st
     ],
 )
 def test_only_a_lost_rank_is_told_as_one(message, lost):
-    with pytest.raises(RuntimeError if not lost else UserError) as told, ranks.join_ranks("cpu", fsdp=False):
+    with pytest.raises(RuntimeError if not lost else UserError) as told, ranks.join_ranks("cpu"):
         raise RuntimeError(f"{message}. This is typically\nand more")
     if lost:
         assert str(told.value).startswith(f"rank 0 lost the others: one of them hangs or has ended ({message}); ")
@@ -143,7 +143,7 @@ def test_an_error_of_nccl_is_a_lost_rank():
     error = dist.DistBackendError("NCCL error in ProcessGroupNCCL.cpp:3690")
     with (
         pytest.raises(UserError, match=r"rank 0 lost the others: .* \(NCCL error in"),
-        ranks.join_ranks("cpu", fsdp=False),
+        ranks.join_ranks("cpu"),
     ):
         raise error
 

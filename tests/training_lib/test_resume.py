@@ -15,7 +15,7 @@ from training_lib.arguments import AUTOMATIC, IDENTITY, OLD_BEHAVIOUR, ROUNDING,
 
 FREE = {
     "num_workers", "use_dora", "save_every", "max_keep_ckpts", "push_to_hub", "track", "tracker", "neptune_project",
-    "logger_tags", "eval_only",
+    "logger_tags", "eval_only", "profile", "certify",
 }  # fmt: skip
 PLACE = {"save_dir", "run_name", "dataset_name"}  # say which run it is
 HELD_OUT = {"eval_every", "eval_size", "validation_data_path"}  # free but for what they hold out: `held_out`
@@ -27,9 +27,9 @@ OTHER = {
     "grad_norm_clip": 4.0, "p_dropout": 0.1, "num_labels": 1, "param_dtype": "bf16", "debug": True,
     "train_bt_model": True, "eval_size": 6, "validation_data_path": Path("data2"), "eval_every": -1,
     "micro_batch_size": 2, "packing": "tree", "row_tokens": 80, "compile": True, "gradient_checkpointing": False, "autocast": True,
-    "fsdp": True,
+    "activation_budget": 0.4, "fsdp": True, "certify": True,
     "device": "auto", "num_workers": 1, "use_dora": True, "save_every": 7, "max_keep_ckpts": 3, "push_to_hub": True,
-    "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
+    "profile": 1, "track": True, "tracker": "trackio", "neptune_project": "me/other", "logger_tags": ["a"], "eval_only": True,
 }  # fmt: skip
 FLAGS = {action.dest for action in build_parser("")._actions} - {"help"}
 
@@ -99,9 +99,10 @@ def test_what_decides_the_run_is_refused_by_name(stopped, monkeypatch, flag):
 def test_what_does_not_is_accepted_and_told_where_it_rounds(stopped, monkeypatch, flag):
     if flag == "device":  # on this CPU auto is the same
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    seen = resume(stopped, monkeypatch, **{flag: OTHER[flag]})
+    more = {"compile": True, "gradient_checkpointing": False} if flag == "activation_budget" else {}  # it needs these
+    seen = resume(stopped, monkeypatch, **more, **{flag: OTHER[flag]})
     assert seen.error == "accepted"
-    told = f"changed since the checkpoint, equal to rounding (dropout apart): {flag}"
+    told = f"changed since the checkpoint, equal to rounding (dropout apart): {', '.join([*more, flag])}"
     assert (told in seen.log) == (flag in ROUNDING) and seen.log.count("changed since") == (flag in ROUNDING)
 
 
@@ -172,7 +173,11 @@ def test_every_choice_left_to_the_run_is_told_of_when_a_checkpoint_lacks_it():
     """`packing` and what else is as old as checkpoints apart, and none twice."""
     parser = build_parser("")
     assert all(parser.get_default(name) == automatic for name, automatic in AUTOMATIC.items())
-    assert set(OLD_BEHAVIOUR) <= FLAGS and set(AUTOMATIC) - set(OLD_BEHAVIOUR) == {"packing"}
+    assert set(OLD_BEHAVIOUR) <= FLAGS and set(AUTOMATIC) - set(OLD_BEHAVIOUR) == {
+        "packing",
+        "fsdp",
+        "gradient_checkpointing",
+    }
 
 
 def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(stopped, tmp_path):
@@ -197,7 +202,7 @@ def test_the_tracker_goes_on_under_its_id_and_the_first_checkpoint_stays_whole(s
 
 
 def timeless(line: str) -> dict:
-    return {name: value for name, value in json.loads(line).items() if name != "seconds" and "_per_s" not in name}
+    return {name: value for name, value in json.loads(line).items() if "seconds" not in name and "_per_s" not in name}
 
 
 def test_the_checkpoint_is_looked_for_under_the_lock(stopped, tmp_path, monkeypatch):
@@ -216,3 +221,23 @@ def test_the_checkpoint_is_looked_for_under_the_lock(stopped, tmp_path, monkeypa
     monkeypatch.setattr(checkpoints, "lock_run", lock_when_the_other_is_done)
     seen = spied_run(command(given), stopped / "cache")
     assert seen.status == 0 and not seen.steps and "all 4 steps are done" in seen.log
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"fsdp": "on", "autocast": True}, {"fsdp": "on", "packing": "tree", "row_tokens": 80}, {"packing": "pack", "autocast": True}],
+    ids=["FSDP in bf16", "FSDP, tries", "packed, autocast"],
+)  # fmt: skip
+def test_however_it_is_run_a_resumed_run_is_the_same_to_the_bit(stopped, tmp_path, way):
+    given = settings(stopped, save_dir=tmp_path, p_dropout=0.1, **way)
+    whole = spied_run(command(given), stopped / "cache")
+    assert whole.status == 0, whole.error
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "run/step-00000004")
+    rest = spied_run(command(given), stopped / "cache")
+    assert len(rest.steps) == 2 and [step.sharded for step in rest.steps] == [way.get("fsdp") == "on"] * 2
+    for name, value in whole.steps[3].after.items():
+        assert (rest.steps[1].after[name] == value).all(), name
+    assert [timeless(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == [
+        timeless(line) for line in lines
+    ]
