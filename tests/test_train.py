@@ -266,7 +266,7 @@ def test_another_attention_is_told_and_refused_only_where_its_dropout_differs(in
     assert "attention was" not in resume(inputs, tmp_path, caplog, "sdpa", **more)
     assert "attention was" not in resume(inputs, tmp_path, caplog, None, **more)  # a checkpoint of before it was noted
     told = resume(inputs, tmp_path, caplog, "flash_attention_2", **more)
-    assert told.count("attention was flash_attention_2 at the checkpoint and is sdpa now") == 1
+    assert told.count("attention was varlen_flash_attention_2 at the checkpoint and is sdpa now") == 1
     if p_dropout:
         with pytest.raises(UserError, match=r"with attention packed_flex and would go on with sdpa, but only one of"):
             resume(inputs, tmp_path, caplog, "packed_flex", **more)

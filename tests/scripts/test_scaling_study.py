@@ -46,10 +46,10 @@ def test_the_work_is_that_of_the_stated_lengths(eight):
 
 
 def test_lengths_are_those_of_the_training_benchmark():
-    from gpu_parts import training
+    from gpu_parts import layouts
 
-    assert (LOG_LENGTH.mean, LOG_LENGTH.stdev) == pytest.approx((training.MU, training.SIGMA))
-    assert training.MAX_LENGTH == MAX_LENGTH
+    assert (LOG_LENGTH.mean, LOG_LENGTH.stdev) == pytest.approx((layouts.MU, layouts.SIGMA))
+    assert layouts.MAX_LENGTH == MAX_LENGTH
 
 
 def test_what_has_not_ended_ends_as_its_length_says():
