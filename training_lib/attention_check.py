@@ -1,5 +1,7 @@
 """What an attention kernel is told, and what it really weighs, against what each token may see: exactly."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -119,59 +121,58 @@ def kernel_leaks(
     key; so is one of a value's gradient that of one query. Scores' gradients come out likewise, of queries where keys are
     unit vectors and of keys where queries are.
     """
-    module, config = model.model.layers[0].self_attn, model.config
-    kernel = AttentionInterface()[attention.name]
+    config, (rows, width) = model.config, batch.input_ids.shape
+    heads, kv_heads, size = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        model.model.layers[0].self_attn.head_dim,
+    )
+    attend = _kernel(batch, attention, model, device)
+    dtype = torch.bfloat16 if precision.half_attention else torch.float32
+    wanted, kept = torch.from_numpy(visible(batch)), torch.from_numpy(real(batch))[:, :, None]
+    generator = torch.Generator().manual_seed(0)
+    zeros = {count: torch.zeros(rows, count, width, size, device=device, dtype=dtype) for count in (heads, kv_heads)}
+    random = {count: torch.randn(zeros[count].shape, generator=generator).to(device, dtype) for count in zeros}
+    first_heads = slice(None, None, heads // kv_heads)  # of each group of queries
+    for begin in range(0, width, kv_heads * size):
+        units = _unit_vectors(rows, kv_heads, width, size, begin).to(device, dtype)
+        of_queries = zeros[heads].clone()
+        of_queries[:, first_heads] = units
+        out, _, _, of_value = attend(zeros[heads], zeros[kv_heads], units, of_queries)
+        _, of_query, _, _ = attend(zeros[heads], units, random[kv_heads], random[heads])
+        _, _, of_key, _ = attend(of_queries, zeros[kv_heads], random[kv_heads], random[heads])
+        chosen = slice(begin, min(begin + kv_heads * size, width))
+        count = chosen.stop - begin
+        for what, read, queries, keys, must in (  # read: [B, queries, keys]
+            ("weights", _read(out[:, first_heads], count), slice(0, width), chosen, True),
+            ("gradient of values", _read(of_value, count).transpose(1, 2), chosen, slice(0, width), True),
+            ("gradient of queries", _read(of_query[:, first_heads], count), slice(0, width), chosen, False),
+            ("gradient of keys", _read(of_key, count).transpose(1, 2), chosen, slice(0, width), False),
+        ):
+            seen, may = read != 0, wanted[:, queries, keys]  # NaN is not 0
+            wrong = ((seen != may) if must else (seen & ~may)) & kept[:, queries]
+            if wrong.any():
+                row, query, key = wrong.nonzero()[0].tolist()
+                weighs = "weighs" if seen[row, query, key] else "does not weigh"
+                return f"{what}: token {query + queries.start} {weighs} token {key + keys.start}"
+    return None
+
+
+def _kernel(batch: MicroBatch, attention: Attention, model: nn.Module, device: torch.device) -> Callable:
+    """(query, key, value, gradient of the output), each [B, heads, S, d] -> [output, gradients of the three]."""
     inputs = {
         name: part for name, part in attention.inputs(batch, device).items() if name not in ("input_ids", "use_cache")
     }
     mask = inputs.pop("attention_mask", None)
     mask = mask["full_attention"] if isinstance(mask, dict) else mask
-    rows, width = batch.input_ids.shape
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, module.head_dim
-    dtype = torch.bfloat16 if precision.half_attention else torch.float32
-    wanted, kept = torch.from_numpy(visible(batch)), torch.from_numpy(real(batch))
-    generator = torch.Generator().manual_seed(0)
+    module, kernel = model.model.layers[0].self_attn, AttentionInterface()[attention.name]
 
-    def random(count: int) -> torch.Tensor:
-        return torch.randn(rows, count, width, size, generator=generator).to(device, dtype)
+    def attend(*parts: torch.Tensor) -> list[torch.Tensor]:
+        given = [part.detach().clone().requires_grad_() for part in parts[:3]]
+        out, _ = kernel(module, *given, mask, dropout=0.0, scaling=1.0, **inputs)
+        return [out.transpose(1, 2).detach(), *torch.autograd.grad(out, given, parts[3].transpose(1, 2))]
 
-    def zeros(count: int) -> torch.Tensor:
-        return torch.zeros(rows, count, width, size, device=device, dtype=dtype)
-
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
-    ) -> list[torch.Tensor]:
-        parts = [part.requires_grad_() for part in (query, key, value)]
-        out, _ = kernel(module, *parts, mask, dropout=0.0, scaling=1.0, **inputs)
-        found = torch.autograd.grad(out, parts, gradient.transpose(1, 2))
-        return [out.transpose(1, 2).detach(), *found]
-
-    first_heads = slice(None, None, heads // kv_heads)  # of each group of queries
-    for begin in range(0, width, kv_heads * size):
-        units = _unit_vectors(rows, kv_heads, width, size, begin).to(device, dtype)
-        of_queries = zeros(heads)
-        of_queries[:, first_heads] = units
-        count = min(kv_heads * size, width - begin)
-        chosen = slice(begin, begin + count)
-
-        out, _, _, of_value = attend(zeros(heads), zeros(kv_heads), units.clone(), of_queries)
-        _, of_query, _, _ = attend(zeros(heads), units.clone(), random(kv_heads), random(heads))
-        _, _, of_key, _ = attend(of_queries, zeros(kv_heads), random(kv_heads), random(heads))
-        found = {  # [B, a place, the chosen places]
-            "weights": (_read(out[:, first_heads], count), wanted[:, :, chosen], True),
-            "gradient of values": (_read(of_value, count).transpose(1, 2), wanted[:, chosen], True),
-            "gradient of queries": (_read(of_query[:, first_heads], count), wanted[:, :, chosen], False),
-            "gradient of keys": (_read(of_key, count).transpose(1, 2), wanted[:, chosen], False),
-        }
-        for what, (weights, may, must) in found.items():
-            seen = weights != 0  # NaN is not 0
-            wrong = (seen != may) if must else (seen & ~may)
-            wrong &= (kept if may.shape[1] == width else kept[:, chosen])[:, :, None]
-            if wrong.any():
-                place = wrong.nonzero()[0].tolist()
-                query, key = (place[1], place[2] + begin) if may.shape[1] == width else (place[1] + begin, place[2])
-                return f"{what}: token {query} {'weighs' if seen[tuple(place)] else 'does not weigh'} token {key}"
-    return None
+    return attend
 
 
 def _unit_vectors(rows: int, heads: int, width: int, size: int, begin: int) -> torch.Tensor:

@@ -133,9 +133,7 @@ def layer_of_1_5b(budget: float, dropout: float, seen: dict[str, list[str]], tok
     return sum(part.untyped_storage().nbytes() for part in kept.values()) / tokens / 1024
 
 
-@pytest.mark.parametrize(
-    ("budget", "dropout", "kib"), [(1.0, 0.05, 72.1), (0.8, 0.0, 48.6), (0.4, 0.0, 31.0)]
-)
+@pytest.mark.parametrize(("budget", "dropout", "kib"), [(1.0, 0.05, 72.1), (0.8, 0.0, 48.6), (0.4, 0.0, 31.0)])
 def test_a_budget_keeps_less_and_attention_always(budget, dropout, kib):
     """The figures of the issue, but for 28 at 0.4: that was with attention computed twice."""
     seen = {}
