@@ -128,6 +128,14 @@ def test_a_run_is_the_same_with_it_and_without(inputs, tmp_path):
     assert not (tmp_path / "plain/run/certificate.json").exists()
 
 
+def test_what_it_draws_moves_no_noise():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with certificate._apart(CPU):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_that_fails_it_does_not_begin(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(certificate, "wrong_integers", lambda *_: "token 3 and token 9")
     seen = run(inputs, tmp_path, certify=True)

@@ -65,6 +65,15 @@ def test_no_trace_shares_a_sequence_with_another_or_with_padding():
     assert inputs["cu_seq_lens_q"].tolist() == [0, 5, 16, 19, 32, 48] and "position_ids" not in inputs
 
 
+def test_the_kernel_gets_contiguous_rows_in_the_order_of_tokens():
+    query, key, value = (torch.randn(1, heads, 6, 8) for heads in (4, 2, 2))  # which it asserts
+    bounds = torch.tensor([0, 6], dtype=torch.int32)
+    out, _ = varlen_forward(attend, None, query, key, value, None, 0.0, 0.3, cu_seq_lens_q=bounds, max_length_q=6)
+    keys, values = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+
+
 def test_a_call_without_bounds_is_refused():
     parts = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
     with pytest.raises(ValueError, match="where each sequence begins"):
