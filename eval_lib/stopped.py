@@ -159,12 +159,14 @@ def stopped_rows(
     return rows
 
 
-def stop_outcome(lines: Iterable[Mapping[str, Any]], classes: Classes, record: StopRecord) -> dict[str, Any]:
+def stop_outcome(
+    lines: Iterable[Mapping[str, Any]], classes: Classes, record: StopRecord, num_problems: int | None = None
+) -> dict[str, Any]:
     """What stopping saved and how decided votes fared, JSON-able.
 
     kinds: for certified, sure, full (all repetitions were needed) and open (not there yet) problems, repetitions (mean),
     wrong (mean share of the vote that is wrong). counted, spent: tokens generated; saved_repetitions, saved_counted,
-    saved_spent: shares. None: cannot be told.
+    saved_spent: shares, None until all problems are there and none is open: those decided first need the least.
     """
     searches = read_searches(record.first(lines), classes)
     groups: dict[str, list[int]] = {kind: [] for kind in WORDS}
@@ -187,17 +189,14 @@ def stop_outcome(lines: Iterable[Mapping[str, Any]], classes: Classes, record: S
     whole = sum(record.repetitions * float(np.mean(found)) for found in tokens.values()) if known else None
     spent = None if counted is None else counted + record.uncounted.get("generated", 0)
     used, most = sum(map(len, searches.values())), record.repetitions * len(searches)
-    return {
-        "stop": record.words,
-        "kinds": kinds,
-        "repetitions": used,
-        "most": most,
-        "saved_repetitions": 1 - used / most if most and not groups["open"] else None,
-        "counted": counted,
-        "spent": spent,
-        "saved_counted": 1 - counted / whole if whole and counted is not None and not groups["open"] else None,
-        "saved_spent": 1 - spent / whole if whole and spent is not None and not groups["open"] else None,
+    is_over = bool(most) and not groups["open"] and len(searches) >= (num_problems or 0)
+    figures = {"repetitions": (used, most), "counted": (counted, whole), "spent": (spent, whole)}
+    saved = {
+        f"saved_{name}": 1 - part / of if is_over and of and part is not None else None
+        for name, (part, of) in figures.items()
     }
+    totals = {"repetitions": used, "most": most, "counted": counted, "spent": spent}
+    return {"stop": record.words, "kinds": kinds} | totals | saved
 
 
 def stopped_tables(
@@ -247,7 +246,7 @@ def summarize_run(
     if record is None:
         return summarize(lines, num_blocks, classes, num_problems), None
     rows = stopped_rows(lines, num_blocks, classes, record, num_problems)
-    return rows, stop_outcome(lines, classes, record)
+    return rows, stop_outcome(lines, classes, record, num_problems)
 
 
 def tables_of(

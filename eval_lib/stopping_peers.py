@@ -1,10 +1,13 @@
 """Published stops that promise nothing of the kind that stopping.py does, to be compared with it. No torch.
 
-Both count answers, each for itself, and look at no values.
+Both count answers, each for itself, and look at no values. Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860) stops
+where its Beta posterior of the two most frequent answers is at least POSTERIOR, ESC (Li et al. 2024, arXiv 2401.10480) where a
+window of WINDOW repetitions has one answer.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +16,17 @@ POSTERIOR = 0.95
 WINDOW = 5
 
 
-def posterior_needs(most: int, level: float = POSTERIOR) -> NDArray[np.int64]:
-    """Adaptive-Consistency's Beta criterion (arXiv 2305.11860): stop where P(p > 1/2) >= level for p of Beta(first + 1,
-    second + 1), first and second being how often the two most frequent answers came.
+@lru_cache(maxsize=100_000)
+def lead_posterior(first: int, second: int) -> float:
+    """P(p > 1/2) for p of Beta(first + 1, second + 1), first and second being how often the two most frequent answers came:
+    that of at most `first` heads in first + second + 1 tosses."""
+    tosses = first + second + 1
+    return sum(math.comb(tosses, heads) for heads in range(first + 1)) / 2**tosses
 
-    Returns int64 [most + 1]: the least `first`, by first + second. The probability is that of at most `first` heads in
-    first + second + 1 tosses.
-    """
+
+def posterior_needs(most: int, level: float = POSTERIOR) -> NDArray[np.int64]:
+    """The least `first` with `lead_posterior` >= level, by first + second: int64 [most + 1]. For thousands of answers at
+    once, so in logarithms."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 2)))])  # of factorials
     needs = np.zeros(most + 1, dtype=np.int64)
     for both in range(most + 1):
@@ -30,8 +37,8 @@ def posterior_needs(most: int, level: float = POSTERIOR) -> NDArray[np.int64]:
 
 
 def equal_window(trees: Iterable[Sequence[int]], window: int = WINDOW) -> int | None:
-    """ESC (arXiv 2401.10480): repetitions come in windows, one after the other, and the first whose answers are all the
-    same ends the sampling. Returns the repetitions until then, None where no window is like that.
+    """ESC on one problem, plainly: what vectorised ones are held against. Repetitions come in windows, one after the other, and
+    the first whose answers are all the same ends the sampling. Returns the repetitions until then, None where none is like that.
 
     trees: classes of the answers of each repetition; -1, an empty one, is like no other.
     """

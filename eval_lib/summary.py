@@ -141,8 +141,8 @@ def row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
             missing[f"{row['missing']} of {row['missing'] + row['problems']} problems lack"].append(row["pooled"])
         for note in row["note"].split("; "):
             names, _, warning = note.partition(": ")
-            if warning:  # how few carry the variance differs from row to row and is not worth a line each
-                about[re.sub(r"^\d+ of", "few of", warning)][names].append(row["pooled"])
+            if warning:
+                about[of_rows(warning)][names].append(row["pooled"])
     place = f" ({run})" if run else ""
     lacking = [f"{who} {_listed(pooled)} repetition{'s' * (pooled[-1] > 1)}" for who, pooled in missing.items()]
     notes = [f"Not yet there{place}: {'; '.join(lacking)}."] * bool(lacking)
@@ -150,6 +150,11 @@ def row_notes(rows: Sequence[Mapping[str, Any]], run: str) -> list[str]:
         places = "; ".join(f"{names} at {_listed(pooled)} pooled" for names, pooled in where.items())
         notes.append(f"{places}{place}: {warning}.")
     return notes
+
+
+def of_rows(warning: str) -> str:
+    """A `variance_warning` of several rows: how few carry the variance differs, and is not worth a line each."""
+    return re.sub(r"^\d+ of", "few of", warning)
 
 
 def _listed(numbers: Iterable[int]) -> str:

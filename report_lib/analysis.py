@@ -134,9 +134,14 @@ class Analysis:
         self.flops = None  # of a problem that stopped, the mean of its repetitions times their number says too little
         self.tokens_generated += record.uncounted.get("generated", 0)  # they are not shown
         self.notes += [
-            f"{self.run.name}: problems were stopped early ({record.words}): no FLOPs; its values are judged by the first "
-            f"{record.smallest} repetitions, which every problem has; shares in the list of problems are of those that count"
+            f"{self.run.name}: problems stop early ({record.words}): no FLOPs; its values are judged by the first "
+            f"{record.smallest} repetitions, before any problem stopped; shares in the list of problems are of those that count"
         ]
+        if self.run.meta and "regraded_from" in self.run.meta:
+            self.notes.append(
+                f"{self.run.name}: graded again after it was stopped; what was decided, and sure or certified, was the vote of "
+                f"the answers in {self.run.meta['regraded_from']}"
+            )
 
     @property
     def seconds(self) -> float | None:

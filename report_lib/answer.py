@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eval_lib.intervals import paired_difference, variance_warning
+from eval_lib.stopped import saved_words
 from eval_lib.tables import short
 from report_lib.analysis import Analysis
 from report_lib.compare import BASES, chosen_rows, difference_warning, vote_of
@@ -169,15 +170,13 @@ def run_answer(analysis: Analysis) -> Answer:
     if row["problems"] >= MIN_CLUSTERS:  # else one warning says it for all
         doubts = ((VOTES[metric], difference_warning(scores[vote], scores[metric])) for metric in others)
         warnings += [f"against {other}, {warning}" for other, warning in doubts if warning]
-    chosen = (
-        f"Chosen beforehand: {VOTES[vote]}, over all repetitions that every problem has; {row['problems']} problems"
-    )
+    over = "by which problems are stopped" if run.stopping else "over all repetitions that every problem has"
+    said = f"{sentence(VOTES[vote])} ({pooled}) is{' so far' * run.partial} right on {reached}{': ' * bool(against)}{against}."
     return Answer(
         run.name,
-        [
-            f"{sentence(VOTES[vote])} ({pooled}) is{' so far' * run.partial} right on {reached}{': ' * bool(against)}{against}."
-        ],
-        f"{chosen}, intervals clustered by problem.",
+        [said, *(saved_words(analysis.outcome) if analysis.outcome else [])],
+        f"Chosen beforehand: {VOTES[vote]}, {over}; {row['problems']} problem{'s' * (row['problems'] > 1)}, intervals clustered "
+        "by problem.",
         remarks(warnings),
         "accuracy_n" if row["N"] else None,
     )
@@ -220,7 +219,9 @@ def what_if_answer(analysis: Analysis, found: WhatIf) -> Answer:
         [policy_sentence(row, found) for row in rows],
         chosen,
         remarks(
-            f"{row['policy']}, {row['against_all']['warning']}" for row in found.chosen if row["against_all"]["warning"]
+            f"for {row['policy']}, {row['against_all']['warning']}"
+            for row in found.chosen
+            if row["against_all"]["warning"]
         ),
         "what_if",
     )

@@ -148,9 +148,12 @@ def join_settings(shards: Mapping[Shard, RunPaths], metas: Sequence[dict[str, An
         elif differences := run_differences(whole, whole_run(meta)):
             raise UserError(f"{paths.results} is no shard of the run of {first.results.name}: {'; '.join(differences)}")
         elif (stop := stop_settings(meta)) != stop_settings(whole):
+            one, other = (
+                " ".join(f"--{name} {what}" for name, what in found.items()) for found in (stop, stop_settings(whole))
+            )
             raise UserError(
-                f"{paths.results} stops by {stop}, {first.results.name} by {stop_settings(whole)}; start the search of one "
-                "again with the --stop of the other"
+                f"{paths.results} stops by {one}, {first.results.name} by {other}; start the search of one again with the flags "
+                "of the other"
             )
     repetitions = max(meta["arguments"].get("num_repetitions", 1) for meta in metas if meta)
     sessions = [session for meta in metas if meta for session in meta.get("sessions", [])]

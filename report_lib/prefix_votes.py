@@ -11,13 +11,13 @@ Shapes: O orders, R repetitions, B beams, K kinds of answer, C classes.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eval_lib.intervals import Floats
 from eval_lib.stopping import LAMBDAS
+from eval_lib.stopping_peers import lead_posterior
 from eval_lib.votes import TIE, winners
 from report_lib.policies import GUARDED, VOTES
 
@@ -285,12 +285,3 @@ def leader_evidence(weights: Floats, orders: Integers) -> Floats:
             found = np.minimum(found, bets.mean(0))
         least[rows] = np.where(mask[rows], found, least[rows])
     return least
-
-
-@lru_cache(maxsize=100_000)
-def lead_posterior(first: int, second: int) -> float:
-    """P(p > 1/2) for p ~ Beta(first + 1, second + 1): what Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860)
-    stops by, of the counts of its two most frequent answers. For whole numbers it is P(Binomial(first + second + 1, 1/2) <=
-    first)."""
-    draws = first + second + 1
-    return sum(math.comb(draws, k) for k in range(first + 1)) / 2**draws

@@ -15,6 +15,7 @@ from common_lib.cli import UserError
 from eval_lib.calibration import cross_fitted_log_odds
 from eval_lib.grading import Grader
 from eval_lib.intervals import clustered_interval, or_none, paired_difference, variance_warning
+from eval_lib.summary import of_rows
 from eval_lib.tables import Table, number, percent, short
 from report_lib.analysis import Analysis
 from report_lib.compare import difference_warning
@@ -221,9 +222,27 @@ def what_if_tables(analysis: Analysis, all_rows: bool = False) -> list[Table]:
     columns = ["policy", "repetitions", "generated", "FLOPs", "saved", "accuracy", "same", "false"]
     notes = [NOTE, GUARANTEE_NOTE, *[mark_note(analysis.run.name)] * marked]
     return [
-        Table(title, columns, [what_if_cells(row, marked) for row in rows], [*notes, *more], words=["policy"])
+        Table(
+            title,
+            columns,
+            [what_if_cells(row, marked) for row in rows],
+            [*notes, *interval_notes(rows), *more],
+            words=["policy"],
+        )
         for title, rows, more in parts
         if rows
+    ]
+
+
+def interval_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Which intervals of accuracy deserve little trust, and why."""
+    policies: dict[str, list[str]] = {}
+    for row in rows:
+        if row["warning"]:
+            policies.setdefault(of_rows(row["warning"]), []).append(row["policy"])
+    return [
+        f"{'all rows' if len(names) == len(rows) else ', '.join(names)}: {warning}."
+        for warning, names in policies.items()
     ]
 
 

@@ -119,9 +119,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("stopping", "--num_repetitions is then the most a problem may get").add_argument
     flag("--stop", choices=STOPS, default="none",
-         help="when a problem is searched no more. sure: its vote cannot have another winner after all repetitions; certified: "
-              "also where a test, after each repetition, is sure enough (--alpha) of the answer that is heaviest in expectation. "
-              "Only the repetitions before that count. May change when a run goes on: it changes which lines count, no line")
+         help="when a problem is searched no more. none: never; sure: when its vote can have no other winner, whatever the "
+              "remaining repetitions answer; certified: then too, or when a test that may be looked at after each repetition "
+              "shows, at error --alpha, which answer is heaviest in expectation. Only the repetitions up to then count. May "
+              "change when a run goes on: it changes which lines count, no line")
     flag("--alpha", type=float,
          help=f"of --stop certified: probability that a problem is certified for an answer that is not the heaviest (default: "
               f"{ALPHA})")

@@ -28,10 +28,12 @@ def stopped_of(meta: Mapping[str, Any] | None) -> dict[int, int]:
 
 
 def stop_settings(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which lines of a run count: the flags of --stop that have an effect. Older runs have none of them."""
+    """What decides which lines of a run count: the flags of --stop that have an effect, and how many repetitions there may
+    be. Older runs have none of them."""
     arguments = meta["arguments"]
     kind = arguments.get("stop", "none")
-    names = {"none": (), "sure": ("stop_vote",), "certified": ("stop_vote", "alpha")}.get(kind, ())
+    of_sure = ("stop_vote", "num_repetitions")
+    names = {"none": (), "sure": of_sure, "certified": (*of_sure, "alpha")}.get(kind, ())
     return {"stop": kind} | {name: arguments.get(name) for name in names}
 
 

@@ -51,6 +51,10 @@ def check_output_path(output_path: str, shard: Shard | None = None) -> RunPaths:
     loaded."""
     if not output_path.endswith(".jsonl") or Path(output_path).name == ".jsonl":
         raise UserError(f"--output_path {output_path!r} must be a file name that ends in .jsonl")
+    if output_path.endswith((".tree.jsonl", ".uncounted.jsonl")):
+        raise UserError(
+            f"--output_path {output_path!r} is the name of another run's journal or uncounted lines; give another"
+        )
     paths = RunPaths.of(output_path, shard)
     folder = paths.results.parent
     if not folder.is_dir():
@@ -83,7 +87,7 @@ class RunFiles:
             meta["sessions"] = [*earlier.get("sessions", []), session]
             meta["started"] = earlier["started"]
             meta["tracker_ids"] = earlier.get("tracker_ids", {})
-            if _counting(earlier) == _counting(meta):  # else it says of other lines that they do not count
+            if stop_settings(earlier) == stop_settings(meta):  # else it says of other lines that they do not count
                 meta |= {key: earlier[key] for key in STOP_KEYS if key in earlier}
             write_json(paths.meta, meta)
             self.results = LineFile(paths.results)
@@ -208,19 +212,17 @@ def write_lines(path: Path, places: Iterable[tuple[Path, int]]) -> None:
         fsync(path.parent)
 
 
-def _counting(meta: Mapping[str, Any]) -> tuple[object, ...]:
-    """What decides which lines count."""
-    return stop_settings(meta), meta["arguments"]["num_repetitions"]
-
-
 def _earlier_meta(paths: RunPaths) -> dict[str, Any] | None:
     """The settings of an earlier start, None where nothing has come of it."""
-    results = paths.results.exists() and paths.results.stat().st_size
-    if not results and not (paths.tree.exists() and paths.tree.stat().st_size):
+    lines, journal = (
+        [path for path in group if path.exists() and path.stat().st_size]
+        for group in ((paths.results, paths.uncounted), (paths.tree,))
+    )
+    if not lines and not journal:
         return None
     meta = read_meta(paths.meta)
-    if meta is None and results:
-        raise UserError(f"{paths.results} exists, but not its {paths.meta.name}; give another --output_path")
+    if meta is None and lines:
+        raise UserError(f"{lines[0]} exists, but not its {paths.meta.name}; give another --output_path")
     return meta
 
 

@@ -12,7 +12,7 @@ class SearchProgress(Progress):
     """Searches done, time left, rates of this start, and how often the finished beams were right so far."""
 
     def __init__(self, stops: RunStops, config: SearchConfig, clock=time.perf_counter):
-        """stops: of the run, with the lines so far."""
+        """stops: of the run, with the lines so far. Where problems are stopped pass@1 is that of first repetitions."""
         super().__init__(self.status)
         self._stops, self._clock = stops, clock
         self._most_rounds = math.ceil(config.max_length / config.block_size)
@@ -37,6 +37,8 @@ class SearchProgress(Progress):
         gained = len(stops.files.finished) - self._done_before + under_way / self._most_rounds
         missing = max(0.0, stops.planned - done - under_way / self._most_rounds)
         left = format_seconds(seconds / gained * missing) if gained else "?"
+        if stops.stopping.kind != "none":  # later ones are only of problems that are hard to decide
+            lines = [line for line in lines if line["repeat_idx"] == 0]
         rewards = [reward for line in lines for reward in line["reward"]]
         accuracy = f"{sum(rewards) / len(rewards):.3f}" if rewards else "-"
         decided = ""

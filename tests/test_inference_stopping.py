@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -22,9 +23,12 @@ from common_lib.virtual_time import run_virtual
 from engine_lib.base import EngineError
 from eval_lib.grading import Grader
 from eval_lib.stopping import Stopping, StopTest, stopping_point
+from report_lib.analysis import analyse
 from report_lib.data import read_run
+from report_lib.policies import Policy
 from report_lib.regrade import regrade
-from search_lib import run_files
+from report_lib.what_if import what_if
+from search_lib import run_files, run_stopping
 from search_lib.arguments import parse_args
 from search_lib.run_reader import RunPaths, read_meta
 from search_lib.run_stopping import RunStops
@@ -65,12 +69,21 @@ class Engine(simulated_eval.SimEngine):
         return await super().generate(requests)
 
 
+class AtOnce(ThreadPoolExecutor):
+    """No thread: the clock of virtual time goes on while one works, and what finishes meanwhile is chance."""
+
+    def submit(self, work, /, *arguments, **keywords):
+        done = Future()
+        done.set_result(work(*arguments, **keywords))
+        return done
+
+
 @pytest.fixture(scope="module")
 def run(inputs):
     """main(), in virtual time, with simulated models; returns its status and its engines (none where none was loaded).
     timing: seed of how long blocks take."""
 
-    def run(output: Path, *more, timing: int = 0, fail_after: int | None = None, slow=None):
+    def run(output: Path, *more, timing: int = 0, fail_after: int | None = None, slow=None, threads=AtOnce):
         engines = []
 
         def engine(args, plan):
@@ -79,7 +92,10 @@ def run(inputs):
 
         random.seed(timing)
         loaders = inference_eval.Loaders(engine, simulated_eval.LOADERS.scorer, simulated_eval.LOADERS.tokenizer)
-        with mock.patch.object(asyncio, "run", run_virtual):
+        with (
+            mock.patch.object(asyncio, "run", run_virtual),
+            mock.patch.object(run_stopping, "ThreadPoolExecutor", threads),
+        ):
             return inference_eval.main([*inputs, "--output_path", str(output), *more], loaders), engines
 
     return run
@@ -95,9 +111,12 @@ def full(run, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(run, tmp_path_factory) -> Path:
-    """A finished run with --stop."""
+    """A finished run with --stop, of which some searches are aborted and some finished in vain."""
     output = tmp_path_factory.mktemp("stopped") / "out.jsonl"
-    assert run(output, *ONCE)[0] == 0
+    assert run(output, *ONCE, "--batch_size", "24")[0] == 0
+    paths = RunPaths.of(output)
+    finished = {key(row) for path in (paths.results, paths.uncounted) for row in rows_of(path)}
+    assert rows_of(paths.uncounted) and {key(row) for row in rows_of(paths.tree)} - finished
     return output
 
 
@@ -219,7 +238,7 @@ def test_other_searches_go_on_while_classes_are_asked_for(run, full, tmp_path, m
 
     monkeypatch.setattr(Grader, "answer_classes", slowly)
     monkeypatch.setattr(run_files.RunFiles, "add_round", lambda *a: written.append(a) or add(*a))
-    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "12")[0] == 0
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "12", threads=ThreadPoolExecutor)[0] == 0
     assert within[0] > 10
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
 
@@ -230,7 +249,7 @@ def test_two_that_finish_while_classes_are_asked_for_are_looked_at_once_each(run
     add = StopTest.add
     monkeypatch.setattr(Grader, "answer_classes", lambda *a: time.sleep(0.02) or classes(*a))
     monkeypatch.setattr(StopTest, "add", lambda self, *a: told.append((self, self.trees)) or add(self, *a))
-    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48")[0] == 0
+    assert run(tmp_path / "out.jsonl", *ONCE, "--batch_size", "48", threads=ThreadPoolExecutor)[0] == 0
     for test in {one for one, _ in told}:
         assert [count for one, count in told if one is test] == list(range(test.trees))
     check_stopped(tmp_path / "out.jsonl", full, ONCE)
@@ -315,9 +334,14 @@ def test_another_rule_counts_other_lines_of_the_same_searches(then, run, full, s
 def test_more_repetitions_take_back_what_lies_aside(run, stopped, tmp_path, inputs):
     """`sure` of more repetitions needs more of them; the lines are those of a run that was begun with so many."""
     output, more = copied(stopped, tmp_path), ["--num_repetitions", "10"]
-    aside = {key(row) for row in rows_of(RunPaths.of(output).uncounted)}
+    uncounted = RunPaths.of(output).uncounted
+    aside = {key(row) for row in rows_of(uncounted)}
+    rows = [json.loads(line) | {"dt": 12345.0} for line in uncounted.read_text().splitlines()]  # to be known by
+    uncounted.write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, (engine,) = run(output, *ONCE, *more)
     assert status == 0
+    again = [json.loads(line) for path in (output, uncounted) for line in path.read_text().splitlines()]
+    assert {key(row) for row in again if row["dt"] == 12345.0} == aside
     assert not {f"{i}/{r}" for i, r in aside} & {group for group, _ in engine.asked}
     assert run(tmp_path / "new.jsonl", *ONCE, *more)[0] == 0
     assert rows_of(output) == rows_of(tmp_path / "new.jsonl")
@@ -430,3 +454,17 @@ def test_a_run_that_ends_early_says_how_many_problems_are_decided(run, full, tmp
 
 def test_killed_at_random_moments(tmp_path):
     assert kill_test.kill_trials(2, "simulated", problems=4, seed=os.getpid(), folder=tmp_path, stop="sure") == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_what_if_of_the_recorded_order_has_the_counted_tokens_of_a_real_run(run, full, tmp_path, rule):
+    """Lines are what a stopped run keeps, and their tokens are the replay's, to the token."""
+    flags, output = RULES[rule], tmp_path / "out.jsonl"
+    assert run(output, *flags)[0] == 0
+    counted, args = rows_of(output), parse_args(flags)
+    policy = Policy(args.stop_vote, args.stop, args.alpha if args.stop == "certified" else None)
+    with Grader() as grader:
+        analysis = analyse(read_run(full, "full"), grader)
+        recorded = what_if(analysis, [policy], grader).chosen[0]["recorded"]
+    assert recorded["repetitions"] == len(counted) < PROBLEMS * REPETITIONS
+    assert recorded["generated"] == sum(row["tokens_generated"] for row in counted)

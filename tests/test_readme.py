@@ -54,7 +54,7 @@ def readme_block(text: str) -> str:
 def test_the_readmes_commands_for_ones_own_generator(checkout):
     marker = "<!-- after the quickstart -->\n```bash\n"
     blocks = [part.split("```", 1)[0] for part in README.split(marker)[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert "weighted" in bash(block, checkout)
     assert (checkout / "my_report" / "report.html").is_file()

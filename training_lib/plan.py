@@ -74,8 +74,7 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     precision = settle_precision(args, world.device.type)
     if going_on:
         attention = choose_attention(
-            args.packing, world.device.type, precision.half_attention, args.p_dropout > 0,
-            kept=ATTENTIONS.get(trainer.get("attention")),
+            args.packing, world.device.type, precision.half_attention, args.p_dropout > 0, kept=ATTENTIONS.get(trainer.get("attention")),
         )  # fmt: skip
         check_same_run(args, old, trainer.get("attention"), run_dir, attention)
     has_head = bool(checkpoint or args.init_from)

@@ -138,6 +138,15 @@ def test_what_stopping_saved_and_how_decided_votes_fared(run):
     assert outcome["saved_spent"] == pytest.approx(1 - (counted + 700) / whole)
 
 
+def test_no_share_is_said_to_be_saved_while_problems_have_nothing_yet(run):
+    """Those of five that are there are all decided, or have all they may; a sixth has not begun."""
+    lines, classes = run
+    (_, there), (_, begun) = (summarize_run(lines, 4, classes, record_of(), problems) for problems in (5, 6))
+    shares = ("saved_repetitions", "saved_counted", "saved_spent")
+    assert [begun[key] for key in shares] == [None] * 3 and None not in [there[key] for key in shares]
+    assert begun["counted"] == there["counted"] and "saved" not in " ".join(tables_of([], begun)[1].notes[:2])
+
+
 def test_the_tables_say_what_is_decided_and_what_is_not_known(run):
     lines, classes = run
     rows, outcome = summarize_run(lines, 4, classes, record_of(), 5)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from eval_lib.stopping import Stopping, log_evidence, stopping_point
-from eval_lib.stopping_peers import equal_window, posterior_needs
+from eval_lib.stopping_peers import equal_window, lead_posterior, posterior_needs
 from eval_utils import best_of_n, majority_vote, weighted_vote
 from report_lib.policies import VOTES, Policy, parse_policy
-from report_lib.prefix_votes import Answers, lead_posterior, look_at_prefixes
+from report_lib.prefix_votes import Answers, look_at_prefixes
 from report_lib.replay import COSTS, FIGURES, RecordedProblem, orders_of, replay
 
 # Which words are equal beside themselves: b joins a and c, and e joins d and f only where it stands.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from eval_utils import weighted_vote
 from report_lib.answer import run_answer
 from report_lib.compare import compare, metric_pairs, vote_of
 from report_lib.plots import STYLE, accuracy_figure, budget_of, comparison_figure, plt
+from report_lib.regrade import regrade
 from report_lib.tables import comparison_cells, terminal_text, write_tables
 
 PROBLEMS, REPETITIONS = 6, 4
@@ -89,7 +91,13 @@ def test_rows_tables_and_files(folder, analyses):
 
 
 def test_the_first_screen_is_about_the_vote_that_decided(analyses):
-    (sentence,) = run_answer(analyses["stopped"]).sentences
+    answer = run_answer(analyses["stopped"])
+    sentence, repetitions, tokens = answer.sentences
+    assert repetitions == "19 of 24 repetitions count (20.8% saved)." and tokens.startswith(
+        "Tokens generated: counted "
+    )
+    assert answer.chosen.startswith("Chosen beforehand: the weighted vote, by which problems are stopped; 6 problems, ")
+    assert "by which" not in run_answer(analyses["full"]).chosen and len(run_answer(analyses["full"]).sentences) == 1
     at_last = np.mean([score(1, i, used(i, 4)) for i in range(PROBLEMS)])
     assert sentence.startswith(
         f"The weighted vote (N = 16, at most 4 repetitions, 3.2 on average) is right on {at_last:.1%}"
@@ -160,8 +168,18 @@ def test_what_does_not_count_is_not_shown_and_values_are_judged_by_what_every_pr
     assert analysis.problems[0]["searches"] == 2
     assert analysis.tokens_generated == 3 * 2 * len(lines) + SPENT["generated"]
     assert analysis.values["groups"][0]["count"] == 3 * 2 * PROBLEMS  # the first two of each
-    assert "its values are judged by the first 2 repetitions" in analysis.notes[-1]
+    assert "its values are judged by the first 2 repetitions, before any problem stopped" in analysis.notes[-1]
     assert analysis.flops is None and "no FLOPs (they need" not in " ".join(analysis.notes)
+
+
+def test_a_run_that_was_graded_again_says_whose_vote_was_decided(folder, tmp_path):
+    """Other answers may be equal now, so that "sure" is about the ones before."""
+    shutil.copy(folder / "stopped.jsonl", tmp_path)
+    shutil.copy(folder / "stopped.meta.json", tmp_path)
+    regrade(tmp_path / "stopped.jsonl", tmp_path / "again.jsonl")
+    said = "graded again after it was stopped; what was decided, and sure or certified, was the vote of the answers in stopped.jsonl"
+    assert said in analysis_of(tmp_path / "again.jsonl").notes[-1]
+    assert said not in " ".join(analysis_of(tmp_path / "stopped.jsonl").notes)
 
 
 def test_plots_show_what_there_is_at_the_n_that_was_used(analyses):

@@ -21,7 +21,15 @@ from report_lib.policies import EXPLORED, VOTES, Policy, all_policies, parse_pol
 from report_lib.replay import orders_of
 from report_lib.tables import all_tables, comparison_table, terminal_text, write_tables
 from report_lib.value import MARK
-from report_lib.what_if import EXPLORED_NOTE, answer_kinds, check_what_if, mark_frontier, recorded_problems, what_if
+from report_lib.what_if import (
+    EXPLORED_NOTE,
+    answer_kinds,
+    check_what_if,
+    interval_notes,
+    mark_frontier,
+    recorded_problems,
+    what_if,
+)
 from report_lib.what_if_plots import COLOURS, what_if_figure
 
 CHOSEN = list(map(parse_policy, ["weighted:sure", "majority:2", "majority:certified:0.4@3"]))
@@ -275,6 +283,18 @@ def test_chosen_and_exploratory_policies_are_told_apart_in_tables_text_and_files
     assert not (tmp_path / "what_if.csv").exists()
 
 
+def test_intervals_that_deserve_little_trust_are_told_of(found, monkeypatch):
+    first, second = found.what_if.chosen[0] | {"warning": "3 of 8 problems carry it"}, found.what_if.chosen[1]
+    assert second["warning"] is None
+    assert interval_notes([first, second]) == [f"{first['policy']}: few of 8 problems carry it."]
+    assert interval_notes([first, second | {"warning": "2 of 8 problems carry it"}]) == [
+        "all rows: few of 8 problems carry it."
+    ]
+    monkeypatch.setitem(found.what_if.chosen[0], "warning", first["warning"])
+    shown = next(table for table in all_tables([found], []) if table.title.startswith("What if, chosen"))
+    assert interval_notes([first, second])[0] in shown.notes
+
+
 def test_the_first_screen_says_what_was_chosen_or_that_nothing_was(found, tmp_path):
     answer = next(part for part in first_screen([found], []) if part.title == "What if run had been stopped earlier?")
     assert answer.plot == "what_if" and len(answer.sentences) == 3
@@ -299,6 +319,10 @@ def test_the_first_screen_says_what_was_chosen_or_that_nothing_was(found, tmp_pa
     assert "None was chosen beforehand (--policy). All 34 policies of the table and the plot are exploratory" in text
     assert "weighted:sure answers as all 4 repetitions do on every problem (" in text
     assert "What if, chosen beforehand" not in text
+    few = what_if_of(write_run(tmp_path / "run.jsonl", random_lines(3, 3, 4)), [parse_policy("weighted:sure")])
+    assert first_screen([few], [])[1].mind == [
+        "For weighted:sure, only 3 problems: the interval is no more than a hint."
+    ]
 
 
 def test_the_plot_has_a_point_a_policy_and_numbers_those_chosen_beforehand(found, monkeypatch):

@@ -78,12 +78,14 @@ def test_the_line_of_progress(capsys):
 def test_the_line_of_progress_of_a_run_that_stops():
     """Three problems of at most four repetitions: one decided after two, one with all, of the third none is finished."""
     times = iter([100.0, 110.0])
-    finished = {(i, r): {"reward": [i == 0]} for i in range(2) for r in range(4)}
+    finished = {(i, r): {"reward": [i == 0], "repeat_idx": r} for i in range(2) for r in range(4)}
     del finished[1, 3]
     stops = RunStops(Stopping("none", "weighted", 0.05, 4, 1), SimpleNamespace(finished=finished), range(3), list)
     stops.stopping, stops.stopped = Stopping("sure", "weighted", 0.05, 4, 1), {0: 2}
     progress = SearchProgress(stops, SearchConfig(1, 2, 10, 40), clock=lambda: next(times))
-    finished[1, 3] = {"reward": [False]}
-    # One in 10 s; 4 of the third problem's are left
-    assert progress.status().startswith("6/10 searches (2/3 problems decided), ETA at most 40s | ")
+    finished[1, 3] = {"reward": [False], "repeat_idx": 3}
+    # One in 10 s; 4 of the third problem's are left. Of all that count a third is right: of the problems it is a half.
+    status = progress.status()
+    assert status.startswith("6/10 searches (2/3 problems decided), ETA at most 40s | ")
+    assert status.endswith("| pass@1 0.500")
     assert stops.in_words() == "2 of 3 problems are decided, 6 searches finished"

@@ -227,6 +227,17 @@ def test_results_without_their_meta_file_are_not_touched(written):
     assert written.results.read_bytes() == before
 
 
+def test_uncounted_lines_that_were_left_behind_are_of_no_other_run(written):
+    """Whoever deletes a run may forget the file that only --stop makes: its lines must not be taken for this run's."""
+    written.results.rename(written.uncounted)
+    written.tree.unlink()
+    with pytest.raises(UserError, match="--seed was 1 and is 2"):
+        RunFiles(written, meta(seed=2))
+    written.meta.unlink()
+    with pytest.raises(UserError, match=r"out\.uncounted\.jsonl exists, but not its out\.meta\.json"):
+        RunFiles(written, meta())
+
+
 def test_a_second_process_is_told(written):
     held = RunFiles(written, meta())
     code = (
@@ -251,6 +262,8 @@ def test_a_second_process_is_told(written):
     [
         ("out.json", "must be a file name that ends in .jsonl"),
         (".jsonl", "must be a file name"),
+        ("out.tree.jsonl", "is the name of another run's journal or uncounted lines"),
+        ("out.uncounted.jsonl", "is the name of another run's journal or uncounted lines"),
         ("nowhere/out.jsonl", "folder nowhere does not exist"),
         ("folder.jsonl", "is not a file"),
     ],

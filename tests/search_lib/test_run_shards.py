@@ -177,8 +177,12 @@ def test_shards_stop_their_own_problems(folder, tmp_path):
         name: sum(part.meta["tokens_uncounted"][name] for part in parts) for name in ("generated", "scored")
     }
     assert run_one("x.jsonl", "--stop", "sure", "--shard", "1/2").status == 0
-    told = r"x\.shard-1-of-2\.jsonl stops by .*'weighted'.*x\.shard-0-of-2\.jsonl by .*'majority'"
+    told = r"x\.shard-1-of-2\.jsonl stops by .*--stop_vote weighted.*x\.shard-0-of-2\.jsonl by .*--stop_vote majority"
     with pytest.raises(UserError, match=told):
+        read_run(tmp_path / "x.jsonl", "x")
+    # `sure` of 6 repetitions is not sure of 7: what is decided in the one shard may be open in the other.
+    assert run_one("x.jsonl", *stop, "--num_repetitions", "7", "--shard", "1/2").status == 0
+    with pytest.raises(UserError, match=r"--num_repetitions 7, x\.shard-0-of-2\.jsonl by .*--num_repetitions 6"):
         read_run(tmp_path / "x.jsonl", "x")
 
 

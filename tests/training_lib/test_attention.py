@@ -191,3 +191,4 @@ def test_the_model_has_attention_dropout_only_where_the_kernel_has_it(tmp_path, 
     assert model.config.score_dropout == 0.2
     assert model.config._attn_implementation == attention.name
     assert ("attention dropout is 0: packed_flex has none" in caplog.text) == (attention is FLEX)
+    assert ("--packing none has it" in caplog.text) == (attention is FLEX)
