@@ -141,7 +141,7 @@ def test_metrics_of_training(tables, training_run):
 def test_a_certificate(tables, training_run):
     found = json.loads((training_run / "certificate.json").read_text())
     documented = table(tables, "key of `certificate.json`")
-    assert set(documented) == set(found)
+    assert set(documented) == set(found) | {"why"}  # of one that did not pass
     assert words_of(documented["distance"]) == set(found["distance"])
 
 

@@ -47,14 +47,17 @@ class Attention:
         return inputs | self.mask_inputs(batch, device)
 
 
-def choose_attention(packing: str, device: str, half_precision: bool, dropout: bool = False) -> Attention:
+def choose_attention(
+    packing: str, device: str, half_precision: bool, dropout: bool = False, kept: Attention | None = None
+) -> Attention:
     """The fastest attention that can run a layout here, ready to use; its reason is said. `device`: cpu or cuda. `dropout`:
-    whether attention weights are to be dropped; see `varlen_order` for what that decides."""
+    whether attention weights are to be dropped; see `varlen_order` for what that decides. `kept`: what a run that goes on
+    had: if that had no dropout, though it was asked for, no kernel with dropout is taken for it where there is another."""
     if device != "cuda":
         return SDPA
     chosen, missing = FLEX if packing != "none" else SDPA, {}
     if packing != "tree":
-        for kernel in varlen_order(dropout):
+        for kernel in varlen_order(dropout, never=dropout and kept is not None and not kept.has_dropout):
             reason = load_varlen(kernel, torch.bfloat16 if half_precision else torch.float32)
             if reason is None:
                 chosen = ATTENTIONS[kernel.name]

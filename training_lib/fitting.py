@@ -20,6 +20,7 @@ from training_lib.memory import (
     choose_activation_budget,
     estimate_memory,
 )
+from training_lib.packing import padded_width
 from training_lib.precision import Precision
 from training_lib.ranks import World
 from training_lib.rollout_table import RolloutTable
@@ -75,7 +76,8 @@ def step_shape(
         tokens, shortest = min(args.row_tokens, args.total_batch_size * longest), longest_unit(args)
         tokens = -(-tokens // attention.row_multiple) * attention.row_multiple
     else:
-        tokens, shortest = args.micro_batch_size * longest, longest
+        width = padded_width(longest, args.max_length)
+        tokens, shortest = args.micro_batch_size * width, width
     return StepShape(
         tokens, precision, ranks, whole_layers(args), args.compile, activation_budget(args), args.num_labels,
         dense_mask=packed and attention is SDPA, packed=packed, shortest=shortest,

@@ -73,7 +73,9 @@ def make_plan(args: argparse.Namespace, world: World) -> TrainingPlan:
     old = go_on_with(args, trainer["arguments"]) if going_on else {}
     precision = settle_precision(args, world.device.type)
     if going_on:
-        attention = choose_attention(args.packing, world.device.type, precision.half_attention, args.p_dropout > 0)
+        attention = choose_attention(
+            args.packing, world.device.type, precision.half_attention, args.p_dropout > 0, kept=ATTENTIONS.get(trainer.get("attention")),
+        )  # fmt: skip
         check_same_run(args, old, trainer.get("attention"), run_dir, attention)
     has_head = bool(checkpoint or args.init_from)
     if args.eval_only and not has_head:

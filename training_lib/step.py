@@ -87,7 +87,8 @@ class TrainStep:
 
 
 def load_model(args: argparse.Namespace, plan: "TrainingPlan", world: World) -> Qwen2ForClassifier:
-    """The value model on its device, with the run's dropout and attention; a backbone gets a fresh head."""
+    """The value model, with the run's dropout and attention, on its device, or where FSDP is to take it from; a backbone gets
+    a fresh head."""
     quiet_transformers()  # what it reports of missing weights, Qwen2ForClassifier says itself
     torch.manual_seed(args.seed)  # a fresh head is the same on all ranks
     load = {"dtype": torch.float32 if args.param_dtype == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}
@@ -112,7 +113,8 @@ def set_up_model(
     model.set_attn_implementation(attention.name)
     if whole_layers(args):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(world.device)
+    if args.fsdp != "on":  # FSDP takes a layer there as it shards it, so that no card need hold the whole model
+        model.to(world.device)
     # DDP's graph splitter has nothing to split in graphs of one layer, and it does not know FlexAttention.
     torch._dynamo.config.optimize_ddp = False
     if args.compile:

@@ -34,13 +34,15 @@ class VarlenKernel:
     load: Callable[[], Attend]  # an exception says why it cannot be loaded
 
 
-def varlen_order(dropout: bool) -> list[VarlenKernel]:
-    """The kernels, the one to take first. With attention dropout, only those that have it.
+def varlen_order(dropout: bool, never: bool = False) -> list[VarlenKernel]:
+    """The kernels, the one to take first. With attention dropout, only those that have it; never: those that have it not.
 
     Dropout that is asked for is kept wherever a kernel has it, since it is part of the recipe (p_dropout 0.05 as released),
     and a change of kernel should change no more than rounding. Torch's own kernel comes before the flash-attn package, of
     whose source it is: the compiler knows what it costs and that it draws noise, and computes neither again by mistake.
     """
+    if never:
+        return [kernel for kernel in VARLEN if not kernel.has_dropout]
     return [kernel for kernel in VARLEN if kernel.has_dropout or not dropout]
 
 

@@ -63,6 +63,19 @@ def test_dropout_that_is_asked_for_is_kept_by_every_layout_that_can(gpu):
     assert all(ATTENTIONS[kernel.name].has_dropout == kernel.has_dropout for kernel in VARLEN)
 
 
+def test_a_run_that_goes_on_without_attention_dropout_stays_without(gpu):
+    """Packed rows on FlexAttention, where now a kernel has dropout: an older run would else be refused."""
+    gpu("varlen_torch", "varlen_flash_attention_2")
+    for before, names in (
+        (FLEX, ["sdpa", "packed_flex", "packed_flex"]),
+        (SDPA, ["varlen_torch"] * 2 + ["packed_flex"]),
+    ):
+        assert [choose_attention(packing, "cuda", True, True, before).name for packing in LAYOUTS] == names
+    assert choose_attention("pack", "cuda", True, False, FLEX).name == "varlen_torch"  # nothing is dropped
+    gpu("varlen_torch", "varlen_flash_attention_4")
+    assert choose_attention("pack", "cuda", True, True, FLEX).name == "varlen_flash_attention_4"
+
+
 def test_without_a_flash_kernel_packed_rows_have_flex_and_padded_ones_sdpa(gpu):
     gpu(*(kernel.name for kernel in VARLEN))
     assert chosen(half=False) == ["sdpa", "packed_flex", "packed_flex"]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import certificate_study as study
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from rollouts import losses, write_rows
 from stub_varlen import STUB
 from tiny import save_generator
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_spy import command, numbered_rows, spied_run
 
 from training_lib import certificate, varlen
@@ -17,6 +19,7 @@ from training_lib.attention import SDPA
 from training_lib.attention_check import visible
 from training_lib.certificate import NUM_IDS, TRACES, CertificateBench, certify, check_integers
 from training_lib.precision import Precision
+from training_lib.ranks import World
 
 CPU = torch.device("cpu")
 
@@ -140,7 +143,48 @@ def test_a_run_that_fails_it_does_not_begin(inputs, tmp_path, monkeypatch):
         "certificate: attention sdpa, packing none, DDP, fp32: masks: token 3 and token 9; training"
     )
     assert "--no-certify" in seen.error and "\n" not in seen.error
-    assert not seen.steps and not (tmp_path / "run/certificate.json").exists()
+    written = json.loads((tmp_path / "run/certificate.json").read_text())
+    assert written == {
+        "passed": False, "what": "attention sdpa, packing none, DDP, fp32", "why": "masks: token 3 and token 9",
+    } and not seen.steps  # fmt: skip
+
+
+def test_a_fault_on_another_rank_is_written_and_ends_this_one(monkeypatch):
+    written = []
+    monkeypatch.setattr(certificate, "_certify_as_trained", lambda *_: {"distance": {}})
+    monkeypatch.setattr(certificate, "write_json", lambda path, value: written.append(value))
+    world = SimpleNamespace(
+        rank=0, device=CPU, gather=lambda mine: [mine, "leak: there"], together=World(0, 1, CPU).together
+    )
+    args = SimpleNamespace(certify=True, packing="none", compile=False, eval_only=False)
+    plan = SimpleNamespace(attention=SDPA, precision=Precision(False, False), run_dir="run")
+    with pytest.raises(certificate.UserError, match="leak: there"):
+        certificate.certify_run(args, plan, world)
+    assert [found["passed"] for found in written] == [False]
+
+
+def test_what_is_compared_with_runs_on_no_flash_kernel(monkeypatch):
+    """Else flash-attn-4, which takes SDPA's calls over, would be held against itself."""
+    traces = certificate.family_traces([(20, [(5, [9, 6]), (0, [12])])])
+    monkeypatch.setattr(certificate, "TRACES", traces)
+    monkeypatch.setattr(certificate, "NUM_IDS", 53)
+    bench = CertificateBench(study.CONFIG, SDPA, "none", Precision(False, True), CPU)
+    names, path = [], CertificateBench.path
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names[-1].add(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    def watched(*args, **options):
+        names.append(set())
+        with Operators():
+            return path(*args, **options)
+
+    monkeypatch.setattr(CertificateBench, "path", watched)
+    certificate.check_distance(bench, bench.in_run_dtype(SDPA))
+    flash = [any("flash" in name for name in seen) for seen in names]
+    assert flash == [False, False, True]  # float32, plain, the run's own
 
 
 def test_the_model_has_the_runs_shapes_kernel_and_numbers():

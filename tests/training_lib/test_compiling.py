@@ -4,12 +4,14 @@ Without a GPU's kernels: by a stand-in that the compiler cannot see into, by `ao
 """
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from gpu_parts import baselines
 from gpu_parts.training import flex_on_cpu
 from stub_varlen import STUB
 from tiny import tiny_value_model
@@ -25,7 +27,8 @@ from training_lib.arguments import go_on_with, parse_args
 from training_lib.attention import FLEX, FLEX_OPTIONS, SDPA, Attention
 from training_lib.compiling import activation_budget, compile_layers, graphs_compiled, whole_layers
 from training_lib.packing import MicroBatch, Trace, lay_out
-from training_lib.ranks import World
+from training_lib.precision import Precision
+from training_lib.ranks import World, distribute, join_ranks
 from training_lib.step import TrainStep
 from training_lib.varlen import register_varlen
 
@@ -84,6 +87,31 @@ def test_layers_share_one_graph_and_20_row_lengths_compile_few_more(packing, att
     assert len(lengths) >= 5
     assert graphs[0] == 1  # two layers, forwards and backwards: no break
     assert graphs[-1] <= 1 + 3
+    figures = {f"{packing}, one row": graphs[0], f"{packing}, 20 row lengths": graphs[-1]}
+    told = baselines.differences("graphs", figures)
+    assert [line for line in told if not line.endswith(": not counted")] == []
+
+
+def test_compiled_trees_under_fsdp_in_bf16_are_the_plain_step():
+    """As the released flags run on a GPU: FSDP, compiled layers that keep a part, FlexAttention; against SDPA in float32."""
+    batches = row(np.random.default_rng(1), FLEX, "tree", 3, 100)
+    plain = step_of(SDPA, "tree")
+    plain.backward(batches)
+    seen = set()
+    with join_ranks("cpu") as world, flex_on_cpu():
+        step, before = step_of(FLEX, "tree"), graphs_compiled()
+        model = step.model
+        compile_layers(model, 0.8, backend="aot_eager")
+        model.model.layers[1].register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+        step = replace(step, model=distribute(model, world, Precision(True, half=True)), world=world, sharded=True)
+        step.backward(batches)
+        gradients = {name: part.grad.full_tensor() for name, part in model.named_parameters()}
+        assert graphs_compiled() - before == 1
+    assert seen == {torch.bfloat16} and {g.dtype for g in gradients.values()} == {torch.float32}
+    wanted = {name: part.grad for name, part in plain.model.named_parameters()}
+    off = sum(float((gradients[name] - wanted[name]).square().sum()) for name in wanted)
+    size = sum(float(gradient.square().sum()) for gradient in wanted.values())
+    assert (off / size) ** 0.5 < 0.2  # rounding, of weights that are large
 
 
 # ---------------------------------------------------------------------------------------------------------------------

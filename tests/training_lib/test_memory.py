@@ -196,8 +196,8 @@ def test_the_shape_of_a_step_is_that_of_its_largest_row():
     assert (packed.tokens, packed.packed, packed.dense_mask, packed.shortest) == (32_768, True, False, 16_384)
     few = shape_of("--packing tree --row_tokens 32768 --total_batch_size 4")
     assert few.tokens == 12_032, "four traces of 3000, padded to 128: a row is not longer than the data fill it"
-    padded = shape_of("--packing none --micro_batch_size 4", SDPA)
-    assert (padded.tokens, padded.packed, padded.dense_mask, padded.shortest) == (12_000, False, False, 3000)
+    padded = shape_of("--packing none --micro_batch_size 4", SDPA)  # 3000 tokens are padded to a multiple of 1024
+    assert (padded.tokens, padded.packed, padded.dense_mask, padded.shortest) == (4 * 3072, False, False, 3072)
     assert shape_of("--packing pack --row_tokens 32768", SDPA).dense_mask
     ranks = shape_of("--packing none --num_labels 1 --total_batch_size 32", SDPA, AUTOCAST, ranks=8)
     assert (ranks.ranks, ranks.num_labels, ranks.precision) == (8, 1, AUTOCAST)

@@ -10,8 +10,10 @@ from tiny import save_generator, save_value_model
 from train_spy import command, numbered_rows, spied_run
 
 from common_lib.cli import UserError
+from training_lib import plan
 from training_lib import step as step_module
 from training_lib.arguments import AUTOMATIC, IDENTITY, OLD_BEHAVIOUR, ROUNDING, build_parser
+from training_lib.attention import ATTENTIONS
 
 FREE = {
     "num_workers", "use_dora", "save_every", "max_keep_ckpts", "push_to_hub", "track", "tracker", "neptune_project",
@@ -167,6 +169,23 @@ def test_a_checkpoint_older_than_a_flag_goes_on_as_it_was(stopped, trained_befor
     assert settled(stopped, monkeypatch) == ("pack", 4 * 40)
     assert settled(stopped, monkeypatch, micro_batch_size=2) == ("pack", 2 * 40, "micro_batch_size, row_tokens")
     assert settled(stopped, monkeypatch, row_tokens=99) == ("pack", 99, "row_tokens")
+
+
+@pytest.mark.parametrize("before", ["sdpa", "packed_flex", None])
+def test_what_attention_was_is_asked_for_where_a_run_goes_on(stopped, monkeypatch, before):
+    """Which decides whether a kernel with dropout may be taken; an older checkpoint does not say."""
+    asked = []
+    choose = plan.choose_attention
+    monkeypatch.setattr(plan, "choose_attention", lambda *args, kept: asked.append(kept) or choose(*args, kept=kept))
+    path = stopped / "runs/run/step-00000002/trainer.json"
+    text = path.read_text()
+    trainer = json.loads(text) | {"attention": before}
+    path.write_text(json.dumps(trainer))
+    try:
+        resume(stopped, monkeypatch)
+    finally:
+        path.write_text(text)
+    assert asked == [ATTENTIONS.get(before)]
 
 
 def test_every_choice_left_to_the_run_is_told_of_when_a_checkpoint_lacks_it():

@@ -80,6 +80,13 @@ def test_a_fresh_head_is_alike_on_all_ranks_and_dropout_is_not(inputs):
     assert torch.equal(again[0], heads[0]) and torch.equal(again[1], noise[1])
 
 
+@pytest.mark.parametrize(("fsdp", "place"), [("on", "cpu"), ("off", "meta")])
+def test_a_model_that_fsdp_will_shard_is_not_taken_to_the_card_whole(inputs, fsdp, place):
+    plan = SimpleNamespace(has_head=False, model_dir=inputs / "backbone", attention=SDPA)
+    model = load_model(parse_args(["--fsdp", fsdp]), plan, World(0, 1, torch.device("meta")))
+    assert {parameter.device.type for parameter in model.parameters()} == {place}
+
+
 def test_evaluation_has_no_dropout_and_leaves_the_model_in_training(inputs, tmp_path):
     seen = run(inputs, tmp_path, eval_every=2, eval_size=5, p_dropout=0.5)
     assert [forward.training for forward in seen.forwards].count(False) == 2 * 5
