@@ -52,8 +52,8 @@ def train(args: argparse.Namespace) -> int:
                 at_end.callback(lock_run(Path(args.save_dir) / args.run_name).release)
         plan = make_plan(args, world)
         logger.info(
-            "=> %d roll-outs a step on %d ranks, %s; %d steps an epoch; %s, attention %s, on %s", args.total_batch_size,
-            world.size, plan.layout, plan.train.steps_per_epoch, plan.precision, plan.attention.name, world.device,
+            "=> %d roll-outs a step on %d rank%s, %s; %d steps an epoch; %s, attention %s, on %s", args.total_batch_size,
+            world.size, "s" * (world.size > 1), plan.layout, plan.train.steps_per_epoch, plan.precision, plan.attention.name, world.device,
         )  # fmt: skip
         if plan.step >= args.num_steps and not args.eval_only:
             logger.info("%s: all %d steps are done; nothing is left to do", plan.run_dir, plan.step)
