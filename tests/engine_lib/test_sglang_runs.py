@@ -58,7 +58,7 @@ def servers(host, generator):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.router(servers)
-    wait_until(lambda: router.serves(2), 60, router)
+    wait_until(lambda: router.serves(2), 120, router)
     return router
 
 

@@ -240,7 +240,7 @@ def test_any_order_and_batching_on_two_servers(folder, requests, expected, serve
 def test_a_router_that_drops_the_sampler_is_refused(host, folder, servers):
     """Else every text would be greedy."""
     router = host.router(servers[:2])
-    wait_until(lambda: router.serves(2), 60, router)
+    wait_until(lambda: router.serves(2), 120, router)
     with pytest.raises(UserError, match=f"^--seeded: {router.url} does not draw by seeds, as a router .* each server"):
         of_servers(folder, router.url)
 

@@ -62,7 +62,7 @@ def servers(host, folder):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.children[2]
-    wait_until(lambda: router.serves(2), 60, router)
+    wait_until(lambda: router.serves(2), 120, router)
     return router
 
 

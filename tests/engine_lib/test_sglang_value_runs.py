@@ -63,7 +63,7 @@ def servers(host, value_model):
 @pytest.fixture(scope="module")
 def router(host, servers):
     router = host.router(servers)
-    wait_until(lambda: router.serves(2), 60, router)
+    wait_until(lambda: router.serves(2), 120, router)
     return router
 
 
@@ -215,7 +215,7 @@ def test_random_blocks_give_the_trees_of_local_values(value_model, servers):
 def test_one_of_two_value_servers_killed_in_mid_run_and_restarted(host, inputs, value_model, local, servers, tmp_path):
     output = tmp_path / "out.jsonl"
     child = run(host, inputs, output, *SAMPLED, "--batch_size", "2", *urls(*servers))
-    wait_until(lambda: len(journal(output)) >= 8, 90, child)
+    wait_until(lambda: len(journal(output)) >= 3, 90, child)  # while much is left
     servers[0].kill()
     servers[0] = host.value_server(value_model, port=servers[0].port)
     said = finish(child)
@@ -230,7 +230,7 @@ def test_all_value_servers_gone_is_one_line_in_time_and_the_same_command_goes_on
     output = tmp_path / "out.jsonl"
     flags = [*SAMPLED, "--batch_size", "3", "--request_timeout", "8", *urls(*servers)]
     child = run(host, inputs, output, *flags)
-    wait_until(lambda: len(journal(output)) >= 8, 90, child)
+    wait_until(lambda: len(journal(output)) >= 3, 90, child)  # while much is left
     for server in servers:
         server.kill()
     begin = time.monotonic()
