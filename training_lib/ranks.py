@@ -177,6 +177,7 @@ def _is_inside(name: str) -> bool:
 def distribute(model: nn.Module, world: World, precision: Precision) -> nn.Module:
     """The model as it is called in training: sharded, replicated, or itself."""
     if precision.fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
         if not dist.is_initialized():
@@ -186,9 +187,10 @@ def distribute(model: nn.Module, world: World, precision: Precision) -> nn.Modul
             "ignore", message="FSDP2-wrapped module"
         )  # of success_probs, a view that nothing writes to
         mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision.half else MixedPrecisionPolicy()
+        mesh = init_device_mesh(world.device.type, (world.size,))  # by itself it takes a GPU where there is one
         for layer in model.model.layers:
-            fully_shard(layer, mp_policy=mixed)
-        return fully_shard(model, mp_policy=mixed)
+            fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        return fully_shard(model, mesh=mesh, mp_policy=mixed)
     if world.size > 1:
         devices = [world.device.index] if world.device.type == "cuda" else None
         with warnings.catch_warnings():

@@ -170,3 +170,11 @@ def test_fsdp_sums_gradients_in_fp32():
         model = distribute(tiny_value_model(), world, Precision(True, True))
         policies = [module._get_fsdp_state()._mp_policy for module in (model, *model.model.layers)]
     assert {(policy.param_dtype, policy.reduce_dtype) for policy in policies} == {(torch.bfloat16, torch.float32)}
+
+
+def test_fsdp_stays_on_a_cpu_that_was_asked_for(monkeypatch):
+    """Where there is a GPU, too: by itself it takes that."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
+    with join_ranks("cpu") as world:
+        model = distribute(tiny_value_model(), world, Precision(True, False))
+        assert {str(part.device_mesh.device_type) for part in model.parameters()} == {"cpu"}
