@@ -228,11 +228,16 @@ def test_all_value_servers_gone_is_one_line_in_time_and_the_same_command_goes_on
     host, inputs, value_model, local, servers, tmp_path
 ):
     output = tmp_path / "out.jsonl"
-    flags = [*SAMPLED, "--batch_size", "3", "--request_timeout", "8", *urls(*servers)]
+    flags = [*SAMPLED, "--batch_size", "1", "--request_timeout", "8", *urls(*servers)]
     child = run(host, inputs, output, *flags)
     wait_until(lambda: len(journal(output)) >= 3, 90, child)  # while much is left
+    family = child.family()
+    for process in family:  # or it ends before both are gone
+        process.suspend()
     for server in servers:
         server.kill()
+    for process in family:
+        process.resume()
     begin = time.monotonic()
     assert child.wait(30) == 1
     assert time.monotonic() - begin < 12
