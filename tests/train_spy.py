@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from rollouts import write_rows
+from tiny import save_generator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
@@ -280,3 +282,22 @@ def command(settings: dict[str, Any]) -> list[str]:
         elif value is not None:
             parts += [f"--{name}", str(value)]
     return parts
+
+
+def write_small_inputs(folder: Path) -> Path:
+    """A backbone and 20 rows of roll-outs, for `small_run`."""
+    save_generator(folder / "backbone")
+    write_rows(folder / "data", numbered_rows(0, 20))
+    return folder
+
+
+def small_run(inputs: Path, save_dir: Path, **changes: Any) -> Spied:
+    """A run SAVE_DIR/run of few small steps without evaluation, under the spies. changes: of its flags."""
+    settings = {
+        "model_path": inputs / "backbone", "data_path": inputs / "data", "data_num_response": 4, "max_length": 40,
+        "total_batch_size": 8, "micro_batch_size": 4, "num_steps": 5, "eval_every": -1, "max_lr": 1e-3,
+        "save_dir": save_dir, "run_name": "run", "device": "cpu",
+    }  # fmt: skip
+    seen = spied_run(command(settings | changes), inputs / "cache")
+    seen.run_dir = save_dir / "run"
+    return seen

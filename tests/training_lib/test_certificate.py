@@ -8,11 +8,10 @@ import certificate_study as study
 import numpy as np
 import pytest
 import torch
-from rollouts import losses, write_rows
+from rollouts import losses
 from stub_varlen import STUB
-from tiny import save_generator
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_spy import command, numbered_rows, spied_run
+from train_spy import small_run, write_small_inputs
 
 from training_lib import certificate, varlen
 from training_lib.attention import SDPA
@@ -26,19 +25,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_generator(folder / "backbone")
-    write_rows(folder / "data", numbered_rows(0, 20))
-    return folder
+    return write_small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run(inputs, tmp_path, **changes):
-    settings = {
-        "model_path": inputs / "backbone", "data_path": inputs / "data", "data_num_response": 4, "max_length": 40,
-        "total_batch_size": 8, "micro_batch_size": 4, "num_steps": 2, "eval_every": -1, "max_lr": 1e-3, "run_name": "run",
-        "save_dir": tmp_path, "device": "cpu", "p_dropout": 0.3,
-    }  # fmt: skip
-    return spied_run(command(settings | changes), inputs / "cache")
+    return small_run(inputs, tmp_path, **{"num_steps": 2, "p_dropout": 0.3} | changes)
 
 
 def bench_of_trees() -> CertificateBench:

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from rollouts import losses, write_rows
-from tiny import save_generator
-from train_spy import SpyHub, command, numbered_rows, spied_run
+from rollouts import losses
+from train_spy import SpyHub, small_run, write_small_inputs
 
 from classifier_lib import Qwen2ForClassifier
 from training_lib import checkpoints
@@ -17,21 +16,11 @@ STATE = {"optimizer.pt", "rng.pt"}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_generator(folder / "backbone")
-    write_rows(folder / "data", numbered_rows(0, 20))
-    return folder
+    return write_small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run(inputs, tmp_path, **changes):
-    settings = {
-        "model_path": inputs / "backbone", "data_path": inputs / "data", "data_num_response": 4, "max_length": 40,
-        "total_batch_size": 8, "micro_batch_size": 4, "num_steps": 5, "save_every": 1, "eval_every": -1, "max_lr": 1e-3,
-        "save_dir": tmp_path, "run_name": "run", "device": "cpu",
-    }  # fmt: skip
-    seen = spied_run(command(settings | changes), inputs / "cache")
-    seen.run_dir = tmp_path / "run"
-    return seen
+    return small_run(inputs, tmp_path, **{"save_every": 1} | changes)
 
 
 def with_state(run_dir):

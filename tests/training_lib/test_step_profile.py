@@ -5,9 +5,8 @@ import time
 
 import pytest
 import torch
-from rollouts import losses, write_rows
-from tiny import save_generator
-from train_spy import command, numbered_rows, spied_run
+from rollouts import losses
+from train_spy import small_run, write_small_inputs
 
 from training_lib import loop
 from training_lib.batch_order import RankBatches
@@ -19,20 +18,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_generator(folder / "backbone")
-    write_rows(folder / "data", numbered_rows(0, 20))
-    return folder
+    return write_small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run(inputs, tmp_path, **changes):
-    settings = {
-        "model_path": inputs / "backbone", "data_path": inputs / "data", "data_num_response": 4, "max_length": 40,
-        "total_batch_size": 8, "micro_batch_size": 4, "num_steps": 6, "eval_every": -1, "max_lr": 1e-3, "run_name": "run",
-        "save_dir": tmp_path, "device": "cpu", "p_dropout": 0.2,
-    }  # fmt: skip
-    seen = spied_run(command(settings | changes), inputs / "cache")
-    seen.run_dir = tmp_path / "run"
+    seen = small_run(inputs, tmp_path, **{"num_steps": 6, "p_dropout": 0.2} | changes)
     assert seen.status == 0, seen.error
     return seen
 
