@@ -6,7 +6,6 @@ window of WINDOW repetitions has one answer.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -34,19 +33,3 @@ def posterior_needs(most: int, level: float = POSTERIOR) -> NDArray[np.int64]:
         chances = np.exp(logs[tosses] - logs[heads] - logs[tosses - heads] - tosses * math.log(2))
         needs[both] = np.searchsorted(np.cumsum(chances), level)
     return needs
-
-
-def equal_window(trees: Iterable[Sequence[int]], window: int = WINDOW) -> int | None:
-    """ESC on one problem, plainly: what vectorised ones are held against. Repetitions come in windows, one after the other, and
-    the first whose answers are all the same ends the sampling. Returns the repetitions until then, None where none is like that.
-
-    trees: classes of the answers of each repetition; -1, an empty one, is like no other.
-    """
-    seen: set[int] = set()
-    for count, classes in enumerate(trees, start=1):
-        seen |= set(classes)
-        if count % window == 0:
-            if len(seen) == 1 and -1 not in seen:
-                return count
-            seen = set()
-    return None

@@ -46,7 +46,7 @@ def resolve_stopping(args: argparse.Namespace) -> None:
         raise UserError(f"--alpha {args.alpha} needs --stop certified, not {args.stop}")
     args.stop_vote = args.stop_vote or "weighted"
     args.alpha = ALPHA if args.alpha is None else args.alpha
-    check_rules(args, [("alpha", 0 < args.alpha < 1, "is a probability of error: above 0 and below 1")])
+    check_rules(args, [("alpha", 0 < args.alpha < 1, "must be above 0 and below 1: it is a probability of error")])
 
 
 def resolve_value_engine(args: argparse.Namespace) -> None:

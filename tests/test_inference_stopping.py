@@ -405,9 +405,9 @@ def test_killed_while_lines_are_moved(found, then, step, run, full, stopped, tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--stop certified --alpha 0", r"--alpha 0\.0 is a probability of error: above 0 and below 1$"),
-        ("--stop certified --alpha 1", r"--alpha 1\.0 is a probability of error"),
-        ("--stop certified --alpha nan", r"--alpha nan is a probability of error"),
+        ("--stop certified --alpha 0", r"--alpha 0\.0 must be above 0 and below 1: it is a probability of error$"),
+        ("--stop certified --alpha 1", r"--alpha 1\.0 must be above 0 and below 1"),
+        ("--stop certified --alpha nan", r"--alpha nan must be above 0 and below 1"),
         ("--alpha 0.05", r"--alpha 0\.05 needs --stop certified, not none$"),
         ("--stop sure --alpha 0.1", r"--alpha 0\.1 needs --stop certified, not sure$"),
         ("--stop_vote weighted", r"--stop_vote weighted needs --stop sure or --stop certified"),

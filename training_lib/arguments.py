@@ -98,7 +98,10 @@ def division_rules(args: argparse.Namespace) -> list[Rule]:
 
 
 def budget(text: str) -> float | str:
-    return text if text == AUTO else float(text)
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto, or a number above 0 and at most 1") from None
 
 
 def longest_unit(args: argparse.Namespace) -> int:

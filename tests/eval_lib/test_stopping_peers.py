@@ -4,8 +4,9 @@ from fractions import Fraction
 from math import comb
 
 import pytest
+from plain_stops import equal_window
 
-from eval_lib.stopping_peers import equal_window, posterior_needs
+from eval_lib.stopping_peers import posterior_needs
 
 
 def leads(first, second):
@@ -28,9 +29,9 @@ def test_the_posterior_asks_for_the_least_count_that_reaches_the_level():
 
 
 def test_a_window_of_equal_answers_ends_the_sampling():
-    assert equal_window([[1]] * 5) == 5
-    assert equal_window([[0], *[[1]] * 8]) is None  # the second window is not over
-    assert equal_window([[0], *[[1]] * 9]) == 10
+    assert equal_window([[1]] * 5, 5) == 5
+    assert equal_window([[0], *[[1]] * 8], 5) is None  # the second window is not over
+    assert equal_window([[0], *[[1]] * 9], 5) == 10
     assert equal_window([[1, 1], [1, 1], [1, 2]], 3) is None
     assert equal_window([[1, 1], [1, -1], [1, 1]] + [[-1]] * 3, 3) is None
     assert equal_window([], 3) is None

@@ -6,9 +6,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+from plain_stops import equal_window
 
 from eval_lib.stopping import Stopping, log_evidence, stopping_point
-from eval_lib.stopping_peers import equal_window, lead_posterior, posterior_needs
+from eval_lib.stopping_peers import lead_posterior, posterior_needs
 from eval_utils import best_of_n, majority_vote, weighted_vote
 from report_lib.policies import VOTES, Policy, parse_policy
 from report_lib.prefix_votes import Answers, look_at_prefixes

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import stopping_study
 from parser_flags import flags_of
+from plain_stops import equal_window
 from stopping_study import Population, tie
 
 from common_lib.cli import UserError
 from eval_lib.stopping import Stopping, stopping_point
-from eval_lib.stopping_peers import equal_window, posterior_needs
+from eval_lib.stopping_peers import WINDOW, posterior_needs
 
 
 def test_rules_on_many_simulations_are_those_on_one():
@@ -49,7 +50,7 @@ def test_rules_on_many_simulations_are_those_on_one():
             counts = [sorted(np.bincount(row[:t], minlength=3) * beams)[-2:] for t in range(1, trees + 1)]
             stops = [t for t, (second, first) in enumerate(counts, 1) if first >= needs[first + second]]
             assert posterior[i] == (stops[0] if stops else 0)
-            assert windows[i] == (equal_window([[a] * beams for a in row]) or 0)
+            assert windows[i] == (equal_window([[a] * beams for a in row], WINDOW) or 0)
     assert set(kinds) == {"sure", "certified", "full"}
 
 

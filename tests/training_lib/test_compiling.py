@@ -209,7 +209,7 @@ def test_compiled_layers_are_not_computed_again_whole_unless_asked():
         (["--activation_budget", "0.5"], "needs --compile"),
         (["--compile", "--activation_budget", "0"], "must be auto, or above 0 and at most 1"),
         (["--compile", "--activation_budget", "1.1"], "must be auto, or above 0 and at most 1"),
-        (["--compile", "--activation_budget", "much"], "invalid budget value: 'much'"),
+        (["--compile", "--activation_budget", "much"], "'much' must be auto, or a number above 0"),
         (["--compile", "--activation_budget", "0.5", "--gradient_checkpointing"], "exclude each other"),
     ],
 )
