@@ -87,14 +87,13 @@ def compiled_layer(info: ModelInfo, shape: StepShape) -> int:
 
     1.0 keeps the layer's input, attention's projected output, both norms' outputs, attention's own, gate, up and
     silu(gate) x up. Below it the norms and the product are computed again from the rest, and where that is more than the
-    share allows (0: the input alone, 1: all of it) matrix products are, too. Attention's output is kept in any case.
+    share allows (0: the input and attention's own output, which are kept in any case, 1: all) matrix products are, too.
     """
     h, c, i = info.hidden_size, shape.computed, info.intermediate_size
-    least = shape.residual * h
-    output = c * _projections(info)[0] + 4 * info.num_attention_heads
-    lean = least + c * h + _attention(info, c) + 2 * c * i
+    least = shape.residual * h + c * _projections(info)[0] + 4 * info.num_attention_heads
+    lean = shape.residual * h + c * h + _attention(info, c) + 2 * c * i
     full = lean + 2 * c * h + c * i
-    return full if shape.budget >= 1 else min(lean, max(least + output, round(least + shape.budget * (full - least))))
+    return full if shape.budget >= 1 else min(lean, round(least + shape.budget * (full - least)))
 
 
 def _attention(info: ModelInfo, itemsize: int) -> int:

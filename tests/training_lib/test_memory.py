@@ -62,7 +62,8 @@ def test_the_line_is_what_fake_tensors_of_the_step_take(model, layout, precision
 def kept_by_budget():
     """Bytes a token that a compiled layer keeps, as the compiler cuts it."""
     shapes = {
-        budget: StepShape(1024, BF16, compiled=True, checkpointing=False, budget=budget) for budget in (1.0, 0.8, 0.4)
+        budget: StepShape(1024, BF16, compiled=True, checkpointing=False, budget=budget)
+        for budget in (1.0, 0.8, 0.4, 0.1)
     }
     return {budget: measure_layer(NARROW, shape) for budget, shape in shapes.items()}
 
@@ -90,7 +91,8 @@ def test_bytes_a_token_and_layer_of_the_released_model():
     def kept(precision, budget):
         return compiled_layer(info, StepShape(1, precision, compiled=True, budget=budget)) / 1024
 
-    assert [round(kept(BF16, budget)) for budget in (1.0, 0.8)] == [72, 48] and 27 < kept(BF16, 0.4) < 31
+    assert [round(kept(BF16, budget)) for budget in (1.0, 0.8)] == [72, 48]
+    assert kept(BF16, 0.4) == pytest.approx(31.0, rel=0.05)  # attention's output kept
     assert round(kept(AUTOCAST, 1.0)) == 75
     assert round(eager_layer(info, StepShape(1, AUTOCAST)) / 1024) == 116  # and 1 of the weights that autocast casts
 
