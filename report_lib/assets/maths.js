@@ -2,7 +2,7 @@
 // A formula that is broken, too large or hostile is shown as its source; so is every one where the switch says so.
 "use strict";
 
-VGS.DEEPEST_FORMULA = 150; // elements in one another: a browser's layout recurses
+VGS.DEEPEST_FORMULA = 150; // elements or groups in one another: a browser's layout recurses, and so does the renderer
 VGS.LARGEST_FORMULA = 5000; // elements
 VGS.MOST_HELD_FORMULAS = 2000;
 VGS.TEMML = "report_data/assets/vendor/temml/";
@@ -47,7 +47,7 @@ VGS.drawFormula = function (box, formula) {
 
 /** MathML of a formula, or null. */
 VGS.mathml = function ({ tex, display }) {
-  if (tex.length > VGS.LONGEST_FORMULA || VGS.DEFINITION.test(tex) || VGS.RAISED.test(tex) || VGS.HIDDEN.test(tex)) return null;
+  if (tex.length > VGS.LONGEST_FORMULA || VGS.DEFINITION.test(tex) || VGS.RAISED.test(tex) || VGS.HIDDEN.test(tex) || VGS.tooDeep(tex)) return null;
   const holder = document.createElement("span");
   try {
     window.temml.render(tex, holder, VGS.temmlOptions(display));
@@ -61,6 +61,16 @@ VGS.mathml = function ({ tex, display }) {
 VGS.withoutIds = function (node) {
   for (const named of node.querySelectorAll("[id]")) named.removeAttribute("id");
   return node;
+};
+
+/** Groups leave no elements, and where the renderer's stack ends depends on what ran before. */
+VGS.tooDeep = function (tex) {
+  let depth = 0;
+  for (const [brace] of tex.matchAll(/[{}]/g)) {
+    depth += brace === "{" ? 1 : -1;
+    if (depth > VGS.DEEPEST_FORMULA) return true;
+  }
+  return false;
 };
 
 VGS.tooLarge = function (holder) {

@@ -43,6 +43,8 @@ HOSTILE = {
     "definition": r"\def\a{x}\a",
     "endless": r"\newcommand{\a}{\a\a}\a",
     "groups": "{" * 1900 + "x" + "}" * 1900,
+    "groups that the renderer would take": "{" * 151 + "x" + "}" * 151,
+    "fewer groups": "{" * 150 + "x" + "}" * 150,
     "roots": r"\sqrt" * 600 + "x",
     "fractions": r"\frac{1}{" * 350 + "x" + "}" * 350,
     "cells": r"\begin{matrix}" + "&" * 3900 + r"\end{matrix}",
@@ -52,7 +54,7 @@ HOSTILE = {
     "bidi": "\u202eabc",
     "long": "x+" * 3000,
 }
-DRAWN_HOSTILE = {"markup", "label", "huge"}
+DRAWN_HOSTILE = {"markup", "label", "huge", "fewer groups"}
 BROKEN = r"broken $\frac{1$ and $\nosuchcommand{x}$"
 PROBLEM = rf"Let $f(x) = \sqrt{{x}}$ and \[\sum_{{n=1}}^\infty \frac{{1}}{{n^2}} = \pi^2/6.\] It costs \$5 or $6 a day; {BROKEN}."
 
